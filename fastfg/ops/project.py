@@ -1,0 +1,22 @@
+"""``project``: equations 2 and 3 on the active features."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastfg import reference
+from fastfg.dispatch import implementation, register
+from fastfg.ops.check import check_shapes
+
+register("project", "reference", reference.project)
+
+
+def project(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
+    """Scores [T]: ``s_t = sum_k values_tk (W_dec[indices_tk] . g_t)``.
+
+    Args:
+        g: [T, d] gradient of the target at the residual stream. W_dec: [F, d].
+        values: [T, K] codes. indices: [T, K] int64, the features they belong to.
+    """
+    check_shapes({}, g=(g, "T d"), W_dec=(W_dec, "F d"), values=(values, "T K"), indices=(indices, "T K"))
+    return implementation("project", backend)(g, W_dec, values, indices)

@@ -1,0 +1,106 @@
+"""What a removed patch is filled with.
+
+A fill is a tensor that broadcasts against the image [C, H, W]: a number, a colour, or a whole filled image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastfg.perturb.masks import PatchGrid
+
+BASELINES = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean")
+Baseline = str | float | Tensor
+
+
+def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised: bool) -> None:
+    """Raise ValueError where ``baseline`` is none that is known, or one that these images can't have."""
+    if isinstance(baseline, str):
+        if baseline not in BASELINES:
+            raise ValueError(f"baseline: expected one of {BASELINES}, a number or a tensor, got {baseline!r}")
+        if baseline in ("black", "white") and not normalised:
+            raise ValueError(
+                f"baseline: {baseline!r} is a colour in pixel space, and this model does not tell its normalisation; "
+                "give the normalised values as a tensor [B, C]"
+            )
+    elif isinstance(baseline, Tensor) and baseline.ndim:
+        if list(baseline.shape) not in ([n_images], [n_images, in_chans]):
+            shapes = f"[{n_images}] or [{n_images}, {in_chans}]"
+            raise ValueError(f"baseline: expected a tensor {shapes}, got {list(baseline.shape)}")
+    elif not math.isfinite(float(baseline)):
+        raise ValueError(f"baseline: expected a finite number, got {float(baseline)}")
+
+
+def make_fill(
+    baseline: Baseline,
+    image: Tensor,  # [C, H, W]
+    index: int,
+    grid: PatchGrid,
+    random: torch.Generator,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+) -> Tensor:
+    """The fill of ``image``, number ``index`` of its batch (for a baseline given as a tensor).
+
+    ``mean``: one scalar over all channels and pixels of the normalised image. ``channel_mean``: one a channel.
+    ``black``, ``white``: 0 and 1 before normalisation. ``noise``: Gaussian, with the image's own mean and
+    standard deviation by channel. ``blur``: the image under a Gaussian of one patch's width. ``running_mean``
+    drifts only along a sequence of steps (:func:`running_mean_fill`); for a single step it is ``mean``.
+    """
+    if isinstance(baseline, Tensor) and baseline.ndim:
+        return baseline[index].to(image).reshape(-1, 1, 1)
+    if not isinstance(baseline, str):
+        return image.new_full((1, 1, 1), float(baseline))
+    if baseline in ("mean", "running_mean"):
+        return image.double().mean().to(image.dtype).reshape(1, 1, 1)
+    if baseline == "channel_mean":
+        return image.double().mean((1, 2)).to(image.dtype).reshape(-1, 1, 1)
+    if baseline in ("black", "white"):
+        assert pixel_mean is not None and pixel_std is not None  # check_baseline
+        mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (pixel_mean, pixel_std))
+        return ((float(baseline == "white") - mean) / std).to(image)
+    if baseline == "zero":
+        return image.new_zeros(1, 1, 1)
+    if baseline == "noise":
+        mean, std = (f(image.double(), dim=(1, 2), keepdim=True) for f in (torch.mean, torch.std))
+        noise = torch.randn(image.shape, generator=random, dtype=torch.float64).to(image.device)
+        return (mean + std * noise).to(image.dtype)
+    if baseline == "blur":
+        return blur(image, max(grid.ph, grid.pw))
+    raise ValueError(f"baseline: expected one of {BASELINES}, got {baseline!r}")
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """``image`` [C, H, W] under a Gaussian of standard deviation ``sigma`` pixels, cut off at 3 sigma."""
+    radius = math.ceil(3 * sigma)
+    offset = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
+    blurred = image.double()
+    for _ in range(2):  # along the rows, then, turned round, along the columns
+        lines = F.pad(blurred.flatten(0, 1).unsqueeze(1), (radius, radius), mode="replicate")
+        blurred = F.conv1d(lines, kernel).reshape(blurred.shape).mT
+    return blurred.to(image.dtype)
+
+
+def running_mean_fill(image: Tensor, order: Tensor, patches_per_step: int, grid: PatchGrid) -> Tensor:
+    """The drifting fill: each step's patches take the mean of the image as it was before that step.
+
+    Args:
+        image: [C, H, W]. order: [P] patches in the order of their removal, ``patches_per_step`` at a time.
+
+    Returns a fill [1, H, W]: patches already filled keep their value, so one image holds all the steps.
+    """
+    sums = grid.sum_pixels(image.double())
+    pixels = image.shape[0] * grid.ph * grid.pw
+    total, fill = sums.sum(), torch.empty_like(sums)
+    for patches in order.split(patches_per_step):
+        mean = total / (pixels * grid.n_patches)
+        fill[patches] = mean
+        total = total + (mean * pixels * len(patches) - sums[patches].sum())
+    return grid.to_pixels(fill).unsqueeze(0).to(image.dtype)

@@ -1,0 +1,31 @@
+"""The method in plain torch, one equation a line. Every faster backend is held against these functions.
+
+Letters, the same everywhere: ``B`` images, ``P`` patches, ``N`` tokens (``P`` + prefix tokens), ``H`` heads,
+``dh`` head width, ``d`` model width, ``L`` blocks, ``F`` SAE features, ``K`` active features a token, ``C`` gate
+configurations, ``T`` tokens in a flat batch.
+
+All of it runs in float64 where the inputs are float64, on any device.
+"""
+
+from fastfg.reference.encode import Activation, Normalized, encode, normalize, preactivations
+from fastfg.reference.encode_project import encode_project
+from fastfg.reference.encode_topk import encode_topk
+from fastfg.reference.gate import gate
+from fastfg.reference.project import project, project_dense
+from fastfg.reference.relevancy import attention_map, relevancy, relevancy_matrix
+
+__all__ = [
+    "Activation",
+    "Normalized",
+    "attention_map",
+    "encode",
+    "encode_project",
+    "encode_topk",
+    "gate",
+    "normalize",
+    "preactivations",
+    "project",
+    "project_dense",
+    "relevancy",
+    "relevancy_matrix",
+]

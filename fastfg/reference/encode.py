@@ -1,0 +1,103 @@
+"""Dense codes: ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, ``f >= 0``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastfg.reference.encode_topk import topk_lowest_index
+
+ACTIVATIONS = ("topk", "batch_topk", "relu", "jumprelu", "gated", "tanh_relu")
+NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
+LAYER_NORM_EPS = 1e-5  # added to the standard deviation, outside the root
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Which nonlinearity an SAE has, and what it needs.
+
+    ``topk`` needs ``k``; ``batch_topk`` a scalar ``threshold``; ``jumprelu`` a ``threshold`` [F]; ``gated``
+    ``r_mag``, ``b_gate`` and ``b_mag``, each [F] (it has no ``b_enc``).
+    """
+
+    name: str
+    k: int | None = None
+    threshold: Tensor | None = None  # [] or [F]
+    r_mag: Tensor | None = None  # [F]
+    b_gate: Tensor | None = None  # [F]
+    b_mag: Tensor | None = None  # [F]
+
+    def slice(self, start: int, stop: int) -> Activation:
+        """The same activation for the features ``start:stop`` (those without a choice among all features)."""
+        part = [
+            t[start:stop] if t is not None and t.ndim else t
+            for t in (self.threshold, self.r_mag, self.b_gate, self.b_mag)
+        ]
+        return Activation(self.name, self.k, *part)
+
+
+class Normalized(NamedTuple):
+    """``x = values * scale + shift``: scale and shift are the token's own, [..., 1]."""
+
+    values: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def normalize(x: Tensor, kind: str) -> Normalized:
+    """The SAE's input normalisation of ``x`` [..., d].
+
+    ``layer_norm`` subtracts the mean and divides by (unbiased standard deviation + 1e-5); ``constant_norm``
+    multiplies by ``sqrt(d) / norm``. The scale of a layer-norm SAE is the standard deviation itself.
+    """
+    if kind == "none":
+        return Normalized(x, torch.ones_like(x[..., :1]), torch.zeros_like(x[..., :1]))
+    if kind == "layer_norm":
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        return Normalized((x - mean) / (std + LAYER_NORM_EPS), std, mean)
+    if kind == "constant_norm":
+        norm, root = x.norm(dim=-1, keepdim=True), x.shape[-1] ** 0.5
+        return Normalized(x * (root / norm), norm / root, torch.zeros_like(norm))
+    raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {kind!r}")
+
+
+def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+    """``(x - b_dec) @ W_enc + b_enc`` [..., F]; ``b_dec`` None where the SAE does not subtract it."""
+    return (x if b_dec is None else x - b_dec) @ W_enc + b_enc
+
+
+def activate(pre: Tensor, activation: Activation) -> Tensor:
+    """The codes of pre-activations [..., F]; for ``gated`` these are ``(x - b_dec) @ W_enc``, without a bias."""
+    kind = activation
+    if kind.name == "relu":
+        return pre.relu()
+    if kind.name == "tanh_relu":
+        return pre.relu().tanh()
+    if kind.name in ("jumprelu", "batch_topk"):
+        assert kind.threshold is not None
+        return torch.where(pre > kind.threshold.to(pre), pre, 0.0).relu()
+    if kind.name == "gated":
+        assert kind.r_mag is not None and kind.b_gate is not None and kind.b_mag is not None
+        magnitude = (pre * kind.r_mag.to(pre).exp() + kind.b_mag.to(pre)).relu()
+        return torch.where(pre + kind.b_gate.to(pre) > 0, magnitude, 0.0)
+    if kind.name == "topk":
+        assert kind.k is not None
+        values, indices = topk_lowest_index(pre, kind.k)
+        return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+    raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {kind.name!r}")
+
+
+def encode(
+    x: Tensor,  # [..., d], already normalised
+    W_enc: Tensor,  # [d, F]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor | None,  # [d], None: not subtracted
+    activation: Activation,
+) -> Tensor:
+    """Dense codes ``f`` [..., F] of SPEC's section on sparse autoencoders."""
+    if activation.name == "gated":
+        b_enc = torch.zeros_like(b_enc)
+    return activate(preactivations(x, W_enc, b_enc, b_dec), activation)

@@ -1,0 +1,29 @@
+"""Equations 2 and 3 for SAEs of any sparsity, streaming over the features: no array [T, F] is kept."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastfg.reference.encode import Activation, encode
+from fastfg.reference.project import project_dense
+
+FEATURES_AT_ONCE = 4096
+
+
+def encode_project(
+    x: Tensor,  # [T, d], already normalised, b_dec already subtracted
+    g: Tensor,  # [T, d]
+    W_enc: Tensor,  # [d, F]
+    b_enc: Tensor,  # [F]
+    W_dec: Tensor,  # [F, d]
+    activation: Activation,
+) -> Tensor:
+    """Scores [T] of relu, tanh_relu, jumprelu, gated and batch_topk SAEs; topk needs all features at once."""
+    if activation.name == "topk":
+        raise ValueError("activation: expected one that acts on each feature alone, got 'topk' (use encode_topk)")
+    scores = x.new_zeros(x.shape[0])
+    for start in range(0, W_enc.shape[1], FEATURES_AT_ONCE):
+        part = slice(start, start + FEATURES_AT_ONCE)
+        f = encode(x, W_enc[:, part], b_enc[part], None, activation.slice(part.start, part.stop))
+        scores = scores + project_dense(g, W_dec[part], f)
+    return scores

@@ -1,0 +1,43 @@
+"""Sparse codes of a TopK SAE: the K largest pre-activations of each token, then ReLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of ``x`` [..., F] in descending order; among equals the lowest index comes first.
+
+    ``torch.topk`` leaves open which of several equal values at the threshold it takes; that choice is made
+    again here, only in the rows where it matters.
+    """
+    values, indices = x.topk(k, dim=-1)
+    threshold = values[..., -1:]
+    tied = (x == threshold).sum(-1) > (values == threshold).sum(-1)
+    if bool(tied.any()):
+        indices = indices.clone()
+        indices[tied] = _lowest_of_equal(x[tied], threshold[tied], k)
+    indices = indices.sort(dim=-1).values
+    values, order = x.gather(-1, indices).sort(dim=-1, descending=True, stable=True)
+    return values, indices.gather(-1, order)
+
+
+def _lowest_of_equal(x: Tensor, threshold: Tensor, k: int) -> Tensor:
+    above, equal = x > threshold, x == threshold
+    wanted = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= wanted))
+    return chosen.nonzero()[:, -1].reshape(-1, k)
+
+
+def encode_topk(
+    x: Tensor,  # [T, d], already normalised
+    W_enc: Tensor,  # [d, F]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor | None,  # [d], None: not subtracted
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """Values [T, K] >= 0 in descending order and indices [T, K]; ties go to the lowest index."""
+    pre = (x if b_dec is None else x - b_dec) @ W_enc + b_enc
+    values, indices = topk_lowest_index(pre, k)
+    return torch.relu(values), indices

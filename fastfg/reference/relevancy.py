@@ -1,0 +1,64 @@
+"""Equations 1 and 6: gradient-weighted attention, gated by column, summed up through the blocks.
+
+Two forms of the same thing. The row form follows only the row(s) that the head reads, from the last block to
+the first, which is the order of the backward pass; the library uses it. The matrix form builds the whole
+N x N relevancy from the first block to the last, as the paper writes it; it is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IDENTITIES = ("transmm", "paper")
+
+
+def attention_map(attn: Tensor, dattn: Tensor) -> Tensor:
+    """``E = mean_h max(A * dy/dA, 0)``: ``attn`` and ``dattn`` [B, H, N, N] -> [B, N, N]. Clamped, then averaged."""
+    return (attn * dattn).clamp(min=0).mean(1)
+
+
+def relevancy(
+    rows: Tensor,  # [C, B, N]
+    q: Tensor,  # [B, H, N, dh]
+    k: Tensor,  # [B, H, N, dh]
+    v: Tensor,  # [B, H, N, dh]
+    dO: Tensor,  # [B, H, N, dh]
+    scale: float,
+    gates: Tensor | None = None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
+    identity: str = "transmm",
+) -> Tensor:
+    """One block of the row form: ``r <- r + (r @ E) * w`` -> [C, B, N], with ``E`` from q, k, v and dO.
+
+    With ``identity="paper"`` (eq. 1 by the letter) ``E`` holds the identity, and the gate scales that too.
+    """
+    attn = torch.softmax(q @ k.mT * scale, dim=-1)  # A
+    dattn = dO @ v.mT  # dy/dA
+    E = attention_map(attn, dattn)  # eq. 1
+    flow = torch.einsum("cbn,bnm->cbm", rows, E)
+    if identity == "paper":
+        flow = flow + rows
+    elif identity != "transmm":
+        raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
+    return rows + (flow if gates is None else flow * gates)  # eq. 6
+
+
+def relevancy_matrix(
+    attn: Sequence[Tensor],  # L of [B, H, N, N]
+    dattn: Sequence[Tensor],  # L of [B, H, N, N]
+    gates: Sequence[Tensor | None],  # L of [B, N] or None
+    identity: str = "transmm",
+) -> Tensor:
+    """The oracle: ``R <- R + E_l @ R`` from ``R = I`` over the blocks in order -> [B, N, N]."""
+    eye = torch.eye(attn[0].shape[-1], dtype=attn[0].dtype, device=attn[0].device)
+    R = eye.expand(attn[0].shape[0], -1, -1)
+    for A, dA, w in zip(attn, dattn, gates, strict=True):
+        E = attention_map(A, dA)  # eq. 1
+        if identity == "paper":
+            E = E + eye
+        if w is not None:
+            E = E @ torch.diag_embed(w)  # eq. 6
+        R = R + E @ R
+    return R

@@ -1,0 +1,7 @@
+"""Sparse autoencoders: the model, the checkpoint formats that can be read, and training."""
+
+from fastfg.sae.checkpoints import load_sae, load_saes
+from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.train import SAEReport, train_sae
+
+__all__ = ["SAEReport", "SparseAutoencoder", "load_sae", "load_saes", "train_sae"]

@@ -1,0 +1,187 @@
+"""One class for every sparse autoencoder that fastfg reads: weights, an activation, a normalisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfg.reference.encode import ACTIVATIONS, NORMALIZATIONS, Activation, Normalized, encode, normalize
+from fastfg.reference.encode_topk import encode_topk, topk_lowest_index
+
+ACTIVATION_TENSORS = ("threshold", "r_mag", "b_gate", "b_mag")
+
+
+class SparseAutoencoder(nn.Module):
+    """A sparse autoencoder over the residual stream: codes ``f >= 0`` and their dictionary.
+
+    ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, reconstruction ``f @ W_dec + b_dec``.
+
+    Args:
+        W_enc: [d, F]. b_enc: [F]. W_dec: [F, d], the dictionary, one feature a row. b_dec: [d].
+        activation: ``topk`` (with ``k``), ``batch_topk`` (scalar ``threshold``), ``relu``, ``jumprelu``
+            (``threshold`` [F]), ``gated`` (``r_mag``, ``b_gate``, ``b_mag``, each [F]) or ``tanh_relu``.
+        normalize: ``none``, ``layer_norm`` (subtract the mean, divide by unbiased std + 1e-5) or
+            ``constant_norm`` (times sqrt(d) / norm).
+        subtract_b_dec: whether ``b_dec`` is taken off the normalised input before encoding.
+
+    The weights take no gradients. Raises ValueError that names the argument which does not fit.
+
+    >>> import torch, fastfg
+    >>> W_dec = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
+    >>> sae = fastfg.SparseAutoencoder(W_dec.T, torch.zeros(64), W_dec, torch.zeros(16), k=8)
+    >>> values, indices = sae.encode_sparse(torch.randn(5, 16))
+    >>> values.shape
+    torch.Size([5, 8])
+    """
+
+    W_enc: Tensor  # [d, F]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, d]
+    b_dec: Tensor  # [d]
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        activation: str = "topk",
+        k: int | None = None,
+        normalize: str = "none",
+        subtract_b_dec: bool = True,
+        *,
+        threshold: Tensor | float | None = None,
+        r_mag: Tensor | None = None,
+        b_gate: Tensor | None = None,
+        b_mag: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        if threshold is not None:
+            threshold = torch.as_tensor(threshold, dtype=W_enc.dtype, device=W_enc.device)
+        extra = {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
+        _check(weights, activation, k, normalize, extra)
+        for name, tensor in (weights | extra).items():
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+        self.activation_name, self.k = activation, k
+        self.normalization, self.subtract_b_dec = normalize, subtract_b_dec
+
+    @property
+    def d(self) -> int:
+        """Width of the residual stream that this SAE reads."""
+        return self.W_enc.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """Features in the dictionary."""
+        return self.W_enc.shape[1]
+
+    @property
+    def activation(self) -> Activation:
+        """The nonlinearity with its parameters, as ``fastfg.reference`` takes it."""
+        return Activation(self.activation_name, self.k, *(getattr(self, name) for name in ACTIVATION_TENSORS))
+
+    @property
+    def subtracted(self) -> Tensor | None:
+        """``b_dec`` where this SAE takes it off its input, else None."""
+        return self.b_dec if self.subtract_b_dec else None
+
+    def normalize(self, x: Tensor) -> Normalized:
+        """The normalised input with the token's own scale and shift: ``x`` [..., d] in the SAE's dtype."""
+        return normalize(x.to(self.W_enc.dtype), self.normalization)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense codes: ``x`` [..., d] -> [..., F]."""
+        _check_width(x, self.d)
+        return encode(self.normalize(x).values, self.W_enc, self.b_enc, self.subtracted, self.activation)
+
+    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
+
+        ``K`` is ``k`` for a TopK SAE. For the others it is the largest number of active features that any of
+        these tokens has; the tokens with fewer end in values of 0.
+        """
+        _check_width(x, self.d)
+        flat = self.normalize(x).values.flatten(0, -2)
+        if self.activation_name == "topk":
+            assert self.k is not None
+            values, indices = encode_topk(flat, self.W_enc, self.b_enc, self.subtracted, self.k)
+        else:
+            f = encode(flat, self.W_enc, self.b_enc, self.subtracted, self.activation)
+            most = int((f > 0).sum(-1).max()) if f.numel() else 0
+            values, indices = topk_lowest_index(f, most) if most else (f[:, :0], f[:, :0].long())
+        return values.unflatten(0, x.shape[:-1]), indices.unflatten(0, x.shape[:-1])
+
+    def decode(self, codes: Tensor, like: Normalized | None = None) -> Tensor:
+        """Reconstruction [..., d] of dense codes [..., F], in the normalised space.
+
+        With ``like``, the result of :meth:`normalize`, it is brought back to the residual stream's own scale.
+        """
+        decoded = codes @ self.W_dec + self.b_dec
+        return decoded if like is None else decoded * like.scale + like.shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of ``x`` [..., d], at its own scale."""
+        return self.decode(self.encode(x), self.normalize(x))
+
+    def config(self) -> dict[str, Any]:
+        """All that is not a tensor, as :meth:`save` writes it."""
+        return {
+            "activation": self.activation_name,
+            "k": self.k,
+            "normalize": self.normalization,
+            "subtract_b_dec": self.subtract_b_dec,
+            "d": self.d,
+            "n_features": self.n_features,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``sae.safetensors`` into ``folder`` (made if need be)."""
+        from fastfg.sae.checkpoints import fastfg
+
+        fastfg.write(self, Path(folder))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparseAutoencoder:
+        """Read one SAE from a folder or file in any format that fastfg knows; no code in it is run."""
+        from fastfg.sae.checkpoints import load_sae
+
+        return load_sae(path)
+
+    def extra_repr(self) -> str:
+        k = f", k={self.k}" if self.k is not None else ""
+        return f"d={self.d}, F={self.n_features}, {self.activation_name}{k}, normalize={self.normalization!r}"
+
+
+def _check_width(x: Tensor, d: int) -> None:
+    if x.shape[-1] != d:
+        raise ValueError(f"x: expected [..., {d}] for this SAE, got {list(x.shape)}")
+
+
+def _check(
+    weights: dict[str, Tensor], activation: str, k: int | None, normalize: str, extra: dict[str, Tensor | None]
+) -> None:
+    if weights["W_enc"].ndim != 2:
+        raise ValueError(f"W_enc: expected [d, F], got {list(weights['W_enc'].shape)}")
+    d, F = weights["W_enc"].shape
+    expected = {"b_enc": [F], "W_dec": [F, d], "b_dec": [d], "r_mag": [F], "b_gate": [F], "b_mag": [F]}
+    for name, tensor in (weights | extra).items():
+        if tensor is not None and name in expected and list(tensor.shape) != expected[name]:
+            raise ValueError(f"{name}: expected {expected[name]} beside W_enc [{d}, {F}], got {list(tensor.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}")
+    if activation == "topk" and (k is None or not 1 <= k <= F):
+        raise ValueError(f"k: expected 1 to {F} for a topk SAE, got {k}")
+    needed = {"batch_topk": ["threshold"], "jumprelu": ["threshold"], "gated": ["r_mag", "b_gate", "b_mag"]}
+    for name in needed.get(activation, []):
+        if extra[name] is None:
+            raise ValueError(f"{name}: expected for a {activation} SAE, got None")
+    threshold = extra["threshold"]
+    shape = [F] if activation == "jumprelu" else []
+    if threshold is not None and list(threshold.shape) != shape:
+        raise ValueError(f"threshold: expected {shape} for a {activation} SAE, got {list(threshold.shape)}")

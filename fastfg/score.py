@@ -1,0 +1,146 @@
+"""The patches' scores in one block: every score kind from one reading of the SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastfg import ops
+from fastfg.reference.encode import Normalized, encode
+from fastfg.reference.encode_topk import topk_lowest_index
+from fastfg.reference.project import contributions
+from fastfg.sae.model import SparseAutoencoder
+from fastfg.types import Features, Gate
+
+FEATURES_AT_ONCE = 4096  # of the dictionary, where all of it must be read
+TOKENS_AT_ONCE = 1024  # where codes are dense
+
+
+def shuffled(n_features: int, seed: int, device: torch.device) -> Tensor:
+    """The permutation of a shuffled decoder, drawn on the CPU so that every device gets the same one."""
+    return torch.randperm(n_features, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+class LayerScores:
+    """Scores of one block's patches for any number of gates; the SAE is run once, when first needed.
+
+    Args:
+        x: [B, P, d] residual stream at the patches. g: [B, P, d] gradient of the target there.
+        sae: the block's SAE; None where only ``gradient_x_residual`` is asked for.
+    """
+
+    def __init__(self, x: Tensor, g: Tensor, sae: SparseAutoencoder | None, backend: str = "auto") -> None:
+        self.shape = x.shape[:2]
+        self.x, self.g, self.backend = x.flatten(0, 1), g.flatten(0, 1), backend
+        self._sae = sae
+
+    def score(self, gate: Gate) -> Tensor:
+        """``gate``'s scores [B, P]."""
+        scores = getattr(self, f"_{gate.score}")(gate)
+        if gate.rescale:
+            scores = scores * self.normalized.scale.squeeze(-1)
+        return scores.reshape(self.shape)
+
+    def features(self, gate: Gate, n: int) -> Features:
+        """The ``n`` features of each patch that contribute most to eq. 3, by absolute value: [B, P, n]."""
+        parts = [
+            self._strongest(gate, n, g, values, indices)
+            for g, (values, indices) in zip(self.g_sae.split(TOKENS_AT_ONCE), self._sparse_codes(), strict=True)
+        ]
+        indices, values = (torch.cat(part).reshape(*self.shape, n) for part in zip(*parts, strict=True))
+        return Features(indices, values)
+
+    # What each kind needs of the SAE -------------------------------------------------------------------------
+
+    @property
+    def sae(self) -> SparseAutoencoder:
+        assert self._sae is not None  # checked with the arguments
+        return self._sae
+
+    @cached_property
+    def normalized(self) -> Normalized:
+        return self.sae.normalize(self.x)
+
+    @cached_property
+    def g_sae(self) -> Tensor:
+        return self.g.to(self.sae.W_dec.dtype)
+
+    @cached_property
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Values and indices [T, K] of a TopK SAE."""
+        sae = self.sae
+        assert sae.k is not None
+        return ops.encode_topk(
+            self.normalized.values, sae.W_enc, sae.b_enc, sae.subtracted, sae.k, backend=self.backend
+        )
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """The encoder's input with ``b_dec`` taken off where the SAE does so."""
+        values = self.normalized.values
+        return values if self.sae.subtracted is None else values - self.sae.subtracted
+
+    def _decoder_rows(self, gate: Gate, indices: Tensor) -> Tensor:
+        """The decoder's row for each feature: with a shuffled decoder, another one's."""
+        if gate.shuffle_seed is None:
+            return indices
+        return shuffled(self.sae.n_features, gate.shuffle_seed, indices.device)[indices]
+
+    # The score kinds -----------------------------------------------------------------------------------------
+
+    def _combined(self, gate: Gate) -> Tensor:
+        if self.sae.activation_name == "topk":
+            values, indices = self.codes
+            rows = self._decoder_rows(gate, indices)
+            return ops.project(self.g_sae, self.sae.W_dec, values, rows, backend=self.backend)
+        sae, W_dec = self.sae, self.sae.W_dec
+        if gate.shuffle_seed is not None:
+            W_dec = W_dec[shuffled(sae.n_features, gate.shuffle_seed, W_dec.device)]
+        return ops.encode_project(
+            self.centred, self.g_sae, sae.W_enc, sae.b_enc, W_dec, sae.activation, backend=self.backend
+        )
+
+    def _activation(self, gate: Gate) -> Tensor:
+        if self.sae.activation_name == "topk":
+            return self.codes[0].sum(-1)
+        return torch.cat([f.sum(-1) for f in self._dense_codes()])
+
+    def _gradient(self, gate: Gate) -> Tensor:
+        parts = self.sae.W_dec.split(FEATURES_AT_ONCE)
+        return torch.stack([(self.g_sae @ W.mT).abs().sum(-1) for W in parts]).sum(0)
+
+    def _gradient_signed(self, gate: Gate) -> Tensor:
+        return self.g_sae @ self.sae.W_dec.sum(0)
+
+    def _gradient_x_residual(self, gate: Gate) -> Tensor:
+        return (self.g * self.x).sum(-1)
+
+    # Features ------------------------------------------------------------------------------------------------
+
+    def _dense_codes(self) -> Iterator[Tensor]:
+        """Codes [<= TOKENS_AT_ONCE, F], some tokens at a time."""
+        sae = self.sae
+        for x in self.centred.split(TOKENS_AT_ONCE):
+            yield encode(x, sae.W_enc, sae.b_enc, None, sae.activation)
+
+    def _sparse_codes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values and indices of the active features, some tokens at a time."""
+        if self.sae.activation_name == "topk":
+            yield from zip(*(t.split(TOKENS_AT_ONCE) for t in self.codes), strict=True)
+        else:
+            for f in self._dense_codes():
+                yield topk_lowest_index(f, max(int((f > 0).sum(-1).max()), 1))
+
+    def _strongest(self, gate: Gate, n: int, g: Tensor, codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and values [T, n] of the largest terms of eq. 3; index -1 and value 0 fill up."""
+        terms = contributions(g, self.sae.W_dec, codes, self._decoder_rows(gate, indices))
+        _, order = topk_lowest_index(terms.abs(), min(n, terms.shape[-1]))
+        active = codes.gather(-1, order) > 0
+        values = torch.where(active, terms.gather(-1, order), 0.0)
+        chosen = torch.where(active, indices.gather(-1, order), -1)
+        short = n - order.shape[-1]
+        return F.pad(chosen, (0, short), value=-1), F.pad(values, (0, short))

@@ -1,0 +1,154 @@
+"""What goes in and comes out: Gate, Attribution, Scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCORES = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One configuration of the gate: which blocks, how sharp, how strong, and from which score.
+
+    Args:
+        layers: 0-based blocks whose attention maps are gated, from the residual stream at their output.
+        kappa: sharpness, > 0: ``w = exp(log(c_max) * tanh(kappa * z))``.
+        c_max: strength, > 1: gates lie in [1/c_max, c_max].
+        score: ``combined`` (the method: feature times its gradient), ``activation``, ``gradient`` (absolute),
+            ``gradient_signed``, or ``gradient_x_residual`` (``g . x``, the control without an SAE).
+        shuffle_seed: pair the codes with a decoder whose rows are permuted by this seed (``combined`` only).
+        rescale: multiply the scores by the token's own scale of a normalised SAE.
+
+    >>> import fastfg
+    >>> fastfg.Gate(layers=(2, 3, 4), kappa=1.0, c_max=50.0).layers
+    (2, 3, 4)
+    """
+
+    layers: tuple[int, ...]
+    kappa: float = 0.5
+    c_max: float = 10.0
+    score: str = "combined"
+    shuffle_seed: int | None = None
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        layers = (self.layers,) if isinstance(self.layers, int) else tuple(int(layer) for layer in self.layers)
+        object.__setattr__(self, "layers", layers)
+        if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+            raise ValueError(f"layers: expected distinct 0-based blocks, at least one, got {layers}")
+        if not 0 < self.kappa < float("inf"):
+            raise ValueError(f"kappa: expected a number > 0, got {self.kappa}")
+        if not 1 < self.c_max < float("inf"):
+            raise ValueError(f"c_max: expected a number > 1, got {self.c_max}")
+        if self.score not in SCORES:
+            raise ValueError(f"score: expected one of {SCORES}, got {self.score!r}")
+        if self.shuffle_seed is not None and self.score != "combined":
+            raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
+        if self.rescale and not self.needs_sae:
+            raise ValueError(f"rescale: expected False with score={self.score!r}, which has no SAE, got True")
+
+    @property
+    def needs_sae(self) -> bool:
+        """Whether this gate's score is made of SAE features."""
+        return self.score != "gradient_x_residual"
+
+
+class Features(NamedTuple):
+    """Each patch's strongest feature contributions ``f_k (W_dec[k] . g)``, by absolute value.
+
+    ``indices`` and ``values``: [B, P, n], or [C, B, P, n] for a list of gates; where a patch has fewer than n
+    active features, and for a configuration that does not gate the block, index -1 and value 0.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+
+@dataclass
+class Attribution:
+    """What ``fastfg.attribute`` returns. For a list of gates every map, score and gate has a leading ``C``.
+
+    Attributes:
+        maps: [B, gh, gw] raw relevancy of each patch, not normalised; float32 (float64 for a float64 model).
+        target: [B] int64, the class that was explained.
+        logits: [B, n] of the model.
+        scores: {block: [B, P]} the patches' scores ``s`` (eq. 3). In a list, NaN stands for a configuration
+            that does not gate that block: it has no score there.
+        gates: {block: [B, P]} the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
+        features: {block: Features}, empty unless ``features=n`` was asked for.
+    """
+
+    maps: Tensor
+    target: Tensor
+    logits: Tensor
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[int, Features] = field(default_factory=dict)
+
+    def heatmap(self, size: tuple[int, int]) -> Tensor:
+        """The maps upsampled to ``size`` (height, width) bilinearly and scaled to 0..1 an image: [..., H, W].
+
+        An image whose map is the same everywhere has nothing to show: its heatmap is 0.
+        """
+        return heatmap(self.maps, size)
+
+
+def heatmap(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """``maps`` [..., gh, gw] upsampled to [..., H, W] bilinearly, each scaled to 0..1."""
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    large = F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+    low, high = large.amin((-2, -1), keepdim=True), large.amax((-2, -1), keepdim=True)
+    return torch.where(high == low, 0.0, (large - low) / torch.where(high == low, 1.0, high - low))
+
+
+class ScoreError(NamedTuple):
+    """Why one image has no score: which metric, which map of a list (None for all of them), which image."""
+
+    metric: str
+    config: int | None
+    image: int
+    key: str
+    message: str
+
+
+@dataclass
+class Scores(Mapping[str, Tensor]):
+    """What ``fastfg.evaluate`` returns: ``scores["saco"]`` is float64 [B], or [C, B] for maps [C, B, gh, gw].
+
+    A score that could not be computed is NaN, and ``errors`` says why; it is never 0.
+
+    Attributes:
+        by_metric: {metric: scores}, what the mapping holds.
+        details: {metric: {name: tensor}}, see each metric.
+        errors: one :class:`ScoreError` for each score that is missing.
+        image_keys: the images' keys, from which all that is random was drawn.
+        forwards: {"asked": ..., "run": ...} perturbed forwards, an image each.
+        path: how the model was run, in words.
+    """
+
+    by_metric: dict[str, Tensor]
+    details: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    errors: list[ScoreError] = field(default_factory=list)
+    image_keys: list[str] = field(default_factory=list)
+    forwards: dict[str, int] = field(default_factory=dict)
+    path: str = "pixels"
+
+    def __getitem__(self, metric: str) -> Tensor:
+        return self.by_metric[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_metric)
+
+    def __len__(self) -> int:
+        return len(self.by_metric)
+
+    def summary(self) -> dict[str, Any]:
+        """Mean of each metric over the images that have a score: {metric: [] or [C]}."""
+        return {name: value.nanmean(-1) for name, value in self.by_metric.items()}
