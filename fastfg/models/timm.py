@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 from fastfg.models.adapter import Adapter
 
@@ -55,6 +58,16 @@ def adapt(model: Any) -> Adapter:
         pixel_std=_channels(config.get("std"), model.in_chans),
         flags=FLAGS,
     )
+
+
+def preprocessing(model: Any) -> Callable[[Any], Tensor]:
+    """The model's own evaluation transform: a PIL image -> [C, H, W], as timm's configuration of it says."""
+    import_timm()
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config({"input_size": (model.in_chans, *model.patch_embed.img_size)}, model=model)
+    transform, mode = create_transform(**config), "L" if model.in_chans == 1 else "RGB"
+    return lambda image: transform(image.convert(mode))
 
 
 def _channels(values: Any, in_chans: int) -> tuple[float, ...] | None:

@@ -1,0 +1,41 @@
+"""``fastfg info``: versions, devices, and which backend serves which op."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Any
+
+from fastfg.cli.console import add_command, console, say
+
+OPTIONAL = ("timm", "transformers", "torchvision", "vit-prisma", "triton", "matplotlib", "pandas", "scipy")
+
+
+def add(commands: Any) -> None:
+    add_command(commands, "info", run, "Show versions, devices, and op by op which backend can serve it, or why not.")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+    from rich.table import Table
+
+    import fastfg
+    from fastfg import ops
+    from fastfg.dispatch import BACKENDS, why_not
+
+    say(f"fastfg {fastfg.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    say(f"devices: cpu ({torch.get_num_threads()} threads){''.join(f', {name}' for name in gpus)}")
+    say("libraries: " + ", ".join(f"{name} {_version(name)}" for name in OPTIONAL))
+    table = Table("op", *BACKENDS, title="Backends", title_justify="left")
+    for op in ops.__all__:
+        table.add_row(op, *(why_not(op, backend) or "yes" for backend in BACKENDS))
+    console.print(table)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

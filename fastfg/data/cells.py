@@ -1,0 +1,32 @@
+"""ELPV: 2,624 electroluminescence photographs of solar cells, each with a probability of being defective.
+
+Deitsch et al., "Automatic classification of defective photovoltaic module cells in electroluminescence images",
+Solar Energy 185 (2019). Licence CC-BY-NC-SA 4.0: read where the user installed it, never redistributed.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from fastfg.data.wheels import wheel_file
+
+WHEEL = "elpv-dataset==1.0.0.post1"
+LICENCE = "ELPV solar cells (Deitsch et al. 2019), CC-BY-NC-SA 4.0: used here, not redistributed"
+
+
+class Cells(NamedTuple):
+    """Files of the photographs (300 x 300, grey), each one's probability of a defect, and its kind of wafer."""
+
+    paths: list[Path]
+    probability: list[float]
+    kind: list[str]  # "mono" or "poly"
+
+
+def load_cells() -> Cells:
+    """Where the photographs are and how they are labelled, from the installed ``elpv-dataset`` wheel."""
+    labels = wheel_file(WHEEL, "elpv_dataset/data/labels.csv")
+    with labels.open(newline="") as file:
+        rows = list(csv.reader(file, delimiter=" ", skipinitialspace=True))
+    return Cells([labels.parent / row[0] for row in rows], [float(row[1]) for row in rows], [row[2] for row in rows])

@@ -1,0 +1,56 @@
+"""The comparison as a table: a row a variant, a column a metric, the best of each column in bold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastfg.study.statistics import HIGHER_IS_BETTER
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TITLES = {
+    "saco": "SaCo ↑",
+    "faithfulness_correlation": "Faithfulness Correlation ↑",
+    "pixel_flipping": "Pixel Flipping ↓",
+}
+FOOTNOTE = (
+    "Mean ± standard error over images. Stars: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, "
+    "*** p < .001. Bold: the best mean of its column."
+)
+
+
+class Cell(NamedTuple):
+    """One entry: its text, and whether it is the best of its column."""
+
+    text: str
+    best: bool
+
+
+def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]]:
+    """Column titles, and {variant: its cells}, from :func:`fastfg.study.summarize`."""
+    metrics = list(dict.fromkeys(summary["metric"]))
+    best = {}
+    for metric in metrics:
+        means = summary.loc[summary["metric"] == metric].set_index("variant")["mean"].dropna()
+        if len(means):
+            best[metric] = means.idxmax() if HIGHER_IS_BETTER[metric] else means.idxmin()
+    rows: dict[str, list[Cell]] = {}
+    for entry in summary.sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable").to_dict("records"):
+        text = f"{entry['mean']:.3f} ± {entry['se']:.3f}{entry['stars']}"
+        rows.setdefault(entry["variant"], []).append(Cell(text, best.get(entry["metric"]) == entry["variant"]))
+    return [TITLES[metric] for metric in metrics], rows
+
+
+def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
+    """The table in Markdown, with its footnote."""
+    titles, rows = table_cells(summary)
+    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    for variant, cells in rows.items():
+        shown = [f"**{cell.text}**" if cell.best else cell.text for cell in map(_escape, cells)]
+        lines.append(f"| {variant.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n\n" + FOOTNOTE.format(against=against).replace("*", "\\*") + "\n"
+
+
+def _escape(cell: Cell) -> Cell:
+    return Cell(cell.text.replace("*", "\\*"), cell.best)

@@ -1,0 +1,46 @@
+"""Table 1's numbers: mean and standard error over images, and Welch's t-test against the first variant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+HIGHER_IS_BETTER = {"saco": True, "faithfulness_correlation": True, "pixel_flipping": False}
+
+
+def stars(p: float) -> str:
+    """``***`` below .001, ``**`` below .01, ``*`` below .05; nothing for NaN."""
+    return next((mark for bound, mark in STARS if p < bound), "")
+
+
+def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
+    """A row a variant x metric: ``mean``, ``se`` (standard error over images), ``n``, ``p`` and ``stars``.
+
+    ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``; NaN for itself, and
+    where fewer than two images have a score. Missing scores are left out, and ``n`` says how many were there.
+
+    Args:
+        scores: columns ``image``, ``variant``, and the metrics (see :func:`fastfg.study.compare`).
+    """
+    import pandas as pd
+    from scipy import stats
+
+    rows = []
+    variants = list(dict.fromkeys(scores["variant"]))
+    for metric in (name for name in HIGHER_IS_BETTER if name in scores):
+        base = scores.loc[scores["variant"] == against, metric].dropna()
+        for variant in variants:
+            values = scores.loc[scores["variant"] == variant, metric].dropna()
+            p = float("nan")
+            if variant != against and min(len(values), len(base)) > 1:
+                p = float(stats.ttest_ind(values, base, equal_var=False).pvalue)
+            se = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            mean = float(values.mean()) if len(values) else float("nan")
+            rows.append(
+                {"variant": variant, "metric": metric, "mean": mean, "se": se, "n": len(values), "p": p}
+                | {"stars": stars(p)}
+            )
+    return pd.DataFrame(rows)
