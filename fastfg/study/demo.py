@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 class Settings:
     """What the demo does; sized for a few minutes on two cores."""
 
-    layers: tuple[int, ...] = (4, 7, 10)
+    layers: tuple[int, ...] = (4, 6, 8)
     train_images: int = 600
     test_images: int = 200
     tokens_per_image: int = 128  # of 256, for the SAEs

@@ -1,0 +1,42 @@
+"""Equations 4 and 5 by hand."""
+
+import math
+
+import pytest
+import torch
+
+from fastfg import reference
+
+
+def test_by_hand_with_the_lower_median():
+    scores = torch.tensor([4.0, 1.0, 2.0, 9.0], dtype=torch.float64)  # lower median 2; deviations 2 1 0 7, lower median 1
+    expected = [math.exp(math.log(10) * math.tanh(0.5 * (s - 2) / (1.4826 * (1 + 1e-8)))) for s in (4, 1, 2, 9)]
+    assert reference.gate(scores, 0.5, 10.0).tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_odd_number_of_patches():
+    scores = torch.tensor([[3.0, -1.0, 5.0]], dtype=torch.float64)  # median 3, deviations 0 4 2
+    expected = math.exp(math.log(50) * math.tanh((5 - 3) / (1.4826 * (2 + 1e-8))))
+    assert float(reference.gate(scores, 1.0, 50.0)[0, 2]) == pytest.approx(expected, rel=1e-14)
+
+
+def test_no_spread_means_no_gate_at_the_median_and_a_full_one_off_it():
+    assert reference.gate(torch.full((2, 7), 3.0), 1.0, 10.0).eq(1).all()
+    gates = reference.gate(torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 0.0]), 1.0, 10.0)
+    assert gates.tolist() == pytest.approx([1, 1, 1, 1, 10, 0.1])
+
+
+def test_range_order_and_nan():
+    scores = torch.randn(5, 196, dtype=torch.float64)
+    gates = reference.gate(scores, 3.0, 50.0)
+    assert ((gates >= 1 / 50 * (1 - 1e-12)) & (gates <= 50 * (1 + 1e-12))).all()
+    assert ((scores[..., :, None] >= scores[..., None, :]) <= (gates[..., :, None] >= gates[..., None, :])).all()
+    assert reference.gate(torch.tensor([1.0, torch.nan, 2.0]), 1.0, 10.0).isnan().all()
+
+
+def test_many_configurations_at_once():
+    scores = torch.randn(2, 3, 9, dtype=torch.float64)
+    kappa, c_max = torch.tensor([0.5, 2.0]).double(), torch.tensor([10.0, 50.0]).double()
+    both = reference.gate(scores, kappa[:, None, None], c_max[:, None, None])
+    for c in range(2):
+        torch.testing.assert_close(both[c], reference.gate(scores[c], float(kappa[c]), float(c_max[c])))

@@ -1,0 +1,175 @@
+"""Every message names the argument, what was expected, and what came."""
+
+import re
+
+import pytest
+import torch
+
+import fastfg
+from tests.tools import random_sae, tiny_vit
+
+
+def refuses(error, *parts):
+    return pytest.raises(error, match=".*".join(map(re.escape, parts)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "parts"),
+    [
+        (lambda x: x[0], ValueError, ("images: expected [B, 3, H, W]", "got [3, 32, 48]")),
+        (lambda x: x[:, :1], ValueError, ("images: expected [B, 3, H, W]", "got [3, 1, 32, 48]")),
+        (lambda x: x.numpy(), TypeError, ("images: expected a tensor", "got ndarray")),
+        (lambda x: x.float(), TypeError, ("images: expected torch.float64", "got torch.float32")),
+        (lambda x: (x * 255).byte(), TypeError, ("images: expected torch.float64", "got torch.uint8")),
+        (lambda x: x[..., :40], ValueError, ("images: expected 32 x 48 pixels", "got 32 x 40")),
+        (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), ValueError, ("finite pixels", "image(s) [1]")),
+    ],
+)
+def test_images(model, images, bad, error, parts):
+    with refuses(error, *parts):
+        fastfg.attribute(model, bad(images))
+    with refuses(error, *parts):
+        fastfg.evaluate(model, bad(images), torch.rand(3, 4, 6), target=0)
+    with refuses(error, *parts):
+        fastfg.residuals(model, bad(images), [0])
+
+
+def test_images_that_patches_do_not_fill():
+    model = tiny_vit(dynamic_img_size=True)
+    assert fastfg.attribute(model, torch.randn(1, 3, 24, 64).double()).maps.shape == (1, 3, 8)
+    with refuses(ValueError, "multiples of the patch 8 x 8", "got 24 x 60"):
+        fastfg.attribute(model, torch.randn(1, 3, 24, 60).double())
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"kappa": 0}, ("kappa: expected a number > 0", "got 0")),
+        ({"kappa": float("nan")}, ("kappa: expected a number > 0", "got nan")),
+        ({"c_max": 1}, ("c_max: expected a number > 1", "got 1")),
+        ({"c_max": float("inf")}, ("c_max: expected a number > 1", "got inf")),
+        ({"layers": ()}, ("layers: expected distinct 0-based blocks", "got ()")),
+        ({"layers": (1, 1)}, ("layers: expected distinct", "got (1, 1)")),
+        ({"layers": (-1,)}, ("layers: expected distinct", "got (-1,)")),
+        ({"score": "best"}, ("score: expected one of", "got 'best'")),
+        ({"score": "gradient", "shuffle_seed": 1}, ("shuffle_seed: expected None", "got 1")),
+        ({"score": "gradient_x_residual", "rescale": True}, ("rescale: expected False", "got True")),
+    ],
+)
+def test_gate(options, parts):
+    with refuses(ValueError, *parts):
+        fastfg.Gate(**({"layers": (2, 3)} | options))
+
+
+def test_layers_that_the_model_or_the_saes_lack(model, images, saes):
+    with refuses(ValueError, "gate.layers: expected blocks from 0 to 3", "got [9]"):
+        fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 9)))
+    with refuses(ValueError, "saes: expected an SAE for each gated block [1, 3]", "none for [3]"):
+        fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 3)))
+    with refuses(ValueError, "saes: expected", "none for [1]"):
+        fastfg.attribute(model, images, gate=fastfg.Gate((1,)))
+    with refuses(TypeError, "gate: expected a fastfg.Gate", "got dict"):
+        fastfg.attribute(model, images, saes=saes, gate=[{"layers": 1}])
+    with refuses(ValueError, "gate: expected", "got an empty list"):
+        fastfg.attribute(model, images, gate=[])
+    with refuses(ValueError, "layers: expected blocks from 0 to 3, got [4]"):
+        fastfg.residuals(model, images, [4])
+
+
+def test_sae_of_another_width(model, images, gate):
+    with refuses(ValueError, "saes[2]: expected width 32", "got 16"):
+        fastfg.attribute(model, images, saes={1: random_sae(32, 50, "relu"), 2: random_sae(16, 50, "relu")}, gate=gate)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "parts"),
+    [
+        (5, ValueError, ("target: expected classes from 0 to 4", "got [5, 5, 5]")),
+        ([0, -1, 2], ValueError, ("target: expected classes from 0 to 4", "got [-1]")),
+        ([0, 1], ValueError, ("target: expected one class or 3", "got [2]")),
+        (0.5, TypeError, ("target: expected integers", "float")),
+        (torch.rand(3), TypeError, ("target: expected", "LongTensor [3]")),
+        ("cat", TypeError, ("target: expected", "'cat'")),
+        (True, TypeError, ("target: expected", "True")),
+    ],
+)
+def test_target(model, images, target, error, parts):
+    with refuses(error, *parts):
+        fastfg.attribute(model, images, target=target)
+    with refuses(error, *parts):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=target)
+
+
+def test_options(model, images):
+    with refuses(ValueError, "identity: expected one of", "got 'none'"):
+        fastfg.attribute(model, images, identity="none")
+    with refuses(ValueError, "features: expected a number >= 0, got -1"):
+        fastfg.attribute(model, images, features=-1)
+    with refuses(ValueError, "backend: expected 'auto' or one of", "got 'gpu'"):
+        fastfg.attribute(model, images, backend="gpu")
+    with pytest.raises(RuntimeError, match="backend: 'cuda' can't run relevancy: "):
+        fastfg.attribute(model, images, backend="cuda")
+
+
+def test_models(images):
+    with refuses(TypeError, "model: expected one of timm.models.vision_transformer.VisionTransformer", "torch.nn", "Linear"):
+        fastfg.attribute(torch.nn.Linear(2, 2), images)
+    with refuses(ValueError, "model: expected global_pool to be one of", "got 'max'"):
+        fastfg.attribute(tiny_vit(global_pool="max"), images)
+    with refuses(ValueError, "model: expected logits [B, n]", "got [3, 4, 8]"):
+        model = tiny_vit(num_classes=0)
+        model.head = torch.nn.Unflatten(1, (4, 8))
+        fastfg.attribute(model, images)
+
+
+def test_a_block_without_attention_is_never_a_wrong_map(model, images):
+    class NoAttention(torch.nn.Module):
+        def forward(self, x, **_):
+            return x
+
+    model.blocks[1].attn = NoAttention()
+    with pytest.raises(RuntimeError, match="in each of its 4 blocks, met 3"):
+        fastfg.attribute(model, images)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"maps": torch.rand(2, 4, 6)}, ("maps: expected 3 of them", "got [2, 4, 6]")),
+        ({"maps": torch.rand(3, 6, 4)}, ("maps: expected 4 x 6 patches", "got [3, 6, 4]")),
+        ({"maps": torch.rand(3, 24)}, ("maps: expected floating [B, gh, gw] or [C, B, gh, gw]", "got torch.float32 [3, 24]")),
+        ({"keys": ["a"]}, ("keys: expected 3 of them", "got 1")),
+        ({"batch_size": 0}, ("batch_size: expected at least 1", "got 0")),
+        ({"metrics": ["sako"]}, ("metrics: expected names among", "got 'sako'")),
+        ({"baseline": "grey"}, ("baseline: expected one of", "got 'grey'")),
+        ({"baseline": float("nan")}, ("baseline: expected a finite number", "got nan")),
+        ({"baseline": torch.zeros(2)}, ("baseline: expected a tensor [3] or [3, 3]", "got [2]")),
+        ({"baseline": "black"}, ("baseline: 'black' is a colour in pixel space",)),
+        ({"saco": {"n_bins": 1}}, ("saco: expected n_bins from 2 to 24", "got 1")),
+        ({"saco": {"impact": "min"}}, ("saco: expected impact to be one of", "got 'min'")),
+        ({"pixel_flipping": {"patches_per_step": 0}}, ("pixel_flipping: expected patches_per_step >= 1", "got 0")),
+        ({"faithfulness_correlation": {"subset_size": 25}}, ("expected subset_size from 1 to 24", "got 25")),
+        ({"faithfulness_correlation": {"correlation": "tau"}}, ("expected correlation in", "got 'tau'")),
+        ({"faithfulness_correlation": {"n_runs": 1}}, ("expected n_runs >= 2", "got 1")),
+        ({"faithfulness_correlation": {"subsets": torch.zeros(2, 2, 1, 3).long()}}, ("expected subsets", "[2, 2, 1, 3]")),
+        ({"faithfulness_correlation": {"subsets": torch.full((1, 2, 3, 2), 24)}}, ("patches 0 to 23", "24 to 24")),
+    ],
+)
+def test_evaluate(model, images, change, parts):
+    with refuses(ValueError, *parts):
+        fastfg.evaluate(model, images, **({"maps": torch.rand(3, 4, 6), "target": 0} | change))
+
+
+def test_evaluate_option_that_a_metric_does_not_have(model, images):
+    with refuses(TypeError, "saco: unexpected option", "bins"):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=0, saco={"bins": 3})
+
+
+def test_callables(images):
+    maps = torch.rand(3, 4, 6)
+    with refuses(ValueError, "model: expected logits [3, n]", "got [3, 3, 32, 48]"):
+        fastfg.evaluate(lambda x: x, images, maps, target=0)
+    with refuses(ValueError, "maps: expected a grid that divides the images' 32 x 48", "got 5 x 6"):
+        fastfg.evaluate(lambda x: x.mean((2, 3)), images, torch.rand(3, 5, 6), target=0)
+    with refuses(TypeError, "model: expected a model or a callable", "got str"):
+        fastfg.evaluate("vit", images, maps, target=0)
