@@ -112,7 +112,9 @@ def test_options(model, images):
 
 
 def test_models(images):
-    with refuses(TypeError, "model: expected one of timm.models.vision_transformer.VisionTransformer", "torch.nn", "Linear"):
+    with refuses(
+        TypeError, "model: expected one of timm.models.vision_transformer.VisionTransformer", "torch.nn", "Linear"
+    ):
         fastfg.attribute(torch.nn.Linear(2, 2), images)
     with refuses(ValueError, "model: expected global_pool to be one of", "got 'max'"):
         fastfg.attribute(tiny_vit(global_pool="max"), images)
@@ -137,7 +139,10 @@ def test_a_block_without_attention_is_never_a_wrong_map(model, images):
     [
         ({"maps": torch.rand(2, 4, 6)}, ("maps: expected 3 of them", "got [2, 4, 6]")),
         ({"maps": torch.rand(3, 6, 4)}, ("maps: expected 4 x 6 patches", "got [3, 6, 4]")),
-        ({"maps": torch.rand(3, 24)}, ("maps: expected floating [B, gh, gw] or [C, B, gh, gw]", "got torch.float32 [3, 24]")),
+        (
+            {"maps": torch.rand(3, 24)},
+            ("maps: expected floating [B, gh, gw] or [C, B, gh, gw]", "got torch.float32 [3, 24]"),
+        ),
         ({"keys": ["a"]}, ("keys: expected 3 of them", "got 1")),
         ({"batch_size": 0}, ("batch_size: expected at least 1", "got 0")),
         ({"metrics": ["sako"]}, ("metrics: expected names among", "got 'sako'")),
@@ -151,7 +156,10 @@ def test_a_block_without_attention_is_never_a_wrong_map(model, images):
         ({"faithfulness_correlation": {"subset_size": 25}}, ("expected subset_size from 1 to 24", "got 25")),
         ({"faithfulness_correlation": {"correlation": "tau"}}, ("expected correlation in", "got 'tau'")),
         ({"faithfulness_correlation": {"n_runs": 1}}, ("expected n_runs >= 2", "got 1")),
-        ({"faithfulness_correlation": {"subsets": torch.zeros(2, 2, 1, 3).long()}}, ("expected subsets", "[2, 2, 1, 3]")),
+        (
+            {"faithfulness_correlation": {"subsets": torch.zeros(2, 2, 1, 3).long()}},
+            ("expected subsets", "[2, 2, 1, 3]"),
+        ),
         ({"faithfulness_correlation": {"subsets": torch.full((1, 2, 3, 2), 24)}}, ("patches 0 to 23", "24 to 24")),
     ],
 )

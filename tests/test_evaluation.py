@@ -51,7 +51,9 @@ def one_at_a_time(model, image, amap, target, subsets, n_bins, step, impact="tar
     return saco, float(np.mean(trials)), float(np.trapezoid(curve))
 
 
-@pytest.mark.parametrize("options", [{}, {"impact": "max", "running": True, "kind": "pearson"}], ids=["default", "author"])
+@pytest.mark.parametrize(
+    "options", [{}, {"impact": "max", "running": True, "kind": "pearson"}], ids=["default", "author"]
+)
 @pytest.mark.parametrize("step", [1, 5])
 def test_equals_the_loop(model, images, options, step):
     maps = fastfg.attribute(model, images).maps
@@ -118,7 +120,11 @@ def test_an_image_scores_the_same_in_any_batch(baseline):
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     images = torch.randn(4, 3, 32, 48, dtype=torch.float64)
     maps = torch.rand(2, 4, 4, 6)
-    options = {"baseline": baseline, "faithfulness_correlation": {"n_runs": 5}, "pixel_flipping": {"patches_per_step": 6}}
+    options = {
+        "baseline": baseline,
+        "faithfulness_correlation": {"n_runs": 5},
+        "pixel_flipping": {"patches_per_step": 6},
+    }
     together = fastfg.evaluate(model, images, maps, target=1, batch_size=11, **options)
     for order in ([2], [3, 1]):
         alone = fastfg.evaluate(model, images[order], maps[:, order], target=1, batch_size=4, **options)
@@ -207,7 +213,7 @@ def test_model_and_inputs_are_left_as_they_were(model, images):
 
 
 def test_digits_and_progress(digits_model):
-    vit, pixels, labels = digits_model
+    vit, pixels, _ = digits_model
     result = fastfg.attribute(vit, pixels[:3])
     seen = []
     scores = fastfg.evaluate(

@@ -59,7 +59,8 @@ class FaithfulnessCorrelation(Metric):
         subsets: [n_trials, n_runs, B, subset_size] patch indices, in place of drawn ones.
     """
 
-    name = "faithfulness_correlation"
+    name, title, short = "faithfulness_correlation", "Faithfulness Correlation", "FC"
+    higher_is_better = True
 
     def __init__(
         self,

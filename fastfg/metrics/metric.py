@@ -47,6 +47,9 @@ class Metric:
     """Base of the metrics. ``baseline`` is what removed patches are filled with."""
 
     name: str
+    title: str  # as a table shows it
+    short: str  # as a figure shows it
+    higher_is_better: bool
 
     def __init__(self, baseline: Baseline = "mean") -> None:
         self.baseline = baseline

@@ -34,7 +34,8 @@ class PixelFlipping(Metric):
         patches_per_step: how many patches each step removes.
     """
 
-    name = "pixel_flipping"
+    name, title, short = "pixel_flipping", "Pixel Flipping", "PF"
+    higher_is_better = False
 
     def __init__(self, patches_per_step: int = 1, baseline: Baseline = "mean") -> None:
         super().__init__(baseline)

@@ -47,7 +47,8 @@ class SaCo(Metric):
             image's largest probability, whatever its class (the author's program).
     """
 
-    name = "saco"
+    name, title, short = "saco", "SaCo", "SaCo"
+    higher_is_better = True
 
     def __init__(self, n_bins: int | None = None, impact: str = "target", baseline: Baseline = "mean") -> None:
         super().__init__(baseline)

@@ -53,8 +53,9 @@ def to_timm(hooked: Any) -> Any:
     )
     if config.layer_norm_pre:  # timm leaves the patch bias out before a pre-norm
         model.patch_embed.proj.bias = torch.nn.Parameter(torch.zeros(config.d_model))
+    model = model.to(config.dtype).eval()
     model.load_state_dict(_state(hooked.state_dict(), config, pre_logits))
-    return model.to(config.dtype).eval()
+    return model
 
 
 def _state(source: dict[str, Tensor], config: Any, pre_logits: bool) -> dict[str, Tensor]:

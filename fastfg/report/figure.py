@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfg.metrics import METRICS
 from fastfg.report.overlay import COLOURS
 from fastfg.types import heatmap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-SHORT = {"saco": "SaCo", "faithfulness_correlation": "FC", "pixel_flipping": "PF"}
 
 
 class FigureRow(NamedTuple):
@@ -65,6 +64,6 @@ def _draw(row: FigureRow, axes: Sequence[Axes]):  # type: ignore[no-untyped-def]
         axis.set_yticks([])
     for axis, heat, scores in ((axes[1], vanilla, row.vanilla_scores), (axes[2], gated, row.gated_scores)):
         axis.imshow(heat.numpy(), cmap=COLOURS, alpha=0.65, vmin=0, vmax=1)
-        axis.set_xlabel("  ".join(f"{SHORT[name]} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
+        axis.set_xlabel("  ".join(f"{METRICS[name].short} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
     axes[0].set_xlabel(row.name, fontsize=7.5)
     return axes[3].imshow(torch.as_tensor(difference / largest).numpy(), cmap="RdBu_r", alpha=0.85, vmin=-1, vmax=1)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastfg.study.statistics import HIGHER_IS_BETTER
+from fastfg.metrics import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TITLES = {
-    "saco": "SaCo ↑",
-    "faithfulness_correlation": "Faithfulness Correlation ↑",
-    "pixel_flipping": "Pixel Flipping ↓",
-}
 FOOTNOTE = (
     "Mean ± standard error over images. Stars: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, "
     "*** p < .001. Bold: the best mean of its column."
@@ -34,12 +29,12 @@ def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]
     for metric in metrics:
         means = summary.loc[summary["metric"] == metric].set_index("variant")["mean"].dropna()
         if len(means):
-            best[metric] = means.idxmax() if HIGHER_IS_BETTER[metric] else means.idxmin()
+            best[metric] = means.idxmax() if METRICS[metric].higher_is_better else means.idxmin()
     rows: dict[str, list[Cell]] = {}
     for entry in summary.sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable").to_dict("records"):
         text = f"{entry['mean']:.3f} ± {entry['se']:.3f}{entry['stars']}"
         rows.setdefault(entry["variant"], []).append(Cell(text, best.get(entry["metric"]) == entry["variant"]))
-    return [TITLES[metric] for metric in metrics], rows
+    return [_title(metric) for metric in metrics], rows
 
 
 def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
@@ -50,6 +45,10 @@ def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
         shown = [f"**{cell.text}**" if cell.best else cell.text for cell in map(_escape, cells)]
         lines.append(f"| {variant.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n\n" + FOOTNOTE.format(against=against).replace("*", "\\*") + "\n"
+
+
+def _title(metric: str) -> str:
+    return f"{METRICS[metric].title} {'↑' if METRICS[metric].higher_is_better else '↓'}"
 
 
 def _escape(cell: Cell) -> Cell:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastfg.sae.model import SparseAutoencoder
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
-REVIVED_ENCODER = 0.2  # a revived feature starts with this share of the living ones' encoder norm
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ def train_sae(
 
     Adam on the squared error, unit-norm dictionary rows, learning rate warmed up and cooled down. ``revivals``
     times in the first half of training, every feature that has not fired since the last time starts anew from
-    the error of a token, drawn in proportion to its squared error (Bricken et al. 2023).
+    the error of a token, drawn in proportion to its squared error (Bricken et al. 2023, but with an encoder as long
+    as the others': among TopK features a short one would never be chosen).
 
     Args:
         x: [T, d] floating. n_features: F. k: active features a token.
@@ -59,7 +59,8 @@ def train_sae(
         seed: of the initialisation and the order of tokens. progress: called with (steps done, steps in all).
 
     >>> import torch, fastfg
-    >>> sae, report = fastfg.train_sae(torch.randn(4096, 16), n_features=64, k=8, epochs=1)
+    >>> x = torch.randn(4096, 4) @ torch.randn(4, 16)
+    >>> sae, report = fastfg.train_sae(x, n_features=64, k=8, epochs=2)
     >>> 0 < report.explained_variance < 1
     True
     """
@@ -150,7 +151,7 @@ class _Training:
         chosen = torch.multinomial(chance, len(dead), replacement=True, generator=self.generator)
         directions = F.normalize(error[chosen.to(x.device)], dim=1)
         self.W_dec[dead] = directions
-        self.W_enc[:, dead] = (directions * (REVIVED_ENCODER * self.W_enc.norm(dim=0).mean())).T
+        self.W_enc[:, dead] = (directions * self.W_enc.norm(dim=0).mean()).T
         self.b_enc[dead] = 0
         for weight, of_dead in ((self.W_dec, (dead,)), (self.W_enc, (slice(None), dead)), (self.b_enc, (dead,))):
             for moment in ("exp_avg", "exp_avg_sq"):

@@ -181,7 +181,7 @@ def _features(
         random = torch.Generator().manual_seed(settings.seed)
         tokens: dict[int, list[Tensor]] = {block: [] for block in settings.layers}
         features: list[Tensor] = []
-        model.head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].detach().clone()))
+        kept_features = model.head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].clone()))
         paths, done = [cells.paths[i] for i in chosen], 0
         for batch in batches(paths, preprocessing(model), batch_size=16):
             found = residuals(model, batch.images, settings.layers)
@@ -190,7 +190,7 @@ def _features(
                 tokens[block] += [image[kept] for image in x[: max(n_train - done, 0)]]
             done += len(batch.paths)
             progress(done, len(paths))
-        model.head._forward_pre_hooks.clear()
+        kept_features.remove()
         stored = {f"tokens.{block}": torch.cat(parts) for block, parts in tokens.items()}
         save_file(stored | {"features": torch.cat(features)}, file)
     stored = load_file(file)
@@ -262,8 +262,8 @@ def _report(
         scores=comparison.scores,
         errors=comparison.errors,
         figure=out / "figure.png",
-        figure_caption="Held-out cells, rightly called defective, explained for the class 'defective'. FC: Faithfulness Correlation, "
-        "PF: Pixel Flipping. The difference is of the two heatmaps, each scaled to 0..1.",
+        figure_caption="Held-out cells, rightly called defective, explained for that class. FC: Faithfulness "
+        "Correlation, PF: Pixel Flipping. The difference is of the two heatmaps, each scaled to 0..1.",
         settings={"linear head, held-out accuracy": f"{accuracy:.1%}", "SAEs, explained variance": variance}
         | {name.replace("_", " "): value for name, value in asdict(settings).items()},
         notes=[

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastfg.metrics import METRICS
+
 if TYPE_CHECKING:
     import pandas as pd
 
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
-HIGHER_IS_BETTER = {"saco": True, "faithfulness_correlation": True, "pixel_flipping": False}
 
 
 def stars(p: float) -> str:
@@ -30,7 +31,7 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
 
     rows = []
     variants = list(dict.fromkeys(scores["variant"]))
-    for metric in (name for name in HIGHER_IS_BETTER if name in scores):
+    for metric in (name for name in METRICS if name in scores):
         base = scores.loc[scores["variant"] == against, metric].dropna()
         for variant in variants:
             values = scores.loc[scores["variant"] == variant, metric].dropna()

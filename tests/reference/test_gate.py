@@ -9,7 +9,9 @@ from fastfg import reference
 
 
 def test_by_hand_with_the_lower_median():
-    scores = torch.tensor([4.0, 1.0, 2.0, 9.0], dtype=torch.float64)  # lower median 2; deviations 2 1 0 7, lower median 1
+    scores = torch.tensor(
+        [4.0, 1.0, 2.0, 9.0], dtype=torch.float64
+    )  # lower median 2; deviations 2 1 0 7, lower median 1
     expected = [math.exp(math.log(10) * math.tanh(0.5 * (s - 2) / (1.4826 * (1 + 1e-8)))) for s in (4, 1, 2, 9)]
     assert reference.gate(scores, 0.5, 10.0).tolist() == pytest.approx(expected, rel=1e-14)
 

@@ -1,0 +1,78 @@
+"""SparseAutoencoder: sparse codes, reconstruction, and what it refuses."""
+
+import pytest
+import torch
+
+import fastfg
+from tests.tools import ACTIVATIONS, random_sae
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sparse_codes_are_the_dense_ones(activation):
+    sae = random_sae(32, 100, activation, normalize="layer_norm", **ACTIVATIONS[activation])
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    f = sae.encode(x)
+    values, indices = sae.encode_sparse(x)
+    assert values.shape == indices.shape == (2, 5, 9 if activation == "topk" else int((f > 0).sum(-1).max()))
+    assert (values.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(torch.zeros_like(f).scatter_add_(-1, indices, values), f)
+
+
+def test_no_tokens_and_no_active_feature():
+    sae = random_sae(32, 100, "relu")
+    sae.b_enc.fill_(-1e9)
+    values, indices = sae.encode_sparse(torch.randn(3, 32, dtype=torch.float64))
+    assert values.shape == indices.shape == (3, 0)
+    assert random_sae(32, 100, "topk", k=3).encode_sparse(torch.empty(0, 32).double())[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm"])
+def test_reconstruction_comes_back_at_its_own_scale(normalize):
+    d = 16
+    eye = torch.eye(d, dtype=torch.float64)
+    W_enc = torch.cat([eye, -eye], 1)  # a relu SAE that is the identity
+    sae = fastfg.SparseAutoencoder(
+        W_enc, torch.zeros(2 * d).double(), W_enc.T, torch.randn(d).double(), "relu", normalize=normalize
+    )
+    x = torch.randn(4, d, dtype=torch.float64) * 3 + 1
+    torch.testing.assert_close(sae(x), x, rtol=1e-4, atol=1e-4)
+
+
+def test_it_moves_and_has_no_gradients():
+    sae = random_sae(32, 100, "relu").to(torch.float32)
+    assert sae.W_enc.dtype == torch.float32
+    assert not any(t.requires_grad for t in sae.state_dict().values())
+    assert "F=100, relu" in repr(sae)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"W_enc": torch.zeros(5)}, r"W_enc: expected \[d, F\], got \[5\]"),
+        ({"b_enc": torch.zeros(3)}, r"b_enc: expected \[6\] beside W_enc \[4, 6\], got \[3\]"),
+        ({"W_dec": torch.zeros(4, 6)}, r"W_dec: expected \[6, 4\] .* got \[4, 6\]"),
+        ({"b_dec": torch.zeros(6)}, r"b_dec: expected \[4\]"),
+        ({"k": None}, "k: expected 1 to 6 for a topk SAE, got None"),
+        ({"k": 7}, "k: expected 1 to 6 for a topk SAE, got 7"),
+        ({"activation": "elu"}, "activation: expected one of .* got 'elu'"),
+        ({"normalize": "batch"}, "normalize: expected one of .* got 'batch'"),
+        ({"activation": "jumprelu"}, "threshold: expected for a jumprelu SAE, got None"),
+        ({"activation": "jumprelu", "threshold": 0.5}, r"threshold: expected \[6\] for a jumprelu SAE, got \[\]"),
+        ({"activation": "gated", "r_mag": torch.zeros(6), "b_gate": torch.zeros(6)}, "b_mag: expected for a gated SAE"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    fits = {
+        "W_enc": torch.zeros(4, 6),
+        "b_enc": torch.zeros(6),
+        "W_dec": torch.zeros(6, 4),
+        "b_dec": torch.zeros(4),
+        "k": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        fastfg.SparseAutoencoder(**(fits | change))
+
+
+def test_input_of_another_width():
+    with pytest.raises(ValueError, match=r"x: expected \[..., 32\] for this SAE, got \[3, 31\]"):
+        random_sae(32, 100, "relu").encode(torch.zeros(3, 31))
