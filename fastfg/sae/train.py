@@ -60,7 +60,7 @@ def train_sae(
 
     >>> import torch, fastfg
     >>> x = torch.randn(4096, 4) @ torch.randn(4, 16)
-    >>> sae, report = fastfg.train_sae(x, n_features=64, k=8, epochs=2)
+    >>> sae, report = fastfg.train_sae(x, n_features=64, k=8, batch_size=64)
     >>> 0 < report.explained_variance < 1
     True
     """
