@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Attribution": "fastfg.types",
+    "FeatureGradient": "fastfg.feature_gradient",
     "Gate": "fastfg.types",
     "Scores": "fastfg.types",
     "SparseAutoencoder": "fastfg.sae.model",
@@ -22,6 +23,7 @@ _MODULES = ("data", "metrics", "models", "ops", "perturb", "reference", "report"
 
 __all__ = [
     "Attribution",
+    "FeatureGradient",
     "Gate",
     "Scores",
     "SparseAutoencoder",
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from fastfg.activations import residuals
     from fastfg.attribution import attribute
     from fastfg.evaluation import evaluate
+    from fastfg.feature_gradient import FeatureGradient
     from fastfg.sae.checkpoints import load_saes
     from fastfg.sae.model import SparseAutoencoder
     from fastfg.sae.train import train_sae

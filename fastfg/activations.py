@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images
 from fastfg.models import Adapter, adapt
+from fastfg.models.adapter import resid_post
 from fastfg.models.hold import hold
 
 
@@ -27,10 +29,12 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     if missing:
         raise ValueError(f"layers: expected blocks from 0 to {len(adapter.blocks) - 1}, got {missing}")
     found: dict[int, Tensor] = {}
+    thread = threading.get_ident()  # another may run the same model
 
     def keep(block: int) -> None:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
-            found[block] = output[:, adapter.num_prefix_tokens :].clone()
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if threading.get_ident() == thread:
+                found[block] = resid_post(output)[:, adapter.num_prefix_tokens :].clone()
 
         handles.append(adapter.blocks[block].register_forward_hook(hook))
 
@@ -39,7 +43,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
         for layer in layers:
             keep(layer)
         with hold(adapter.model), torch.no_grad():
-            adapter.model(images)
+            adapter.forward(images)
     finally:
         for handle in handles:
             handle.remove()

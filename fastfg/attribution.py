@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfg import ops
 from fastfg.capture import Capture
-from fastfg.checks import Target, check_gates, check_images, check_saes, check_width, resolve_target
+from fastfg.checks import Target, check_gates, check_images, check_saes, resolve_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.score import LayerScores
-from fastfg.types import Attribution, Features, Gate
+from fastfg.stream import Stream
+from fastfg.types import BASELINES, Attribution, Gate
 
 
 def attribute(
@@ -32,6 +31,7 @@ def attribute(
     identity: str = "transmm",
     backend: str = "auto",
     features: int = 0,
+    baselines: Sequence[str] = (),
 ) -> Attribution:
     """Feature-Gradient Attribution maps of ``images`` (Šula), or TransMM's (Chefer et al.) without a gate.
 
@@ -44,6 +44,9 @@ def attribute(
         identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` reads eq. 1 by the letter.
         backend: ``auto``, or the one that must serve every op (see ``fastfg info``).
         features: how many of each patch's strongest feature contributions to return, per gated block.
+        baselines: other ways of explaining to return beside the maps: ``rollout`` (attention rollout),
+            ``last_attention`` (the raw attention of the last block, or of the pooling head, heads averaged) and
+            ``gradient_x_input`` (summed over each patch; the backward pass then goes down to the pixels).
 
     Returns an :class:`Attribution`. Raises ValueError or TypeError that names the argument, and RuntimeError
     where the model's attention was not met once a block.
@@ -55,18 +58,27 @@ def attribute(
     """
     adapter = adapt(model)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
-    _check(adapter, images, saes, configs, identity, features)
+    _check(adapter, images, saes, configs, identity, features, baselines)
     grid = adapter.grid((images.shape[-2], images.shape[-1]))
-    stream = _Stream(adapter, configs, saes or {}, identity, backend, features)
-    capture = Capture(adapter.blocks, stream.layers, stream.on_residual, stream.on_attention)
-    with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad(), capture:
-        logits = adapter.model(images.detach())
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model: expected logits [B, n] from model(images), got {got}")
-        chosen = resolve_target(target, logits)
-        capture.backward(logits.gather(1, chosen[:, None]).sum())
-    return stream.result(chosen, logits.detach(), grid, single=not isinstance(gate, Sequence))
+    stream = Stream(adapter, grid, configs, saes or {}, identity, backend, features, baselines)
+    with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
+        root = images.detach().clone().requires_grad_() if "gradient_x_input" in baselines else None
+        with Capture(adapter, stream.layers, stream.on_residual, stream.on_attention, root) as capture:
+            chosen, logits = _run(adapter, images.detach() if root is None else root, target, capture, stream)
+    return stream.result(chosen, logits, single=not isinstance(gate, Sequence))
+
+
+def _run(adapter: Adapter, images: Tensor, target: Target, capture: Capture, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The forward and the backward pass; the targets and the logits."""
+    logits = adapter.forward(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits [B, n] from model(images), got {got}")
+    chosen = resolve_target(target, logits)
+    gradient = capture.backward(logits.gather(1, chosen[:, None]).sum())
+    if images.requires_grad:
+        stream.on_input(images.detach(), gradient)
+    return chosen, logits.detach()
 
 
 def _check(
@@ -76,6 +88,7 @@ def _check(
     configs: list[Gate | None],
     identity: str,
     features: int,
+    baselines: Sequence[str],
 ) -> None:
     parameter = adapter.parameter
     check_images(images, adapter.in_chans, parameter.dtype)
@@ -90,95 +103,6 @@ def _check(
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
     if features < 0:
         raise ValueError(f"features: expected a number >= 0, got {features}")
-
-
-class _Stream:
-    """The state of one attribution while the backward pass goes by."""
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        configs: list[Gate | None],
-        saes: Mapping[int, SparseAutoencoder],
-        identity: str,
-        backend: str,
-        features: int,
-    ) -> None:
-        self.adapter, self.configs, self.saes = adapter, configs, saes
-        self.identity, self.backend, self.n_features = identity, backend, features
-        self.layers = sorted({layer for config in configs if config is not None for layer in config.layers})
-        self.rows: Tensor | None = None  # [C, B, N]
-        self.scores: dict[int, Tensor] = {}  # each [C, B, P]
-        self.gates: dict[int, Tensor] = {}
-        self.features: dict[int, Features] = {}
-
-    def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
-        """The gates of ``block``, from its residual stream and the gradient there, patches only."""
-        with torch.autocast(x.device.type, enabled=False):
-            if block in self.saes:
-                check_width(self.saes[block], x, block)
-            first = self.adapter.num_prefix_tokens
-            source = LayerScores(x[:, first:], g[:, first:], self.saes.get(block), self.backend)
-            dtype = _working_dtype(x)
-            shape = source.shape
-            none, ones = torch.full(shape, torch.nan).to(x.device, dtype), torch.ones(shape).to(x.device, dtype)
-            scores, gates, features = [], [], []
-            known: dict[tuple[str, int | None, bool], Tensor] = {}
-            for config in self.configs:
-                if config is None or block not in config.layers:
-                    scores.append(none)
-                    gates.append(ones)
-                    features.append(_no_features(ones, self.n_features))
-                    continue
-                kind = (config.score, config.shuffle_seed, config.rescale)
-                if kind not in known:
-                    known[kind] = source.score(config).to(dtype)
-                scores.append(known[kind])
-                gates.append(ops.gate(known[kind], config.kappa, config.c_max, backend=self.backend))
-                if self.n_features:
-                    features.append(source.features(config, self.n_features))
-            self.scores[block], self.gates[block] = torch.stack(scores), torch.stack(gates)
-            if self.n_features:
-                self.features[block] = Features(*(torch.stack(part) for part in zip(*features, strict=True)))
-
-    def on_attention(self, block: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
-        """One step ``r <- r + (r @ E) * w``."""
-        with torch.autocast(q.device.type, enabled=False):
-            dtype = _working_dtype(q)
-            q, k, v, dO = (t.to(dtype) for t in (q, k, v, dO))
-            B, N = q.shape[0], q.shape[2]
-            if self.rows is None:
-                self.rows = self.adapter.first_row(N, q).expand(len(self.configs), B, N)
-            gates = None
-            if block in self.gates:
-                gates = torch.ones_like(self.rows)
-                gates[..., self.adapter.num_prefix_tokens :] = self.gates[block]
-            self.rows = ops.relevancy(self.rows, q, k, v, dO, scale, gates, self.identity, backend=self.backend)
-
-    def result(self, target: Tensor, logits: Tensor, grid: tuple[int, int], single: bool) -> Attribution:
-        assert self.rows is not None  # Capture.backward met every block
-        patches = self.rows[..., self.adapter.num_prefix_tokens :]
-        if patches.shape[-1] != grid[0] * grid[1]:
-            raise RuntimeError(f"model: expected {grid[0]} x {grid[1]} patch tokens, met {patches.shape[-1]}")
-
-        def pick(t: Tensor) -> Tensor:
-            return t[0] if single else t
-
-        return Attribution(
-            maps=pick(patches.unflatten(-1, grid)).contiguous(),
-            target=target,
-            logits=logits,
-            scores={block: pick(t) for block, t in sorted(self.scores.items())},
-            gates={block: pick(t) for block, t in sorted(self.gates.items())},
-            features={block: Features(*map(pick, t)) for block, t in sorted(self.features.items())},
-        )
-
-
-def _working_dtype(t: Tensor) -> torch.dtype:
-    """Relevancy is kept in float32, or in float64 for a float64 model."""
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def _no_features(like: Tensor, n: int) -> Features:
-    indices = torch.full((*like.shape, n), -1, dtype=torch.int64, device=like.device)
-    return Features(indices, torch.zeros(indices.shape, dtype=like.dtype, device=like.device))
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"baselines: expected names among {BASELINES}, got {unknown}")

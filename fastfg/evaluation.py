@@ -68,6 +68,7 @@ def evaluate(
     options = {"saco": saco, "faithfulness_correlation": faithfulness_correlation, "pixel_flipping": pixel_flipping}
     adapter = find_adapter(model)
     module: Any = adapter.model if adapter is not None else model
+    forward: Any = adapter.forward if adapter is not None else model
     chosen = _metrics(metrics, options, baseline)
     stacked = _check(adapter, module, images, maps, keys, batch_size, chosen)  # [C, B, gh, gw]
     grid = PatchGrid.of((images.shape[-2], images.shape[-1]), (maps.shape[-2], maps.shape[-1]))
@@ -75,7 +76,7 @@ def evaluate(
     names = [str(key) for key in keys] if keys is not None else [image_key(image) for image in images]
     still = hold(module) if isinstance(module, nn.Module) else nullcontext()
     with still, torch.no_grad():
-        engine = Engine(module, grid, batch)
+        engine = Engine(forward, grid, batch)
         logits = engine.logits(images)
         classes = resolve_target(target, logits)
         before = Readings.of(logits, classes)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BASELINES = ("rollout", "last_attention", "gradient_x_input")
 SCORES = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual")
 
 
@@ -83,6 +84,7 @@ class Attribution:
             that does not gate that block: it has no score there.
         gates: {block: [B, P]} the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
         features: {block: Features}, empty unless ``features=n`` was asked for.
+        baselines: {name: [B, gh, gw]}, other ways of explaining that were asked for, from the same pass.
     """
 
     maps: Tensor
@@ -91,6 +93,7 @@ class Attribution:
     scores: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Features] = field(default_factory=dict)
+    baselines: dict[str, Tensor] = field(default_factory=dict)
 
     def heatmap(self, size: tuple[int, int]) -> Tensor:
         """The maps upsampled to ``size`` (height, width) bilinearly and scaled to 0..1 an image: [..., H, W].

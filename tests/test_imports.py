@@ -30,9 +30,11 @@ ALLOWED = {
     "reference": set(),
     "dispatch": set(),
     "types": set(),
-    "capture": set(),
+    "capture": {"models"},
+    "stream": {"checks", "models", "ops", "reference", "sae", "score", "types"},
+    "feature_gradient": {"attribution", "models", "sae", "types"},
     "ops": {"dispatch", "reference"},
-    "models": {"data"},
+    "models": {"capture", "data"},  # capture: for its type alone
     "sae": {"reference"},
     "data": set(),
     "perturb": set(),
@@ -40,7 +42,7 @@ ALLOWED = {
     "score": {"ops", "reference", "sae", "types"},
     "checks": {"models", "sae", "types"},
     "activations": {"checks", "models"},
-    "attribution": {"ops", "capture", "checks", "models", "reference", "sae", "score", "types"},
+    "attribution": {"capture", "checks", "models", "reference", "sae", "stream", "types"},
     "evaluation": {"checks", "metrics", "models", "perturb", "types"},
     "study": {
         "activations",

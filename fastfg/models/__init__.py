@@ -10,18 +10,29 @@ from typing import Any
 
 from torch import nn
 
-from fastfg.models import timm
+from fastfg.models import open_clip, prisma, timm, torchvision, transformers
 from fastfg.models.adapter import Adapter
+from fastfg.models.open_clip import ZeroShot
 
-FAMILIES: dict[str, Callable[[Any], Adapter]] = {"timm.models.vision_transformer.VisionTransformer": timm.adapt}
+FAMILIES: dict[str, Callable[[Any], Adapter]] = {
+    "timm.models.vision_transformer.VisionTransformer": timm.adapt,
+    "timm.models.eva.Eva": timm.adapt,
+    "torchvision.models.vision_transformer.VisionTransformer": torchvision.adapt,
+    "open_clip.transformer.VisionTransformer": open_clip.adapt,
+    "vit_prisma.models.base_vit.HookedViT": prisma.adapt,
+    **{f"transformers.models.{name}": transformers.adapt for name in transformers.FAMILIES},
+}
 
-__all__ = ["FAMILIES", "Adapter", "adapt", "find_adapter"]
+__all__ = ["FAMILIES", "Adapter", "ZeroShot", "adapt", "find_adapter"]
 
 
 def find_adapter(model: Any) -> Adapter | None:
     """The adapter of ``model``, or None where its family is not known."""
     if isinstance(model, Adapter):
         return model
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    if isinstance(model, ZeroShot):
+        return open_clip.adapt_zero_shot(model, adapt(model.trunk))
     for cls in type(model).__mro__:
         family = FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}")
         if family is not None:
@@ -35,7 +46,7 @@ def adapt(model: nn.Module | Adapter) -> Adapter:
     if adapter is None:
         known = ", ".join(sorted(FAMILIES))
         raise TypeError(
-            f"model: expected one of {known}, or a fastfg.models.Adapter, got {type(model).__module__}."
+            f"model: expected a fastfg.models.Adapter or ZeroShot, or one of {known}, got {type(model).__module__}."
             f"{type(model).__qualname__}"
         )
     return adapter

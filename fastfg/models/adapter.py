@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastfg.capture import Capture
+
+CLASS_TOKEN = slice(0, 1)
 
 
 @dataclass(frozen=True)
@@ -15,29 +20,36 @@ class Adapter:
     """A Vision Transformer as fastfg sees it.
 
     Args:
-        model: the module; ``model(images)`` gives logits [B, n].
+        model: the module that is held still while it is read.
+        forward: images [B, C, H, W] -> logits [B, n].
         blocks: its transformer blocks in order, each of them with one self-attention over all tokens. The
-            output of block ``l`` is the residual stream ``x_l`` [B, N, d] ("resid_post").
+            output of block ``l`` is the residual stream ``x_l`` [B, N, d] ("resid_post"), alone or first in a tuple.
         num_prefix_tokens: tokens before the patches (class token, registers).
         grid: image size (height, width) in pixels -> (gh, gw) in patches; raises ValueError for a size that
             the model does not take.
         in_chans: channels of the input image.
-        pooled: which tokens the head reads, as a slice over the ``N`` tokens: ``slice(0, 1)`` for the class
-            token; more than one are averaged.
+        pooled: what the head reads, slices over the ``N`` tokens: the tokens of a slice are averaged, and the
+            slices count alike. ``(slice(0, 1),)`` is the class token. Empty for an attention-pooling head.
+        later_attentions: attentions after the blocks; 1 where there is an attention-pooling head.
         pixel_mean, pixel_std: per channel, the normalisation of the input; None where it is not known.
-        flags: attributes that the model's modules must have while it is read (say, fused attention on); they
+        flags: (object, attribute, value) that must hold while the model is read, say fused attention on; they
             are put back afterwards.
+        meet: for attention that is not ``F.scaled_dot_product_attention``: registers hooks that call
+            ``capture.meet`` and returns their handles.
     """
 
     model: nn.Module
+    forward: Callable[[Tensor], Tensor]
     blocks: Sequence[nn.Module]
     num_prefix_tokens: int
     grid: Callable[[tuple[int, int]], tuple[int, int]]
     in_chans: int
-    pooled: slice
+    pooled: tuple[slice, ...]
+    later_attentions: int = 0
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    flags: tuple[tuple[Any, str, Any], ...] = ()
+    meet: Callable[[Capture], list[Any]] | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -47,5 +59,30 @@ class Adapter:
     def first_row(self, n_tokens: int, like: Tensor) -> Tensor:
         """The row [N] that relevancy starts from: the mean of the rows that the head reads."""
         row = torch.zeros(n_tokens, dtype=like.dtype, device=like.device)
-        row[self.pooled] = 1.0
-        return row / row.sum()
+        for tokens in self.pooled:
+            row[tokens] += 1 / (len(self.pooled) * len(row[tokens]))
+        return row
+
+
+def fixed_or_multiple(
+    size: tuple[int, int], patch: tuple[int, int], fixed: tuple[int, int] | None, hint: str = ""
+) -> tuple[int, int]:
+    """The grid of an image of ``size`` pixels under patches of ``patch`` pixels; ``fixed``: the only size taken."""
+    (height, width), (ph, pw) = size, patch
+    if fixed is not None and tuple(size) != tuple(fixed):
+        raise ValueError(
+            f"images: expected {fixed[0]} x {fixed[1]} pixels for this model, got {height} x {width}{hint}"
+        )
+    if height % ph or width % pw:
+        raise ValueError(f"images: expected sides that are multiples of the patch {ph} x {pw}, got {height} x {width}")
+    return height // ph, width // pw
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """An int as (int, int), a pair as it is."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def resid_post(output: Any) -> Tensor:
+    """A block's residual stream from what it returns: a tensor, or the first of a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output

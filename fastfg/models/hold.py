@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 
@@ -29,13 +30,23 @@ class _Held:
             setattr(thing, attribute, value)
 
 
+def _compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` was asked for the model or a part of it."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled parts run as they were written: a compiled graph has no hooks and no calls to meet."""
+    return torch.compiler.set_stance("force_eager")
+
+
 _lock = threading.Lock()
 _held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
 
 
 @contextmanager
-def hold(model: nn.Module, flags: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """``model`` in eval mode, its parameters without gradients, and ``flags`` set on the modules that have them.
+def hold(model: nn.Module, flags: Iterable[tuple[Any, str, Any]] = ()) -> Iterator[None]:
+    """``model`` in eval mode, its parameters without gradients, and ``flags`` (object, attribute, value) set.
 
     Restored when the last holder leaves: counting the holders keeps nested calls, and threads that share a
     model, from restoring too early.
@@ -45,12 +56,13 @@ def hold(model: nn.Module, flags: Mapping[str, Any] | None = None) -> Iterator[N
         held.holders += 1
         for module in model.modules():
             held.set(module, "training", False)
-            for name in (flags or {}).keys() & module.__dict__.keys():
-                held.set(module, name, (flags or {})[name])
         for parameter in model.parameters():
             held.set(parameter, "requires_grad", False)
+        for thing, attribute, value in flags:
+            held.set(thing, attribute, value)
     try:
-        yield
+        with _eager() if _compiled(model) else nullcontext():
+            yield
     finally:
         with _lock:
             held.holders -= 1

@@ -1,15 +1,21 @@
-"""vit-prisma's HookedViT, turned into timm's VisionTransformer."""
+"""vit-prisma's HookedViT: as it is, through its hook points, or turned into timm's VisionTransformer."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastfg.models.adapter import CLASS_TOKEN, Adapter, fixed_or_multiple, pair
 from fastfg.models.timm import import_timm
 
+if TYPE_CHECKING:
+    from fastfg.capture import Capture
+
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+POOLED = {"cls": (CLASS_TOKEN,), "gaap": (slice(0, None),)}
 
 
 def to_timm(hooked: Any) -> Any:
@@ -92,3 +98,46 @@ def _state(source: dict[str, Tensor], config: Any, pre_logits: bool) -> dict[str
                 f"{here}.norm{n}.bias": source[f"{here}.ln{n}.b"],
             }
     return state
+
+
+def adapt(model: Any) -> Adapter:
+    """The adapter of a HookedViT as it is: its attention is met at its own hook points."""
+    config = model.cfg
+    if config.use_bert_block or config.is_video_transformer or config.classification_type not in POOLED:
+        raise ValueError(
+            f"model: expected an image model with classification_type in {tuple(POOLED)} and no BERT blocks, got "
+            f"{config.classification_type!r}"
+        )
+    prefix = int(config.classification_type == "cls")
+    patch, size = pair(config.patch_size), pair(config.image_size)
+    return Adapter(
+        model=model,
+        forward=model,
+        blocks=list(model.blocks),
+        num_prefix_tokens=prefix,
+        grid=lambda given: fixed_or_multiple(given, patch, size),
+        in_chans=config.n_channels,
+        pooled=POOLED[config.classification_type],
+        meet=lambda capture: [h for block in model.blocks for h in _meet(block.attn, capture)],
+    )
+
+
+def _meet(attn: Any, capture: Capture) -> list[Any]:
+    """Hooks on one attention's hook points: q, k, v on the way in, z (the heads' output) on the way out."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            if capture.mine():
+                seen[name] = output.transpose(1, 2)  # [B, N, H, dh] -> [B, H, N, dh]
+
+        return hook
+
+    def leave(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        if not capture.mine():
+            return None
+        q, k, v = seen.pop("q"), seen.pop("k"), seen.pop("v")
+        return capture.meet(q, k, v, output, 1 / float(attn.attn_scale), transposed=True)
+
+    hooks = [getattr(attn, f"hook_{name}").register_forward_hook(keep(name)) for name in "qkv"]
+    return [*hooks, attn.hook_z.register_forward_hook(leave)]

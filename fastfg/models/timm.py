@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: any prefix tokens, LayerScale, class-token and mean pooling."""
+"""timm: VisionTransformer and Eva, with class-token, mean and attention pooling, registers, rotary positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastfg.models.adapter import Adapter
+from fastfg.models.adapter import CLASS_TOKEN, Adapter, fixed_or_multiple
 
 POOLS = ("token", "avg")
 FLAGS = {"fused_attn": True, "grad_checkpointing": False}  # a checkpointed block would run twice
@@ -40,24 +40,43 @@ def _declare_torchvision_operators() -> None:
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter of a ``timm.models.vision_transformer.VisionTransformer``."""
-    if model.attn_pool is not None or model.global_pool not in POOLS:
-        pool = "map" if model.attn_pool is not None else model.global_pool
-        raise ValueError(f"model: expected global_pool to be one of {POOLS}, got {pool!r}")
+    """The adapter of a timm ``VisionTransformer`` (also DeiT with its distillation token) or ``Eva`` (DINOv3, EVA)."""
     prefix = model.num_prefix_tokens
-    start = 0 if model.pool_include_prefix else prefix
     config = getattr(model, "pretrained_cfg", None) or {}
+    embed = model.patch_embed
+    fixed = None if embed.img_size is None or model.dynamic_img_size else embed.img_size
+    hint = " (timm.create_model takes img_size= and dynamic_img_size=)"
+    in_chans = embed.proj.in_channels
     return Adapter(
         model=model,
+        forward=model,
         blocks=list(model.blocks),
         num_prefix_tokens=prefix,
-        grid=lambda size: _grid(model, size),
-        in_chans=model.in_chans,
-        pooled=slice(0, 1) if model.global_pool == "token" else slice(start, None),
-        pixel_mean=_channels(config.get("mean"), model.in_chans),
-        pixel_std=_channels(config.get("std"), model.in_chans),
-        flags=FLAGS,
+        grid=lambda size: fixed_or_multiple(size, embed.patch_size, fixed, hint),
+        in_chans=in_chans,
+        pooled=_pooled(model, prefix),
+        later_attentions=int(model.attn_pool is not None),
+        pixel_mean=_channels(config.get("mean"), in_chans),
+        pixel_std=_channels(config.get("std"), in_chans),
+        flags=tuple(
+            (module, name, value)
+            for module in model.modules()
+            for name, value in FLAGS.items()
+            if name in module.__dict__
+        ),
     )
+
+
+def _pooled(model: Any, prefix: int) -> tuple[slice, ...]:
+    if model.attn_pool is not None:
+        return ()
+    if model.global_pool not in POOLS:
+        raise ValueError(f"model: expected global_pool to be one of {(*POOLS, 'map')}, got {model.global_pool!r}")
+    if hasattr(model, "head_dist"):
+        return (slice(0, 2),)  # the mean of the class head's and the distillation head's logits
+    if model.global_pool == "token":
+        return (CLASS_TOKEN,)
+    return (slice(0 if getattr(model, "pool_include_prefix", False) else prefix, None),)
 
 
 def preprocessing(model: Any) -> Callable[[Any], Tensor]:
@@ -65,23 +84,12 @@ def preprocessing(model: Any) -> Callable[[Any], Tensor]:
     import_timm()
     from timm.data import create_transform, resolve_data_config
 
-    config = resolve_data_config({"input_size": (model.in_chans, *model.patch_embed.img_size)}, model=model)
-    transform, mode = create_transform(**config), "L" if model.in_chans == 1 else "RGB"
+    config = resolve_data_config(
+        {"input_size": (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)}, model=model
+    )
+    transform, mode = create_transform(**config), "L" if model.patch_embed.proj.in_channels == 1 else "RGB"
     return lambda image: transform(image.convert(mode))
 
 
 def _channels(values: Any, in_chans: int) -> tuple[float, ...] | None:
     return tuple(map(float, values)) if values is not None and len(values) == in_chans else None
-
-
-def _grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
-    embed = model.patch_embed
-    if embed.img_size is not None and not model.dynamic_img_size and tuple(size) != tuple(embed.img_size):
-        raise ValueError(
-            f"images: expected {embed.img_size[0]} x {embed.img_size[1]} pixels for this model, got "
-            f"{size[0]} x {size[1]} (timm.create_model takes img_size= and dynamic_img_size=)"
-        )
-    (height, width), (ph, pw) = size, embed.patch_size
-    if height % ph or width % pw:
-        raise ValueError(f"images: expected sides that are multiples of the patch {ph} x {pw}, got {height} x {width}")
-    return height // ph, width // pw

@@ -12,20 +12,23 @@ from fastfg.reference.encode_project import encode_project
 from fastfg.reference.encode_topk import encode_topk
 from fastfg.reference.gate import gate
 from fastfg.reference.project import project, project_dense
-from fastfg.reference.relevancy import attention_map, relevancy, relevancy_matrix
+from fastfg.reference.relevancy import attend, attention_map, pooling_row, relevancy, relevancy_matrix, rollout
 
 __all__ = [
     "Activation",
     "Normalized",
+    "attend",
     "attention_map",
     "encode",
     "encode_project",
     "encode_topk",
     "gate",
     "normalize",
+    "pooling_row",
     "preactivations",
     "project",
     "project_dense",
     "relevancy",
     "relevancy_matrix",
+    "rollout",
 ]

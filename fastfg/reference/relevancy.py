@@ -7,12 +7,13 @@ N x N relevancy from the first block to the last, as the paper writes it; it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 IDENTITIES = ("transmm", "paper")
+TILE = 2**22  # entries of attention at a time, 16 MiB in float32
 
 
 def attention_map(attn: Tensor, dattn: Tensor) -> Tensor:
@@ -33,16 +34,53 @@ def relevancy(
     """One block of the row form: ``r <- r + (r @ E) * w`` -> [C, B, N], with ``E`` from q, k, v and dO.
 
     With ``identity="paper"`` (eq. 1 by the letter) ``E`` holds the identity, and the gate scales that too.
+    ``E`` is made for some queries at a time, so nothing of size N x N is held.
     """
-    attn = torch.softmax(q @ k.mT * scale, dim=-1)  # A
-    dattn = dO @ v.mT  # dy/dA
-    E = attention_map(attn, dattn)  # eq. 1
-    flow = torch.einsum("cbn,bnm->cbm", rows, E)
+    flow = torch.zeros_like(rows)
+    for n in query_tiles(q):
+        attn = torch.softmax(q[:, :, n] @ k.mT * scale, dim=-1)  # A
+        dattn = dO[:, :, n] @ v.mT  # dy/dA
+        E = attention_map(attn, dattn)  # eq. 1
+        flow += torch.einsum("cbn,bnm->cbm", rows[:, :, n], E)
     if identity == "paper":
         flow = flow + rows
     elif identity != "transmm":
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
     return rows + (flow if gates is None else flow * gates)  # eq. 6
+
+
+def query_tiles(q: Tensor) -> Iterator[slice]:
+    """Slices of the queries of ``q`` [B, H, N, dh] whose attention has at most TILE entries."""
+    B, H, N, _ = q.shape
+    size = max(1, TILE // (B * H * N))
+    for start in range(0, N, size):
+        yield slice(start, start + size)
+
+
+def rollout(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """One block of attention rollout (Abnar and Zuidema 2020), row form: ``r <- r @ (A + I) / 2``, heads averaged.
+
+    ``rows`` [C, B, N] -> [C, B, N], tiled like :func:`relevancy`.
+    """
+    return (rows + attend(rows, q, k, scale)) / 2
+
+
+def attend(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """``rows @ mean_h A``: [C, B, N queries] -> [C, B, N keys]."""
+    flow = rows.new_zeros(*rows.shape[:2], k.shape[2])
+    for n in query_tiles(q):
+        attn = torch.softmax(q[:, :, n] @ k.mT * scale, dim=-1).mean(1)
+        flow += torch.einsum("cbn,bnm->cbm", rows[:, :, n], attn)
+    return flow
+
+
+def pooling_row(q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
+    """Where relevancy starts under an attention-pooling head: its own ``mean_h max(A * dA, 0)``, [B, N keys].
+
+    ``q`` and ``dO`` are [B, H, n, dh] for the head's ``n`` learnt queries, whose maps are summed: one that nothing
+    reads has no gradient.
+    """
+    return attention_map(torch.softmax(q @ k.mT * scale, dim=-1), dO @ v.mT).sum(1)
 
 
 def relevancy_matrix(

@@ -1,0 +1,58 @@
+"""A class in the shape of Captum's, for those who use Captum, and for Quantus's ``explain_func``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfg.attribution import attribute
+from fastfg.models import Adapter
+from fastfg.sae.model import SparseAutoencoder
+from fastfg.types import Gate
+
+INTERPOLATIONS = ("nearest", "bilinear")
+
+
+class FeatureGradient:
+    """Feature-Gradient Attribution as an attribution method: ``attribute(inputs, target=...)``.
+
+    Args:
+        model, saes, gate: as for :func:`fastfg.attribute`. options: more of its arguments, for every call.
+        interpolation: how a patch's relevancy is spread over its pixels: ``nearest`` (each pixel its patch's value,
+            so that masks cover exactly the patches) or ``bilinear``.
+
+    >>> import torch, timm, fastfg
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
+    >>> fastfg.FeatureGradient(model).attribute(torch.randn(2, 3, 32, 32), target=1).shape
+    torch.Size([2, 1, 32, 32])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Adapter,
+        saes: Mapping[int, SparseAutoencoder] | None = None,
+        gate: Gate | None = None,
+        interpolation: str = "nearest",
+        **options: Any,
+    ) -> None:
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation: expected one of {INTERPOLATIONS}, got {interpolation!r}")
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate: expected one fastfg.Gate or None, got {type(gate).__name__}")
+        self.model, self.saes, self.gate = model, saes, gate
+        self.interpolation, self.options = interpolation, options
+
+    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
+        """Relevancy of each pixel: ``inputs`` [B, C, H, W] -> [B, 1, H, W], raw, not normalised.
+
+        ``target``: None (the predicted class), an int, or one an image; a tensor [B, 1] is taken as [B].
+        """
+        if isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] == 1:
+            target = target[:, 0]
+        result = attribute(self.model, inputs, saes=self.saes, gate=self.gate, target=target, **self.options)
+        align = {"align_corners": False} if self.interpolation == "bilinear" else {}
+        size = (inputs.shape[-2], inputs.shape[-1])
+        return F.interpolate(result.maps.unsqueeze(1), size=size, mode=self.interpolation, **align)

@@ -1,0 +1,81 @@
+"""The Captum-shaped class, beside the real Captum and inside the real Quantus."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastfg
+
+
+def test_pixels_hold_their_patchs_relevancy(model, images, saes, gate):
+    maps = fastfg.attribute(model, images, saes=saes, gate=gate, target=2).maps
+    pixels = fastfg.FeatureGradient(model, saes, gate).attribute(images, target=torch.tensor([[2], [2], [2]]))
+    assert pixels.shape == (3, 1, 32, 48)
+    assert torch.equal(pixels[:, 0, ::8, ::8], maps)
+    assert torch.equal(pixels[:, 0, 7::8, 7::8], maps)
+    smooth = fastfg.FeatureGradient(model, saes, gate, interpolation="bilinear").attribute(images, target=2)
+    assert smooth.shape == pixels.shape
+
+
+def test_what_does_not_fit_is_named(model):
+    with pytest.raises(ValueError, match="interpolation: expected one of .* got 'cubic'"):
+        fastfg.FeatureGradient(model, interpolation="cubic")
+    with pytest.raises(TypeError, match="gate: expected one fastfg.Gate or None, got list"):
+        fastfg.FeatureGradient(model, gate=[None])
+
+
+def test_captums_own_methods_and_metrics_take_it(model, images):
+    captum = pytest.importorskip("captum")
+    from captum.attr import InputXGradient, visualization
+
+    assert captum.__version__
+    method = fastfg.FeatureGradient(model)
+    for attributor in (InputXGradient(model), method):  # one loop over both: the same call
+        attributions = attributor.attribute(images, target=1)
+        assert attributions.shape[0] == 3
+        assert attributions.shape[-2:] == images.shape[-2:]
+    pixels = method.attribute(images, target=1)[0].permute(1, 2, 0).numpy()
+    figure, _ = visualization.visualize_image_attr(pixels, sign="positive", use_pyplot=False)
+    assert figure.axes
+
+
+def test_gradient_x_input_is_captums(model, images):
+    pytest.importorskip("captum")
+    from captum.attr import InputXGradient
+
+    expected = InputXGradient(model).attribute(images, target=1).sum(1)
+    expected = expected.unflatten(-1, (6, 8)).unflatten(1, (4, 8)).sum((2, 4))
+    found = fastfg.attribute(model, images, target=1, baselines=["gradient_x_input"])
+    torch.testing.assert_close(found.baselines["gradient_x_input"], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.maps, fastfg.attribute(model, images, target=1).maps, rtol=1e-12, atol=0)
+
+
+def test_quantus_explain_func(model, images):
+    quantus = pytest.importorskip("quantus")
+
+    def explain(model, inputs, targets, **_):
+        pixels = torch.as_tensor(inputs).double()
+        return fastfg.FeatureGradient(model).attribute(pixels, target=torch.as_tensor(targets)).numpy()
+
+    class Model(torch.nn.Module):
+        """Quantus hands over float32 images."""
+
+        def __init__(self):
+            super().__init__()
+            self.vit = model
+
+        def forward(self, x):
+            return self.vit(x.double())
+
+    metric = quantus.FaithfulnessCorrelation(
+        nr_runs=10, subset_size=64, disable_warnings=True, perturb_baseline="black", return_aggregate=False
+    )
+    scores = metric(
+        model=Model().eval(),
+        x_batch=images.float().numpy(),
+        y_batch=np.array([1, 2, 0]),
+        explain_func=lambda model, inputs, targets, **_: explain(model.vit, inputs, targets),
+        device="cpu",
+    )
+    assert len(scores) == 3
+    assert np.isfinite(scores).all()
