@@ -120,6 +120,12 @@ FAMILIES = {
         1,
         [slice(1, None)],
     ),
+    "transformers CLIP, vision model": (
+        "transformers",
+        lambda: hf("clip", "CLIPVisionModel", "CLIPVisionConfig"),
+        1,
+        [CLS],
+    ),
     "transformers CLIP, projection": (
         "transformers",
         lambda: hf("clip", "CLIPVisionModelWithProjection", "CLIPVisionConfig"),
