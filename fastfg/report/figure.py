@@ -46,8 +46,9 @@ def save_figure(path: Path, rows: Sequence[FigureRow], title: str, columns: tupl
     for row, line in zip(rows, axes, strict=True):
         shown = _draw(row, line)
     if shown is not None:
-        bar = figure.colorbar(shown, ax=axes[:, 3], location="bottom", shrink=0.9, aspect=25, pad=0.02)
+        bar = figure.colorbar(shown, ax=axes, location="bottom", shrink=0.24, aspect=25, pad=0.02, anchor=(0.985, 1.0))
         bar.set_label("share of the image's largest difference", fontsize=8)
+        bar.set_ticks([-1, 0, 1])
         bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -66,4 +67,5 @@ def _draw(row: FigureRow, axes: Sequence[Axes]):  # type: ignore[no-untyped-def]
         axis.imshow(heat.numpy(), cmap=COLOURS, alpha=0.65, vmin=0, vmax=1)
         axis.set_xlabel("  ".join(f"{METRICS[name].short} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
     axes[0].set_xlabel(row.name, fontsize=7.5)
+    axes[3].set_xlabel(" ", fontsize=7.5)  # keeps the row level
     return axes[3].imshow(torch.as_tensor(difference / largest).numpy(), cmap="RdBu_r", alpha=0.85, vmin=-1, vmax=1)
