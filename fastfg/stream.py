@@ -38,6 +38,7 @@ class Stream:
         self.identity, self.backend, self.n_features = identity, backend, features
         self.layers = sorted({layer for config in configs if config is not None for layer in config.layers})
         self.wanted = baselines
+        self.n_tokens = adapter.num_prefix_tokens + grid[0] * grid[1]
         self.rows: Tensor | None = None  # [C, B, N]
         self.baselines: dict[str, Tensor] = {}  # each [B, N], or [B, P] of the pixels
         self.scores: dict[int, Tensor] = {}  # each [C, B, P]
@@ -82,7 +83,9 @@ class Stream:
                 if not self.adapter.pooled:
                     self._on_pooling_head(q, k, v, dO, scale)
                 return
-            row = self.adapter.first_row(q.shape[2], q).expand(q.shape[0], -1)
+            if q.shape[2] != self.n_tokens:
+                raise RuntimeError(f"model: expected {self.n_tokens} tokens in block {number}, met {q.shape[2]}")
+            row = self.adapter.first_row(self.n_tokens, q).expand(q.shape[0], -1)
             if self.rows is None:
                 if not self.adapter.pooled:
                     raise RuntimeError(
@@ -111,7 +114,7 @@ class Stream:
 
     def _with_prefix(self, row: Tensor) -> Tensor:
         """``row`` [B, P or N] over all tokens: a pooling head may look at the patches alone."""
-        return F.pad(row, (self.adapter.num_prefix_tokens + self.grid[0] * self.grid[1] - row.shape[-1], 0))
+        return F.pad(row, (self.n_tokens - row.shape[-1], 0))
 
     def _step_baselines(self, row: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
         """``row`` [B, N] is where the head reads, for the first block that is met."""

@@ -1,5 +1,6 @@
 """Every message names the argument, what was expected, and what came."""
 
+import dataclasses
 import re
 
 import pytest
@@ -120,6 +121,12 @@ def test_models(images):
         model = tiny_vit(num_classes=0)
         model.head = torch.nn.Unflatten(1, (4, 8))
         fastfg.attribute(model, images)
+
+
+def test_an_adapter_that_miscounts_tokens_is_never_a_wrong_map(model, images):
+    wrong = dataclasses.replace(fastfg.models.adapt(model), num_prefix_tokens=2)
+    with pytest.raises(RuntimeError, match="model: expected 26 tokens in block 3, met 25"):
+        fastfg.attribute(wrong, images)
 
 
 def test_a_block_without_attention_is_never_a_wrong_map(model, images):
