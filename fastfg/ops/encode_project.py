@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.dispatch import implementation, register
+from fastfg.dispatch import implementation
 from fastfg.ops.check import check_shapes
-
-register("encode_project", "reference", reference.encode_project)
 
 
 def encode_project(
@@ -28,4 +26,4 @@ def encode_project(
         W_enc: [d, F]. b_enc: [F]. W_dec: [F, d]. activation: any but ``topk``.
     """
     check_shapes({}, W_enc=(W_enc, "d F"), x=(x, "T d"), g=(g, "T d"), b_enc=(b_enc, "F"), W_dec=(W_dec, "F d"))
-    return implementation("encode_project", backend)(x, g, W_enc, b_enc, W_dec, activation)
+    return implementation("encode_project", backend, x)(x, g, W_enc, b_enc, W_dec, activation)

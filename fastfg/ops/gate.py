@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg import reference
-from fastfg.dispatch import implementation, register
-
-register("gate", "reference", reference.gate)
+from fastfg.dispatch import implementation
 
 
 def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor, *, backend: str = "auto") -> Tensor:
@@ -17,4 +14,4 @@ def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor, *, backen
     """
     if scores.ndim == 0 or scores.shape[-1] == 0:
         raise ValueError(f"scores: expected [..., P] with at least one patch, got {list(scores.shape)}")
-    return implementation("gate", backend)(scores, kappa, c_max)
+    return implementation("gate", backend, scores)(scores, kappa, c_max)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg import reference
-from fastfg.dispatch import implementation, register
+from fastfg.dispatch import implementation
 from fastfg.ops.check import check_shapes
-
-register("project", "reference", reference.project)
 
 
 def project(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
@@ -19,4 +16,4 @@ def project(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor, *, backen
         values: [T, K] codes. indices: [T, K] int64, the features they belong to.
     """
     check_shapes({}, g=(g, "T d"), W_dec=(W_dec, "F d"), values=(values, "T K"), indices=(indices, "T K"))
-    return implementation("project", backend)(g, W_dec, values, indices)
+    return implementation("project", backend, g)(g, W_dec, values, indices)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg import reference
-from fastfg.dispatch import implementation, register
+from fastfg.dispatch import implementation
 from fastfg.ops.check import check_shapes
-
-register("relevancy", "reference", reference.relevancy)
 
 
 def relevancy(
@@ -38,4 +35,4 @@ def relevancy(
     check_shapes({}, rows=(rows, "C B N"), q=(q, shape), k=(k, shape), v=(v, shape), dO=(dO, shape))
     if gates is not None and gates.shape != rows.shape:
         raise ValueError(f"gates: expected {list(rows.shape)}, as rows, got {list(gates.shape)}")
-    return implementation("relevancy", backend)(rows, q, k, v, dO, scale, gates, identity)
+    return implementation("relevancy", backend, q)(rows, q, k, v, dO, scale, gates, identity)

@@ -1,0 +1,132 @@
+// The K largest pre-activations of each token, then ReLU; ties to the lowest index.
+// The GEMM runs in panels of features that stay in cache. What a panel holds above a token's K-th best so far is
+// taken over, which is little: about K ln(F / K) of F features. The [T, F] pre-activations never exist.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace fastfg {
+namespace {
+
+constexpr int64_t PANEL_BYTES = 2 << 20;  // of pre-activations at a time
+
+template <typename scalar_t>
+struct Entry {
+  scalar_t value;
+  int64_t index;
+};
+
+// NaN counts as the largest, as in torch.topk, so that it is seen.
+template <typename scalar_t>
+bool before(const Entry<scalar_t>& a, const Entry<scalar_t>& b) {
+  const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
+  if (a_nan != b_nan) return a_nan;
+  if (a_nan || a.value == b.value) return a.index < b.index;
+  return a.value > b.value;
+}
+
+// One token's best so far: a buffer of up to 2K entries, cut down to K whenever it is full.
+template <typename scalar_t>
+class Best {
+ public:
+  explicit Best(int64_t k) : k_(k) { entries_.reserve(2 * k); }
+
+  // Features come in ascending order, so an equal of the K-th best has a higher index and loses.
+  void scan(const scalar_t* values, int64_t n, int64_t first_index) {
+    using Vec = at::vec::Vectorized<scalar_t>;
+    int64_t i = 0;
+    for (; i + Vec::size() <= n; i += Vec::size()) {
+      // "not <=" lets NaN through
+      const auto lower = Vec::loadu(values + i) <= Vec(threshold_);
+      if (all_set(lower)) continue;
+      for (int64_t j = i; j < i + Vec::size(); j++) take(values[j], first_index + j);
+    }
+    for (; i < n; i++) take(values[i], first_index + i);
+  }
+
+  void write(scalar_t* values, int64_t* indices) {
+    cut();
+    std::sort(entries_.begin(), entries_.end(), before<scalar_t>);
+    for (int64_t i = 0; i < k_; i++) {
+      const scalar_t value = entries_[i].value;
+      values[i] = std::isnan(value) ? value : std::max(value, scalar_t(0));
+      indices[i] = entries_[i].index;
+    }
+  }
+
+ private:
+  template <typename Vec>
+  static bool all_set(const Vec& mask) {
+    return mask.zero_mask() == 0;
+  }
+
+  void take(scalar_t value, int64_t index) {
+    if (full_ && value <= threshold_) return;
+    entries_.push_back({value, index});
+    if (static_cast<int64_t>(entries_.size()) == 2 * k_) cut();
+  }
+
+  void cut() {
+    if (static_cast<int64_t>(entries_.size()) > k_) {
+      std::nth_element(entries_.begin(), entries_.begin() + (k_ - 1), entries_.end(), before<scalar_t>);
+      entries_.resize(k_);
+    }
+    if (static_cast<int64_t>(entries_.size()) == k_) {
+      const auto last = std::max_element(entries_.begin(), entries_.end(), before<scalar_t>);
+      full_ = true;
+      // K values that are NaN leave no room for anything else
+      threshold_ = std::isnan(last->value) ? std::numeric_limits<scalar_t>::infinity() : last->value;
+    }
+  }
+
+  int64_t k_;
+  bool full_ = false;
+  scalar_t threshold_ = -std::numeric_limits<scalar_t>::infinity();
+  std::vector<Entry<scalar_t>> entries_;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> encode_topk(
+    const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const std::optional<at::Tensor>& b_dec,
+    int64_t k) {
+  const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t T = x.size(0), F = W_enc.size(1);
+  auto centred = (b_dec.has_value() ? x - *b_dec : x).to(wide).contiguous();
+  auto values = at::empty({T, k}, centred.options());
+  auto indices = at::empty({T, k}, centred.options().dtype(at::kLong));
+  if (T == 0) return {values.to(x.scalar_type()), indices};
+  const int64_t size = static_cast<int64_t>(values.element_size());
+  const int64_t panel = std::clamp<int64_t>(PANEL_BYTES / (T * size) / 64 * 64, 512, 8192);
+  auto buffer = at::empty({T * std::min(panel, F)}, centred.options());
+  AT_DISPATCH_FLOATING_TYPES(wide, "encode_topk", [&] {
+    std::vector<Best<scalar_t>> best(T, Best<scalar_t>(k));
+    for (int64_t start = 0; start < F; start += panel) {
+      const int64_t n = std::min(panel, F - start);
+      auto pre = buffer.narrow(0, 0, T * n).view({T, n});
+      const auto W = W_enc.narrow(1, start, n).to(wide);
+      at::addmm_out(pre, b_enc.narrow(0, start, n).to(wide), centred, W);
+      const scalar_t* data = pre.const_data_ptr<scalar_t>();
+      at::parallel_for(0, T, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; t++) best[t].scan(data + t * n, n, start);
+      });
+    }
+    scalar_t* out = values.mutable_data_ptr<scalar_t>();
+    int64_t* of = indices.mutable_data_ptr<int64_t>();
+    at::parallel_for(0, T, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) best[t].write(out + t * k, of + t * k);
+    });
+  });
+  return {values.to(x.scalar_type()), indices};
+}
+
+TORCH_LIBRARY_IMPL(fastfg, CPU, m) { m.impl("encode_topk", &encode_topk); }
+
+}  // namespace fastfg

@@ -1,0 +1,71 @@
+// Equations 1 and 6, one block: r <- r + (r @ E) * w with E = mean_h max(A * dA, 0), A and dA made in tiles.
+// Some queries of one head at a time: two GEMMs give the logits and dA, one pass over the tile turns both into
+// max(A * dA, 0), summed over the heads in place. Threads take tiles of queries.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace fastfg {
+namespace {
+
+constexpr int64_t TILE_BYTES = 512 << 10;  // of one of a tile's arrays: it stays in a core's own cache
+
+// e += max(softmax(scale * logits) * dA, 0), one query's row; logits is overwritten.
+template <typename scalar_t>
+void add_row(scalar_t* logits, const scalar_t* dA, scalar_t scale, int64_t n, scalar_t* e) {
+  using Vec = at::vec::Vectorized<scalar_t>;
+  const scalar_t largest = at::vec::reduce_all<scalar_t>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, logits, n);
+  at::vec::map<scalar_t>([=](Vec x) { return ((x - Vec(largest)) * Vec(scale)).exp(); }, logits, logits, n);
+  const scalar_t sum = at::vec::reduce_all<scalar_t>([](Vec& a, Vec& b) { return a + b; }, logits, n);
+  const Vec inverse(scalar_t(1) / sum);
+  at::vec::map3<scalar_t>(
+      [=](Vec so_far, Vec p, Vec g) { return so_far + at::vec::maximum(p * inverse * g, Vec(0)); }, e, e, logits, dA, n);
+}
+
+}  // namespace
+
+at::Tensor relevancy(
+    const at::Tensor& rows, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dO,
+    double scale, const std::optional<at::Tensor>& gates, bool paper) {
+  const int64_t C = rows.size(0), B = q.size(0), H = q.size(1), N = q.size(2);
+  const auto options = q.options();
+  const int64_t tile = std::clamp<int64_t>(TILE_BYTES / (N * q.element_size()), 1, N);
+  const int64_t tiles = (N + tile - 1) / tile;
+  const auto r = rows.to(q.scalar_type());
+  // Each tile leaves its own part of r @ E, and these are added up in their order: the same sum on any threads.
+  auto parts = at::empty({B, tiles, C, N}, options);
+  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "relevancy", [&] {
+    at::parallel_for(0, B * tiles, 1, [&](int64_t begin, int64_t end) {
+      auto logits = at::empty({tile, N}, options), dA = at::empty({tile, N}, options);
+      for (int64_t job = begin; job < end; job++) {
+        const int64_t b = job / tiles, start = job % tiles * tile, n = std::min(tile, N - start);
+        auto E = at::zeros({n, N}, options);
+        auto logits_n = logits.narrow(0, 0, n), dA_n = dA.narrow(0, 0, n);
+        for (int64_t h = 0; h < H; h++) {
+          at::mm_out(logits_n, q[b][h].narrow(0, start, n), k[b][h].t());
+          at::mm_out(dA_n, dO[b][h].narrow(0, start, n), v[b][h].t());
+          for (int64_t i = 0; i < n; i++) {
+            add_row(
+                logits_n.mutable_data_ptr<scalar_t>() + i * N, dA_n.const_data_ptr<scalar_t>() + i * N,
+                static_cast<scalar_t>(scale), N, E.mutable_data_ptr<scalar_t>() + i * N);
+          }
+        }
+        auto part = parts[b][job % tiles];
+        at::mm_out(part, r.select(1, b).narrow(1, start, n), E);
+      }
+    });
+  });
+  auto flow = parts.sum(1).transpose(0, 1) / static_cast<double>(H);  // [C, B, N]
+  if (paper) flow = flow + r;
+  return gates.has_value() ? r + flow * *gates : r + flow;
+}
+
+TORCH_LIBRARY_IMPL(fastfg, CPU, m) { m.impl("relevancy", &relevancy); }
+
+}  // namespace fastfg

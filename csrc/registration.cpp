@@ -1,0 +1,21 @@
+// The schema of every native op. Each is implemented in cpu/<op>.cpp, under the op's own name.
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(fastfg, m) {
+  m.def("encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k) -> (Tensor, Tensor)");
+  m.def(
+      "encode_project(Tensor x, Tensor g, Tensor W_enc, Tensor b_enc, Tensor W_dec, str activation, Tensor? threshold,"
+      " Tensor? r_mag, Tensor? b_gate, Tensor? b_mag) -> Tensor");
+  m.def("gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor");
+  m.def("project(Tensor g, Tensor W_dec, Tensor values, Tensor indices) -> Tensor");
+  m.def(
+      "relevancy(Tensor rows, Tensor q, Tensor k, Tensor v, Tensor dO, float scale, Tensor? gates, bool paper)"
+      " -> Tensor");
+}
+
+// Importing fastfg._C loads the library, which registers the ops; the module itself is empty.
+PyMODINIT_FUNC PyInit__C(void) {
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
