@@ -69,7 +69,7 @@ def _register_fakes() -> None:
         "project": lambda g, W_dec, values, indices: g.new_empty(g.shape[0]),
         "encode_project": lambda x, *_: x.new_empty(x.shape[0]),
         "gate": lambda scores, kappa, c_max: torch.empty_like(scores),
-        "relevancy": lambda rows, q, *_: rows.new_empty(rows.shape, dtype=q.dtype),
+        "relevancy": lambda rows, *_: torch.empty_like(rows),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"fastfg::{name}", fake)

@@ -77,15 +77,13 @@ class Stream:
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """One step ``r <- r + (r @ E) * w``, or the start under an attention-pooling head."""
         with torch.autocast(q.device.type, enabled=False):
-            dtype = _working_dtype(q)
-            q, k, v, dO = (t.to(dtype) for t in (q, k, v, dO))
             if number >= len(self.adapter.blocks):
                 if not self.adapter.pooled:
                     self._on_pooling_head(q, k, v, dO, scale)
                 return
             if q.shape[2] != self.n_tokens:
                 raise RuntimeError(f"model: expected {self.n_tokens} tokens in block {number}, met {q.shape[2]}")
-            row = self.adapter.first_row(self.n_tokens, q).expand(q.shape[0], -1)
+            row = self.adapter.first_row(self.n_tokens, _working_dtype(q), q.device).expand(q.shape[0], -1)
             if self.rows is None:
                 if not self.adapter.pooled:
                     raise RuntimeError(
@@ -106,6 +104,7 @@ class Stream:
 
     def _on_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """An attention-pooling head is met first: relevancy starts from its own row."""
+        q, k, v, dO = (t.to(_working_dtype(t)) for t in (q, k, v, dO))
         self._start(self._with_prefix(pooling_row(q, k, v, dO, scale)))
         every_query = q.new_ones(1, q.shape[0], q.shape[2]) / q.shape[2]
         for name in ("rollout", "last_attention"):

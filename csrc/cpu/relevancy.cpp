@@ -31,13 +31,15 @@ void add_row(scalar_t* logits, const scalar_t* dA, scalar_t scale, int64_t n, sc
 }  // namespace
 
 at::Tensor relevancy(
-    const at::Tensor& rows, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dO,
-    double scale, const std::optional<at::Tensor>& gates, bool paper) {
+    const at::Tensor& rows, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+    const at::Tensor& dO_in, double scale, const std::optional<at::Tensor>& gates, bool paper) {
+  // The rows' precision is the result's, whatever the model's.
+  const auto q = q_in.to(rows.scalar_type()), k = k_in.to(rows.scalar_type()), v = v_in.to(rows.scalar_type()),
+             dO = dO_in.to(rows.scalar_type());
   const int64_t C = rows.size(0), B = q.size(0), H = q.size(1), N = q.size(2);
   const auto options = q.options();
   const int64_t tile = std::clamp<int64_t>(TILE_BYTES / (N * q.element_size()), 1, N);
   const int64_t tiles = (N + tile - 1) / tile;
-  const auto r = rows.to(q.scalar_type());
   // Each tile leaves its own part of r @ E, and these are added up in their order: the same sum on any threads.
   auto parts = at::empty({B, tiles, C, N}, options);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "relevancy", [&] {
@@ -57,13 +59,13 @@ at::Tensor relevancy(
           }
         }
         auto part = parts[b][job % tiles];
-        at::mm_out(part, r.select(1, b).narrow(1, start, n), E);
+        at::mm_out(part, rows.select(1, b).narrow(1, start, n), E);
       }
     });
   });
   auto flow = parts.sum(1).transpose(0, 1) / static_cast<double>(H);  // [C, B, N]
-  if (paper) flow = flow + r;
-  return gates.has_value() ? r + flow * *gates : r + flow;
+  if (paper) flow = flow + rows;
+  return gates.has_value() ? rows + flow * *gates : rows + flow;
 }
 
 TORCH_LIBRARY_IMPL(fastfg, CPU, m) { m.impl("relevancy", &relevancy); }

@@ -56,9 +56,9 @@ class Adapter:
         """One floating-point parameter, which tells the model's dtype and device."""
         return next(p for p in self.model.parameters() if p.is_floating_point())
 
-    def first_row(self, n_tokens: int, like: Tensor) -> Tensor:
+    def first_row(self, n_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The row [N] that relevancy starts from: the mean of the rows that the head reads."""
-        row = torch.zeros(n_tokens, dtype=like.dtype, device=like.device)
+        row = torch.zeros(n_tokens, dtype=dtype, device=device)
         for tokens in self.pooled:
             row[tokens] += 1 / (len(self.pooled) * len(row[tokens]))
         return row

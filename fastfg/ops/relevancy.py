@@ -23,7 +23,8 @@ def relevancy(
     """One block's step ``r <- r + (r @ E) * w`` with ``E = mean_h max(A * dy/dA, 0)``.
 
     Args:
-        rows: [C, B, N]. q, k, v, dO: [B, H, N, dh]; dO is the gradient at the attention's output.
+        rows: [C, B, N], float32 or float64; their precision is the result's, whatever the model's.
+        q, k, v, dO: [B, H, N, dh]; dO is the gradient at the attention's output.
         scale: of the attention's logits. gates: [C, B, N], 1 for prefix tokens, or None.
         identity: ``transmm`` (no identity inside E) or ``paper`` (eq. 1 by the letter).
 

@@ -34,8 +34,10 @@ def relevancy(
     """One block of the row form: ``r <- r + (r @ E) * w`` -> [C, B, N], with ``E`` from q, k, v and dO.
 
     With ``identity="paper"`` (eq. 1 by the letter) ``E`` holds the identity, and the gate scales that too.
-    ``E`` is made for some queries at a time, so nothing of size N x N is held.
+    ``E`` is made for some queries at a time, so nothing of size N x N is held, and in the dtype of ``rows``,
+    whatever the model's.
     """
+    q, k, v, dO = (t.to(rows.dtype) for t in (q, k, v, dO))
     flow = torch.zeros_like(rows)
     for n in query_tiles(q):
         attn = torch.softmax(q[:, :, n] @ k.mT * scale, dim=-1)  # A
@@ -67,6 +69,7 @@ def rollout(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def attend(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """``rows @ mean_h A``: [C, B, N queries] -> [C, B, N keys]."""
+    q, k = q.to(rows.dtype), k.to(rows.dtype)
     flow = rows.new_zeros(*rows.shape[:2], k.shape[2])
     for n in query_tiles(q):
         attn = torch.softmax(q[:, :, n] @ k.mT * scale, dim=-1).mean(1)

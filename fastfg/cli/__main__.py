@@ -1,0 +1,5 @@
+"""``python -m fastfg.cli``."""
+
+from fastfg.cli import entry
+
+entry()
