@@ -28,6 +28,8 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt $(wildcard csrc
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools ninja
 	FASTFG_BUILD=require $(PIP) --no-build-isolation --editable '.[dev]'
+	@# a torch for GPUs has brought its own triton; on a CPU one serves to test and compile the kernels
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton==3.6.0
 	$(PIP) --no-deps --requirement data.txt
 	@touch $@
 

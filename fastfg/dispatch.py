@@ -66,7 +66,14 @@ def implementation(op: str, backend: str, like: Tensor) -> Callable[..., Any]:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
     elif (reason := why_not(op, backend, like)) is not None:
         raise BackendError(f"backend: {backend!r} can't run {op}: {reason}")
-    return _load(op, backend)
+    found = _load(op, backend)
+    return functools.partial(_on_device, like.device, found) if backend == "triton" else found
+
+
+def _on_device(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Triton launches on the current device, which need not be the tensors' own."""
+    with torch.cuda.device(device):
+        return function(*arguments)
 
 
 def _load(op: str, backend: str) -> Callable[..., Any]:

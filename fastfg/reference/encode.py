@@ -70,7 +70,10 @@ def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None
 
 
 def activate(pre: Tensor, activation: Activation) -> Tensor:
-    """The codes of pre-activations [..., F]; for ``gated`` these are ``(x - b_dec) @ W_enc``, without a bias."""
+    """The codes of pre-activations [..., F]; for ``gated`` these are ``(x - b_dec) @ W_enc``, without a bias.
+
+    What is off is what compares so: a NaN compares as nothing, and stays.
+    """
     kind = activation
     if kind.name == "relu":
         return pre.relu()
@@ -78,11 +81,11 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
         return pre.relu().tanh()
     if kind.name in ("jumprelu", "batch_topk"):
         assert kind.threshold is not None
-        return torch.where(pre > kind.threshold.to(pre), pre, 0.0).relu()
+        return torch.where(pre <= kind.threshold.to(pre), 0.0, pre).relu()
     if kind.name == "gated":
         assert kind.r_mag is not None and kind.b_gate is not None and kind.b_mag is not None
         magnitude = (pre * kind.r_mag.to(pre).exp() + kind.b_mag.to(pre)).relu()
-        return torch.where(pre + kind.b_gate.to(pre) > 0, magnitude, 0.0)
+        return torch.where(pre + kind.b_gate.to(pre) <= 0, 0.0, magnitude)
     if kind.name == "topk":
         assert kind.k is not None
         values, indices = topk_lowest_index(pre, kind.k)

@@ -69,6 +69,15 @@ def test_topk_of_all_equal_and_of_negative():
     assert indices.tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_is_never_turned_into_0(activation):
+    sae = random_sae(33, 100, activation, **ACTIVATIONS[activation])
+    x = torch.randn(2, 33, dtype=torch.float64)
+    x[1, 5] = torch.nan
+    assert sae.encode(x)[0].isfinite().all()
+    assert sae.encode(x)[1].isnan().any()
+
+
 def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="normalize: expected one of .* got 'batch'"):
         reference.normalize(torch.zeros(1, 3), "batch")

@@ -1,0 +1,109 @@
+"""``s_t = sum_f act((x_t @ W_enc)_f + b_enc_f) (g_t . W_dec[f])`` for SAEs of any sparsity; no array [T, F].
+
+A program owns some tokens and streams over features in tiles: both products of a tile, then the activation, then
+the sum over the tile's features. Few tokens leave the card idle, so the features are split among programs as well;
+each split writes its own partial sum.
+
+Operations: ``4 T d F`` (two matrix products). Bytes: ``2 T d + 2 d F`` elements, each read once for every tile of
+the other side, from the cache for the most part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
+PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+
+
+@triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_row(ptr, f, stride, F):
+    return tl.load(ptr + f * stride, mask=f < F, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def encode_project_kernel(
+    x_ptr, g_ptr, W_enc_ptr, W_dec_ptr, b_enc_ptr, threshold_ptr, r_mag_ptr, b_gate_ptr, b_mag_ptr, scores_ptr,
+    T, D, F, splits, x_t, x_d, g_t, g_d, e_d, e_f, d_f, d_d, threshold_f,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t64 = t[:, None].to(tl.int64)
+    scores = tl.zeros([BLOCK_T], tl.float32)
+    for first in range(split * BLOCK_F, F, splits * BLOCK_F):
+        f = first + tl.arange(0, BLOCK_F)
+        f64 = f[None, :].to(tl.int64)
+        pre = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+        gradient = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+        for left in range(0, D, BLOCK_D):
+            d = left + tl.arange(0, BLOCK_D)
+            tokens = (t < T)[:, None] & (d < D)[None, :]
+            features = (d < D)[:, None] & (f < F)[None, :]
+            d64 = d[:, None].to(tl.int64)
+            x = tl.load(x_ptr + t64 * x_t + d[None, :] * x_d, mask=tokens, other=0.0)
+            W_enc = tl.load(W_enc_ptr + d64 * e_d + f64 * e_f, mask=features, other=0.0)
+            pre = tl.dot(x, W_enc, pre, input_precision="tf32x3")
+            g = tl.load(g_ptr + t64 * g_t + d[None, :] * g_d, mask=tokens, other=0.0)
+            W_dec = tl.load(W_dec_ptr + d64 * d_d + f64 * d_f, mask=features, other=0.0)
+            gradient = tl.dot(g, W_dec, gradient, input_precision="tf32x3")  # eq. 2
+
+        if ACTIVATION == "gated":  # it has no b_enc
+            code = relu(pre * tl.exp(load_row(r_mag_ptr, f, 1, F)) + load_row(b_mag_ptr, f, 1, F))
+            code = tl.where(pre + load_row(b_gate_ptr, f, 1, F) <= 0, 0.0, code)  # a NaN stays
+        else:
+            pre += load_row(b_enc_ptr, f, 1, F)
+            code = relu(pre)
+            if ACTIVATION == "tanh_relu":
+                code = 1 - 2 / (tl.exp(2 * code) + 1)
+            elif ACTIVATION == "jumprelu" or ACTIVATION == "batch_topk":
+                code = tl.where(pre <= load_row(threshold_ptr, f, threshold_f, F), 0.0, code)
+        scores += tl.sum(tl.where((f < F)[None, :], code * gradient, 0.0), 1)  # eq. 3
+    tl.store(scores_ptr + split.to(tl.int64) * T + t, scores, mask=t < T)
+
+
+def blocks(dtype: torch.dtype) -> dict[str, int]:
+    """The largest tiles that spill no register on any card; float32 takes twice the room and three products for one."""
+    if dtype == torch.float32:
+        return {"BLOCK_T": 64, "BLOCK_F": 32, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
+
+
+def encode_project(
+    x: Tensor,  # [T, d], already normalised, b_dec already subtracted
+    g: Tensor,  # [T, d]
+    W_enc: Tensor,  # [d, F]
+    b_enc: Tensor,  # [F]
+    W_dec: Tensor,  # [F, d]
+    activation: Any,  # with fields name, threshold, r_mag, b_gate, b_mag
+) -> Tensor:
+    """Scores [T], of ``x``'s dtype; sums are in float32. Any activation but ``topk``."""
+    if activation.name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation.name!r}")
+    (T, d), F = x.shape, W_enc.shape[1]
+    if T == 0:
+        return torch.empty(0, dtype=x.dtype, device=x.device)
+    unused = b_enc
+    threshold = unused if activation.threshold is None else activation.threshold.to(x.device).expand(F)
+    parameters = (activation.r_mag, activation.b_gate, activation.b_mag)
+    gated = [unused if p is None else p.to(x.device).contiguous() for p in parameters]
+    block = blocks(x.dtype)
+    token_tiles, feature_tiles = triton.cdiv(T, block["BLOCK_T"]), max(1, triton.cdiv(F, block["BLOCK_F"]))
+    splits = min(feature_tiles, triton.cdiv(PROGRAMS, token_tiles))
+    scores = torch.empty(splits, T, dtype=torch.float32, device=x.device)
+    encode_project_kernel[(token_tiles, splits)](
+        x, g, W_enc, W_dec, b_enc.contiguous(), threshold, *gated, scores, T, d, F, splits,
+        *x.stride(), *g.stride(), *W_enc.stride(), *W_dec.stride(), threshold.stride(0),
+        ACTIVATION=activation.name, **block,
+    )  # fmt: skip
+    return scores.sum(0).to(x.dtype)

@@ -1,0 +1,375 @@
+"""The Triton kernels against the float64 reference: on a GPU where there is one, else in Triton's interpreter.
+
+``test_triton.py`` runs this file; ``pytest --noconftest tests/kernels/parity.py`` does so by hand.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastfg import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def interpret():
+    """Sets Triton to its interpreter, which needs that said before it is first imported, and mends it in two places."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patched(tensor, scope):
+        """NumPy 2.4 gives no int of an array of one entry, which Triton 3.6 asks for at each loop bound."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def widened(x):
+        """bfloat16 is kept as its bits, and Triton 3.6 multiplies those."""
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+if DEVICE == "cpu":
+    interpret()
+
+from fastfg.kernels import encode_project, encode_topk, gate, project, relevancy  # noqa: E402
+
+EPS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+HALVES = (torch.bfloat16, torch.float16)
+ACTIVATIONS = ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def widen(value):
+    """The same argument in float64."""
+    if isinstance(value, reference.Activation):
+        return reference.Activation(*(widen(field) for field in vars(value).values()))
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def error(got, exact):
+    """The largest one, relative to the result's scale; NaN only where the reference has it."""
+    got, exact = got.double(), exact.double()
+    assert got.shape == exact.shape
+    assert torch.equal(got.isnan(), exact.isnan())
+    known = ~exact.isnan()
+    return ((got - exact)[known].abs().max() / exact[known].abs().max().clamp(min=1e-30)).item()
+
+
+def check(kernel, judge, *arguments):
+    """float32: to 1e-5; narrower: at most twice the same-dtype reference's error. No argument changes."""
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    got, exact = kernel(*arguments), judge(*map(widen, arguments))
+    for a, b in zip(arguments, before, strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
+    dtype = arguments[0].dtype
+    assert got.dtype == dtype
+    allowed = EPS[dtype]
+    if dtype != torch.float32:
+        allowed = max(allowed, 2 * error(judge(*arguments), exact))
+    assert error(got, exact) <= allowed
+    return got
+
+
+# relevancy ------------------------------------------------------------------------------------------------------
+
+
+def block(C, N, dh, B=2, H=2, dtype=torch.float32):
+    """rows, q, k, v, dO, scale, gates; q, k, v are strided views of one packed tensor, as models have them."""
+    q, k, v = draw(B, N, 3, H, dh, dtype=dtype).permute(2, 0, 3, 1, 4)
+    rows, gates = draw(C, B, N, dtype=dtype, seed=1), draw(C, B, N, dtype=dtype, seed=2).exp()
+    return rows, q, k, v, draw(B, N, H, dh, dtype=dtype, seed=3).transpose(1, 2), dh**-0.5, gates
+
+
+@pytest.mark.parametrize("identity", ["transmm", "paper"])
+@pytest.mark.parametrize("C", [1, 3, 17])
+@pytest.mark.parametrize(("N", "dh"), [(5, 32), (50, 48), (50, 33)])
+def test_relevancy(C, N, dh, identity):
+    check(relevancy.relevancy, reference.relevancy, *block(C, N, dh), identity)
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_relevancy_of_a_real_length(C, dtype):
+    check(relevancy.relevancy, reference.relevancy, *block(C, 197, 64, B=1, dtype=dtype))
+
+
+def test_relevancy_without_gates():
+    rows, q, k, v, dO, scale, _ = block(2, 50, 32)
+    check(relevancy.relevancy, reference.relevancy, rows, q, k, v, dO, scale)
+
+
+def test_relevancy_takes_the_log_sum_exp_that_a_model_kept():
+    rows, q, k, v, dO, scale, gates = block(1, 50, 32)
+    lse = torch.logsumexp(q @ k.mT * scale, -1)
+    got = relevancy.relevancy(rows, q, k, v, dO, scale, gates, lse=lse)
+    torch.testing.assert_close(got, relevancy.relevancy(rows, q, k, v, dO, scale, gates), rtol=1e-5, atol=1e-5)
+
+
+def test_relevancy_with_logits_that_overflow_an_exponential():
+    rows, q, k, v, dO, scale, gates = block(1, 50, 32)
+    got = relevancy.relevancy(rows, 40 * q, k, v, dO, scale, gates)
+    exact = reference.relevancy(*map(widen, (rows, 40 * q, k, v, dO)), scale, widen(gates))
+    assert error(got, exact) < 1e-4  # of logits near 100, float32 keeps 1e-5
+
+
+def test_relevancy_is_nan_where_its_input_is():
+    rows, q, k, v, dO, scale, gates = block(3, 50, 32)
+    q = q.clone()
+    q[1, 0, 7, 3] = float("nan")
+    got = check(relevancy.relevancy, reference.relevancy, rows, q, k, v, dO, scale, gates)
+    assert got[:, 1].isnan().all()
+    assert got[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize(("C", "B"), [(0, 2), (1, 0)])
+def test_relevancy_of_nothing(C, B):
+    assert relevancy.relevancy(*block(C, 5, 32, B=B)).shape == (C, B, 5)
+
+
+def test_relevancy_names_the_wrong_identity():
+    with pytest.raises(ValueError, match="identity: expected 'transmm' or 'paper', got 'none'"):
+        relevancy.relevancy(*block(1, 5, 32), "none")
+
+
+# project --------------------------------------------------------------------------------------------------------
+
+
+def codes(T, F, K, dtype=torch.float32):
+    indices = torch.rand(T, F, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :K]
+    return draw(T, K, dtype=dtype, seed=4).abs(), indices.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("T", "d", "F", "K"), [(1, 33, 300, 13), (49, 192, 301, 1), (5, 300, 77, 77), (197, 33, 50, 13)]
+)
+def test_project(T, d, F, K):
+    check(project.project, reference.project, draw(T, d), draw(F, d, seed=1), *codes(T, F, K))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_project_of_narrow_numbers(dtype):
+    check(
+        project.project,
+        reference.project,
+        draw(49, 192, dtype=dtype),
+        draw(300, 192, dtype=dtype),
+        *codes(49, 300, 13, dtype),
+    )
+
+
+def test_project_of_strided_inputs():
+    values, indices = codes(49, 300, 13)
+    g, W_dec = draw(33, 49).T, draw(33, 300, seed=1).T
+    check(project.project, reference.project, g, W_dec, values.T.contiguous().T, indices.T.contiguous().T)
+
+
+def test_project_is_nan_where_its_input_is():
+    values, indices = codes(5, 300, 13)
+    values[2, 3] = float("nan")
+    assert check(project.project, reference.project, draw(5, 33), draw(300, 33), values, indices)[2].isnan()
+
+
+def test_project_of_nothing():
+    assert project.project(draw(0, 33), draw(300, 33), *codes(0, 300, 13)).shape == (0,)
+    assert torch.equal(project.project(draw(3, 33), draw(300, 33), *codes(3, 300, 0)), draw(3, 33).new_zeros(3))
+
+
+# gate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("P", [1, 2, 49, 50, 196, 1369])
+def test_gate(P):
+    check(gate.gate, reference.gate, draw(3, P), 0.7, 5.0)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gate_of_narrow_numbers(dtype):
+    check(gate.gate, reference.gate, draw(3, 50, dtype=dtype), 0.7, 5.0)
+
+
+def test_gate_of_several_configurations():
+    kappa, c_max = draw(4, 1, 1).exp(), draw(4, 1, 1, seed=1).exp()
+    check(gate.gate, reference.gate, draw(2, 50), kappa, c_max)
+    check(gate.gate, reference.gate, draw(4, 2, 50).transpose(0, 1), 0.7, draw(2, 1, 1, seed=1).exp())
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [2.0, 2.0, 2.0, 2.0],  # MAD 0
+        [2.0, 2.0, 2.0, 3.0],
+        [-0.0, 0.0, 1.0, -1.0],
+        [1e-30, -1e-30, 1e-38, 0.0],
+        [1.0, float("inf"), 2.0, float("-inf"), 3.0],
+        [float("inf"), float("inf"), float("inf"), 1.0],
+        [1.0, float("nan"), 2.0],
+        [float("nan")] * 3,
+    ],
+)
+def test_gate_of_odd_scores(scores):
+    check(gate.gate, reference.gate, torch.tensor([scores, [1.0] * len(scores)], device=DEVICE), 1.0, 5.0)
+
+
+def test_gate_of_nothing():
+    assert gate.gate(draw(0, 50), 1.0, 5.0).shape == (0, 50)
+
+
+# encode_topk ----------------------------------------------------------------------------------------------------
+
+
+def encoder(T, d, F, dtype=torch.float32):
+    """x, W_enc, b_enc, b_dec."""
+    W_enc, b_enc = draw(d, F, seed=1) / d**0.5, 0.1 * draw(F, seed=2)
+    return draw(T, d, dtype=dtype), W_enc.to(dtype), b_enc.to(dtype), 0.1 * draw(d, dtype=dtype, seed=3)
+
+
+def check_topk(x, W_enc, b_enc, b_dec, k):
+    """The chosen features' exact pre-activations are the K largest, to rounding; none is chosen twice."""
+    values, indices = encode_topk.encode_topk(x, W_enc, b_enc, b_dec, k)
+    exact, _ = reference.encode_topk(*map(widen, (x, W_enc, b_enc, b_dec)), k)
+    pre = reference.preactivations(*map(widen, (x, W_enc, b_enc, b_dec)))
+    assert indices.dtype == torch.int64
+    assert all(len(row.unique()) == k for row in indices)
+    assert bool((values.diff(dim=-1) <= 0).all())
+    allowed = 1e-5 if x.dtype == torch.float32 else 2 * EPS[x.dtype]
+    assert error(values, exact) <= allowed
+    assert error(pre.gather(1, indices).relu(), exact) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("T", "d", "F", "k"), [(1, 33, 300, 13), (49, 192, 70, 1), (5, 33, 1501, 13), (3, 33, 100, 100)]
+)
+def test_encode_topk(T, d, F, k):
+    check_topk(*encoder(T, d, F), k)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_encode_topk_of_narrow_numbers(dtype):
+    check_topk(*encoder(5, 192, 501, dtype), 13)
+
+
+def test_encode_topk_of_strided_inputs():
+    x, W_enc, b_enc, _ = encoder(5, 33, 300)
+    check_topk(x.T.contiguous().T, W_enc.T.contiguous().T, torch.stack([b_enc, b_enc], 1)[:, 0], None, 13)
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_encode_topk_ties_go_to_the_lowest_index(rising):
+    """Whole numbers, so that every sum is exact; rising ones, so that every panel beats all before it."""
+    T, d, F, k = 3, 16, 1500, 20
+    x = torch.ones(T, d, device=DEVICE)
+    W_enc = (draw(d, F).round() if not rising else torch.zeros(d, F, device=DEVICE)).contiguous()
+    b_enc = torch.arange(F, device=DEVICE).div(7, rounding_mode="floor").float() if rising else draw(F).round()
+    values, indices = encode_topk.encode_topk(x, W_enc, b_enc, None, k)
+    expected = reference.encode_topk(x.double(), W_enc.double(), b_enc.double(), None, k)
+    assert torch.equal(values.double(), expected[0])
+    assert torch.equal(indices, expected[1])
+
+
+def test_encode_topk_of_negative_and_signed_zero_values():
+    b_enc = torch.tensor([-1.0, -0.0, 0.0, -2.0, -0.0, -1.0], device=DEVICE)
+    values, indices = encode_topk.encode_topk(draw(2, 16), torch.zeros(16, 6, device=DEVICE), b_enc, None, 5)
+    assert indices.tolist() == [[1, 2, 4, 0, 5]] * 2
+    assert values.tolist() == [[0.0] * 5] * 2
+
+
+def test_encode_topk_is_nan_where_its_input_is():
+    x, W_enc, b_enc, b_dec = encoder(3, 33, 300)
+    b_enc[41] = float("nan")
+    values, indices = encode_topk.encode_topk(x, W_enc, b_enc, b_dec, 13)
+    expected = reference.encode_topk(x, W_enc, b_enc, b_dec, 13)
+    assert torch.equal(indices, expected[1])
+    assert error(values, expected[0]) < 1e-5
+    x[1, 2] = float("nan")
+    assert encode_topk.encode_topk(x, W_enc, b_enc, b_dec, 13)[0][1].isnan().all()
+
+
+def test_encode_topk_of_no_tokens():
+    values, indices = encode_topk.encode_topk(*encoder(0, 33, 300), 13)
+    assert values.shape == indices.shape == (0, 13)
+
+
+@pytest.mark.parametrize(("d", "F", "k"), [(768, 49152, 128), (1024, 32768, 32), (192, 12288, 64)])
+def test_encode_topk_lists_take_a_twentieth_of_dense_codes(d, F, k):
+    capacity, panel = encode_topk.panel_sizes(d, F, k, BLOCK_F=128, itemsize=2)
+    assert 8 * capacity + 2 * d + 8 <= 0.05 * 4 * F
+    assert k + panel <= capacity
+
+
+# encode_project -------------------------------------------------------------------------------------------------
+
+
+def activation(name, F):
+    threshold = torch.tensor(0.5, device=DEVICE) if name == "batch_topk" else draw(F, seed=6).abs()
+    return reference.Activation(name, None, threshold, *(draw(F, seed=seed) for seed in (7, 8, 9)))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("T", "d", "F"), [(1, 33, 300), (49, 192, 77)])
+def test_encode_project(name, T, d, F):
+    x, W_enc, b_enc, _ = encoder(T, d, F)
+    arguments = (x, draw(T, d, seed=4), W_enc, b_enc, draw(F, d, seed=5), activation(name, F))
+    check(encode_project.encode_project, reference.encode_project, *arguments)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["relu", "gated"])
+def test_encode_project_of_narrow_numbers(name, dtype):
+    x, W_enc, b_enc, _ = encoder(49, 192, 300, dtype)
+    arguments = (
+        x,
+        draw(49, 192, dtype=dtype, seed=4),
+        W_enc,
+        b_enc,
+        draw(300, 192, dtype=dtype),
+        activation(name, 300),
+    )
+    check(encode_project.encode_project, reference.encode_project, *arguments)
+
+
+def test_encode_project_of_strided_inputs():
+    x, W_enc, b_enc, _ = encoder(5, 33, 300)
+    g, W_dec = draw(33, 5, seed=4).T, draw(33, 300, seed=5).T
+    arguments = (x.T.contiguous().T, g, W_enc.T.contiguous().T, b_enc, W_dec, activation("jumprelu", 300))
+    check(encode_project.encode_project, reference.encode_project, *arguments)
+
+
+def test_encode_project_is_nan_where_its_input_is():
+    x, W_enc, b_enc, _ = encoder(5, 33, 100)
+    x[3, 4] = float("nan")
+    arguments = (x, draw(5, 33, seed=4), W_enc, b_enc, draw(100, 33, seed=5), activation("relu", 100))
+    assert check(encode_project.encode_project, reference.encode_project, *arguments)[3].isnan()
+
+
+def test_encode_project_of_no_tokens_and_of_topk():
+    x, W_enc, b_enc, _ = encoder(0, 33, 100)
+    assert encode_project.encode_project(x, x, W_enc, b_enc, W_enc.T, activation("relu", 100)).shape == (0,)
+    with pytest.raises(ValueError, match="activation: expected one of .* got 'topk'"):
+        encode_project.encode_project(x, x, W_enc, b_enc, W_enc.T, reference.Activation("topk", 3))
+
+
+# all ------------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_equal_run_to_run():
+    arguments = block(3, 50, 32)
+    assert torch.equal(relevancy.relevancy(*arguments), relevancy.relevancy(*arguments))
+    tokens = encoder(5, 33, 1501)
+    for once, again in zip(encode_topk.encode_topk(*tokens, 13), encode_topk.encode_topk(*tokens, 13), strict=True):
+        assert torch.equal(once, again)

@@ -1,0 +1,25 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100: no spills, within shared memory, on the matrix unit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_kernel_compiles_without_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_all"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for kernel in ("flow_kernel", "lse_kernel", "filter_kernel", "encode_project_kernel"):
+        lines = [line for line in done.stdout.splitlines() if line.startswith(kernel) and "sm_90" in line]
+        assert any("wgmma" in line for line in lines), kernel
