@@ -41,11 +41,18 @@ def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:
     return "there is no CUDA C++ version"
 
 
-def _why_not_triton(op: str, like: Tensor | None) -> str | None:
+@functools.cache
+def _triton_lacks(op: str) -> str | None:
+    """What is missing whatever the tensors; looked up once, not in every call."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec(f"fastfg.kernels.{op}") is None:
-        return "there is no Triton version"
+    return None if importlib.util.find_spec(f"fastfg.kernels.{op}") else "there is no Triton version"
+
+
+def _why_not_triton(op: str, like: Tensor | None) -> str | None:
+    lacking = _triton_lacks(op)
+    if lacking is not None:
+        return lacking
     if like is None:
         return None if torch.cuda.is_available() else "there is no CUDA device"
     if like.device.type != "cuda":

@@ -83,15 +83,11 @@ class Stream:
                 return
             if q.shape[2] != self.n_tokens:
                 raise RuntimeError(f"model: expected {self.n_tokens} tokens in block {number}, met {q.shape[2]}")
-            row = self.adapter.first_row(self.n_tokens, _working_dtype(q), q.device).expand(q.shape[0], -1)
             if self.rows is None:
-                if not self.adapter.pooled:
-                    raise RuntimeError(
-                        "model: expected the logits to depend on its attention-pooling head, they do not"
-                    )
-                self._start(row)
+                self._on_last_block(q, k, scale)
             assert self.rows is not None
-            self._step_baselines(row, q, k, scale)
+            if "rollout" in self.wanted:
+                self.baselines["rollout"] = rollout(self.baselines["rollout"].unsqueeze(0), q, k, scale)[0]
             gates = None
             if number in self.gates:
                 gates = torch.ones_like(self.rows)
@@ -101,6 +97,17 @@ class Stream:
     def _start(self, row: Tensor) -> None:
         """Begin with ``row`` [B, N], the same for every gate."""
         self.rows = row.expand(len(self.configs), -1, -1)
+
+    def _on_last_block(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """The first block that is met, where no pooling head was: relevancy starts from the rows that are read."""
+        if not self.adapter.pooled:
+            raise RuntimeError("model: expected the logits to depend on its attention-pooling head, they do not")
+        row = self.adapter.first_row(self.n_tokens, _working_dtype(q), q.device).expand(q.shape[0], -1)
+        self._start(row)
+        if "rollout" in self.wanted:
+            self.baselines["rollout"] = row
+        if "last_attention" in self.wanted:
+            self.baselines["last_attention"] = attend(row.unsqueeze(0), q, k, scale)[0]
 
     def _on_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """An attention-pooling head is met first: relevancy starts from its own row."""
@@ -114,14 +121,6 @@ class Stream:
     def _with_prefix(self, row: Tensor) -> Tensor:
         """``row`` [B, P or N] over all tokens: a pooling head may look at the patches alone."""
         return F.pad(row, (self.n_tokens - row.shape[-1], 0))
-
-    def _step_baselines(self, row: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-        """``row`` [B, N] is where the head reads, for the first block that is met."""
-        if "last_attention" in self.wanted and "last_attention" not in self.baselines:
-            self.baselines["last_attention"] = attend(row.unsqueeze(0), q, k, scale)[0]
-        if "rollout" in self.wanted:
-            before = self.baselines.get("rollout", row)
-            self.baselines["rollout"] = rollout(before.unsqueeze(0), q, k, scale)[0]
 
     def on_input(self, images: Tensor, gradient: Tensor) -> None:
         """Gradient times input, summed over each patch."""
