@@ -8,7 +8,10 @@ TORCH_LIBRARY(fastfg, m) {
       "encode_project(Tensor x, Tensor g, Tensor W_enc, Tensor b_enc, Tensor W_dec, str activation, Tensor? threshold,"
       " Tensor? r_mag, Tensor? b_gate, Tensor? b_mag) -> Tensor");
   m.def("gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor");
-  m.def("project(Tensor g, Tensor W_dec, Tensor values, Tensor indices) -> Tensor");
+  m.def(
+      "gated_relevancy(Tensor rows, Tensor q, Tensor k, Tensor v, Tensor dO, float scale, Tensor g, Tensor W_dec,"
+      " Tensor values, Tensor indices, Tensor kappa, Tensor c_max, bool paper) -> (Tensor, Tensor, Tensor)");
+  m.def("project(Tensor g, Tensor W_dec, Tensor values, Tensor indices) -> (Tensor, Tensor)");
   m.def(
       "relevancy(Tensor rows, Tensor q, Tensor k, Tensor v, Tensor dO, float scale, Tensor? gates, bool paper)"
       " -> Tensor");

@@ -1,25 +1,25 @@
 """Which backend may serve an op, and why not.
 
 ``auto`` picks by the tensors' device, and says once in the log what it picked. A backend that is named runs, or
-raises with the reason; nothing falls back to another one after a kernel has failed.
+raises with every reason; nothing falls back to another one after a kernel has failed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfg import native, reference
+from fastfg import launch, native, reference
+from fastfg.schema import FAKES, call
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}  # by device, best first
-OPS = ("encode_project", "encode_topk", "gate", "project", "relevancy")
+NAMESPACES = {"cpp": "fastfg", "triton": "fastfg_triton"}  # of torch.ops
+OPS = tuple(FAKES)
 
 log = logging.getLogger("fastfg")
 
@@ -28,69 +28,60 @@ class BackendError(RuntimeError):
     """The backend that was asked for can't serve this op; the message says why."""
 
 
-def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:
-    """None where ``backend`` can serve ``op`` on tensors as ``like`` (None: on some), else the reason."""
-    if backend == "reference":
-        return None
-    if backend == "cpp":
-        if like is not None and like.device.type != "cpu":
-            return f"it runs on the CPU, and the tensors are on {like.device}"
-        return native.why_not()
-    if backend == "triton":
-        return _why_not_triton(op, like)
-    return "there is no CUDA C++ version"
+def run(op: str, backend: str, *arguments: Any, like: Tensor | None = None) -> Any:
+    """``op`` on the arguments of its reference, by a backend that serves tensors as ``like`` (None: the first)."""
+    like = arguments[0] if like is None else like
+    chosen = choose(op, backend, like.device.type, like.dtype)
+    if chosen == "reference":
+        return getattr(reference, op)(*arguments)
+    return call(op, getattr(getattr(torch.ops, NAMESPACES[chosen]), op), *arguments)
 
 
-@functools.cache
-def _triton_lacks(op: str) -> str | None:
-    """What is missing whatever the tensors; looked up once, not in every call."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None if importlib.util.find_spec(f"fastfg.kernels.{op}") else "there is no Triton version"
+def choose(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the backend that serves ``op`` there.
 
-
-def _why_not_triton(op: str, like: Tensor | None) -> str | None:
-    lacking = _triton_lacks(op)
-    if lacking is not None:
-        return lacking
-    if like is None:
-        return None if torch.cuda.is_available() else "there is no CUDA device"
-    if like.device.type != "cuda":
-        return f"it runs on CUDA devices, and the tensors are on {like.device}"
-    return "it has no float64 version" if like.dtype == torch.float64 else None
-
-
-def implementation(op: str, backend: str, like: Tensor) -> Callable[..., Any]:
-    """The function that serves ``op`` on tensors as ``like``.
-
-    Raises ValueError for an unknown name, and BackendError with the reason where a named backend can't.
+    Raises ValueError for an unknown name, and BackendError with the reasons where a named backend can't.
     """
-    if backend == "auto":
-        candidates = PREFERRED.get(like.device.type, ("reference",))
-        backend = next(name for name in candidates if why_not(op, name, like) is None)
-        _say_once(op, backend, like.device.type)
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
-    elif (reason := why_not(op, backend, like)) is not None:
-        raise BackendError(f"backend: {backend!r} can't run {op}: {reason}")
-    found = _load(op, backend)
-    return functools.partial(_on_device, like.device, found) if backend == "triton" else found
+    return _choose(op, backend, device, dtype)
 
 
-def _on_device(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    with torch.cuda.device(device):
-        return function(*arguments)
-
-
-def _load(op: str, backend: str) -> Callable[..., Any]:
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend == "cpp":
-        return getattr(native, op)
-    return getattr(importlib.import_module(f"fastfg.kernels.{op}"), op)
+# A traced program takes the answer as it is, instead of tracing how it was found: what
+# torch.compiler.assume_constant_result says, which would load the whole compiler (and triton) here.
+choose.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def _say_once(op: str, backend: str, device: str) -> None:
-    log.info("%s on %s: %s", op, device, backend)
+def _choose(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+    if backend == "auto":
+        candidates = PREFERRED.get(device, ("reference",))
+        chosen = next(name for name in candidates if not reasons(op, name, device, dtype))
+        log.info("%s on %s (%s): %s", op, device, dtype, chosen)
+        return chosen
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    if against := reasons(op, backend, device, dtype):
+        raise BackendError(f"backend: {backend!r} can't run {op}: {'; '.join(against)}")
+    return backend
+
+
+def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:
+    """None where ``backend`` can serve ``op`` on tensors as ``like`` (None: on some), else the reasons."""
+    found = reasons(op, backend) if like is None else reasons(op, backend, like.device.type, like.dtype)
+    return "; ".join(found) or None
+
+
+def reasons(op: str, backend: str, device: str | None = None, dtype: torch.dtype | None = None) -> list[str]:
+    """All that keeps ``backend`` from serving ``op`` on such tensors; None: on any."""
+    if backend == "reference":
+        return []
+    if backend == "cuda":
+        return ["there is no CUDA C++ version"]
+    sibling, home, name = (native, "cpu", "the CPU") if backend == "cpp" else (launch, "cuda", "CUDA devices")
+    found = [sibling.why_not(op)]
+    if device not in (None, home):
+        found.append(f"it runs on {name}, and the tensors are on {device}")
+    if backend == "triton" and device is None and not torch.cuda.is_available():
+        found.append("there is no CUDA device")
+    if backend == "triton" and dtype == torch.float64:
+        found.append("it has no float64 version")
+    return [reason for reason in found if reason is not None]

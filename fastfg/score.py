@@ -12,7 +12,6 @@ from torch import Tensor
 from fastfg import ops
 from fastfg.reference.encode import Normalized, encode
 from fastfg.reference.encode_topk import topk_lowest_index
-from fastfg.reference.project import contributions
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Features, Gate
 
@@ -37,6 +36,7 @@ class LayerScores:
         self.shape = x.shape[:2]
         self.x, self.g, self.backend = x.flatten(0, 1), g.flatten(0, 1), backend
         self._sae = sae
+        self._projected: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def score(self, gate: Gate) -> Tensor:
         """``gate``'s scores [B, P]."""
@@ -47,10 +47,7 @@ class LayerScores:
 
     def features(self, gate: Gate, n: int) -> Features:
         """The ``n`` features of each patch that contribute most to eq. 3, by absolute value: [B, P, n]."""
-        parts = [
-            self._strongest(gate, n, g, values, indices)
-            for g, (values, indices) in zip(self.g_sae.split(TOKENS_AT_ONCE), self._sparse_codes(), strict=True)
-        ]
+        parts = [_strongest(n, *terms) for terms in self._terms(gate)]
         indices, values = (torch.cat(part).reshape(*self.shape, n) for part in zip(*parts, strict=True))
         return Features(indices, values)
 
@@ -90,13 +87,21 @@ class LayerScores:
             return indices
         return shuffled(self.sae.n_features, gate.shuffle_seed, indices.device)[indices]
 
+    def _project_codes(self, gate: Gate) -> tuple[Tensor, Tensor]:
+        """Scores [T] and contributions [T, K] of a TopK SAE's codes, made once for each decoder."""
+        seed = gate.shuffle_seed
+        if seed not in self._projected:
+            self._projected[seed] = self._project(gate, self.g_sae, *self.codes)
+        return self._projected[seed]
+
+    def _project(self, gate: Gate, g: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.project(g, self.sae.W_dec, values, self._decoder_rows(gate, indices), backend=self.backend)
+
     # The score kinds -----------------------------------------------------------------------------------------
 
     def _combined(self, gate: Gate) -> Tensor:
         if self.sae.activation_name == "topk":
-            values, indices = self.codes
-            rows = self._decoder_rows(gate, indices)
-            return ops.project(self.g_sae, self.sae.W_dec, values, rows, backend=self.backend)
+            return self._project_codes(gate)[0]
         sae, W_dec = self.sae, self.sae.W_dec
         if gate.shuffle_seed is not None:
             W_dec = W_dec[shuffled(sae.n_features, gate.shuffle_seed, W_dec.device)]
@@ -127,20 +132,21 @@ class LayerScores:
         for x in self.centred.split(TOKENS_AT_ONCE):
             yield encode(x, sae.W_enc, sae.b_enc, None, sae.activation)
 
-    def _sparse_codes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Values and indices of the active features, some tokens at a time."""
+    def _terms(self, gate: Gate) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Eq. 3's terms of the active features, and these features' values and indices; some tokens at a time."""
         if self.sae.activation_name == "topk":
-            yield from zip(*(t.split(TOKENS_AT_ONCE) for t in self.codes), strict=True)
-        else:
-            for f in self._dense_codes():
-                yield topk_lowest_index(f, max(int((f > 0).sum(-1).max()), 1))
+            yield self._project_codes(gate)[1], *self.codes
+            return
+        for g, f in zip(self.g_sae.split(TOKENS_AT_ONCE), self._dense_codes(), strict=True):
+            values, indices = topk_lowest_index(f, max(int((f > 0).sum(-1).max()), 1))
+            yield self._project(gate, g, values, indices)[1], values, indices
 
-    def _strongest(self, gate: Gate, n: int, g: Tensor, codes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and values [T, n] of the largest terms of eq. 3; index -1 and value 0 fill up."""
-        terms = contributions(g, self.sae.W_dec, codes, self._decoder_rows(gate, indices))
-        _, order = topk_lowest_index(terms.abs(), min(n, terms.shape[-1]))
-        active = codes.gather(-1, order) > 0
-        values = torch.where(active, terms.gather(-1, order), 0.0)
-        chosen = torch.where(active, indices.gather(-1, order), -1)
-        short = n - order.shape[-1]
-        return F.pad(chosen, (0, short), value=-1), F.pad(values, (0, short))
+
+def _strongest(n: int, terms: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and terms [T, n] of the ``n`` largest by absolute value; index -1 and value 0 fill up."""
+    _, order = topk_lowest_index(terms.abs(), min(n, terms.shape[-1]))
+    active = values.gather(-1, order) > 0
+    strongest = torch.where(active, terms.gather(-1, order), 0.0)
+    chosen = torch.where(active, indices.gather(-1, order), -1)
+    short = n - order.shape[-1]
+    return F.pad(chosen, (0, short), value=-1), F.pad(strongest, (0, short))

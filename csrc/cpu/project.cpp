@@ -1,5 +1,6 @@
-// Equations 2 and 3 on the active features: s_t = sum_k values_tk (W_dec[indices_tk] . g_t).
-// Bytes decide: K rows of W_dec a token, read once, each as soon as the ones before it are being multiplied.
+// Equations 2 and 3 on the active features: s_t = sum_k values_tk (W_dec[indices_tk] . g_t), and the terms of the sum.
+// Bytes decide. Some tokens at a time, their (token, feature) pairs are taken in the order of the features: a row of
+// W_dec that several tokens share is read once, and the rows are met in the order in which they lie in memory.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -8,18 +9,22 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 namespace fastfg {
 namespace {
 
 constexpr int64_t AHEAD = 8;  // rows requested before they are needed
+constexpr int64_t GRADIENT_BYTES = 2 << 20;  // of the tokens at a time: all of them are read again and again
+constexpr int64_t SORT_FROM = 4;  // pairs are sorted where there is one for every so many features: fewer share no rows
 
 // While a row is multiplied, the same places of a later row are requested: one line for each line used, so that the
-// requests never pile up.
+// requests never pile up; into the second level, so that the first keeps the gradients.
 template <typename scalar_t>
 void request(const scalar_t* later, int64_t i, int64_t n) {
   constexpr int64_t LINE = 64 / sizeof(scalar_t);
-  for (int64_t j = 0; j < n; j += LINE) __builtin_prefetch(later + i + j);
+  for (int64_t j = 0; j < n; j += LINE) __builtin_prefetch(later + i + j, 0, 2);
 }
 
 template <typename scalar_t>
@@ -75,36 +80,53 @@ float dot(const half_t* a, const float* b, int64_t d, const half_t* later) {
   return sum;
 }
 
+// Pairs begin to end by feature, and in their own order within a feature: a counting sort.
+std::vector<int64_t> by_feature(const int64_t* feature, int64_t begin, int64_t end, int64_t F) {
+  std::vector<int64_t> order(end - begin);
+  if ((end - begin) * SORT_FROM < F) {
+    std::iota(order.begin(), order.end(), begin);
+    return order;
+  }
+  std::vector<int32_t> place(F + 1, 0);
+  for (int64_t pair = begin; pair < end; pair++) place[feature[pair] + 1]++;
+  std::partial_sum(place.begin(), place.end(), place.begin());
+  for (int64_t pair = begin; pair < end; pair++) order[place[feature[pair]]++] = pair;
+  return order;
+}
+
 }  // namespace
 
-at::Tensor project(const at::Tensor& g, const at::Tensor& W_dec, const at::Tensor& values, const at::Tensor& indices) {
+std::tuple<at::Tensor, at::Tensor> project(
+    const at::Tensor& g, const at::Tensor& W_dec, const at::Tensor& values, const at::Tensor& indices) {
   const auto wide = W_dec.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto g_ = g.to(wide).contiguous(), values_ = values.to(wide).contiguous();
   const auto W = W_dec.contiguous(), index = indices.to(at::kLong).contiguous();
   const int64_t T = g.size(0), d = g.size(1), F = W.size(0), K = values.size(1);
-  auto scores = at::empty({T}, g_.options());
-  const int64_t* of = index.const_data_ptr<int64_t>();
+  auto contributions = at::empty({T, K}, g_.options());
+  const int64_t* feature = index.const_data_ptr<int64_t>();
+  for (int64_t pair = 0; pair < T * K; pair++) {
+    TORCH_CHECK_INDEX(
+        feature[pair] >= 0 && feature[pair] < F, "indices: expected features from 0 to ", F - 1, ", got ", feature[pair]);
+  }
+  const int64_t tokens = std::max<int64_t>(1, GRADIENT_BYTES / (d * g_.element_size() + 1));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, W.scalar_type(), "project", [&] {
     using wide_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const scalar_t* rows = W.const_data_ptr<scalar_t>();
     const wide_t* gradient = g_.const_data_ptr<wide_t>();
     const wide_t* code = values_.const_data_ptr<wide_t>();
-    wide_t* out = scores.mutable_data_ptr<wide_t>();
-    at::parallel_for(0, T, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++) {
-        wide_t sum = 0;
-        for (int64_t k = 0; k < K; k++) {
-          const int64_t row = of[t * K + k];
-          TORCH_CHECK_INDEX(row >= 0 && row < F, "indices: expected features from 0 to ", F - 1, ", got ", row);
-          const int64_t next = of[std::min(t * K + k + AHEAD, T * K - 1)];
-          const scalar_t* later = rows + std::clamp<int64_t>(next, 0, F - 1) * d;
-          sum += code[t * K + k] * dot(rows + row * d, gradient + t * d, d, later);
+    wide_t* out = contributions.mutable_data_ptr<wide_t>();
+    for (int64_t t = 0; t < T; t += tokens) {
+      const auto order = by_feature(feature, t * K, std::min(t + tokens, T) * K, F);
+      const int64_t pairs = order.size();
+      at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t pair = order[i], later = feature[order[std::min(i + AHEAD, pairs - 1)]];
+          out[pair] = code[pair] * dot(rows + feature[pair] * d, gradient + pair / K * d, d, rows + later * d);
         }
-        out[t] = sum;
-      }
-    });
+      });
+    }
   });
-  return scores.to(g.scalar_type());
+  return {contributions.sum(1).to(g.scalar_type()), contributions.to(g.scalar_type())};
 }
 
 TORCH_LIBRARY_IMPL(fastfg, CPU, m) { m.impl("project", &project); }

@@ -65,7 +65,7 @@ at::Tensor relevancy(
   });
   auto flow = parts.sum(1).transpose(0, 1) / static_cast<double>(H);  // [C, B, N]
   if (paper) flow = flow + rows;
-  return gates.has_value() ? rows + flow * *gates : rows + flow;
+  return (gates.has_value() ? rows + flow * *gates : rows + flow).contiguous();
 }
 
 TORCH_LIBRARY_IMPL(fastfg, CPU, m) { m.impl("relevancy", &relevancy); }

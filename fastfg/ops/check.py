@@ -1,8 +1,10 @@
-"""One way to say that a tensor has the wrong shape."""
+"""One way to say that an argument doesn't fit."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from fastfg.reference.relevancy import IDENTITIES
 
 
 def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) -> None:
@@ -14,9 +16,17 @@ def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) 
         if tensor is None:
             continue
         dims = letters.split()
-        expected = [str(sizes.get(letter, letter)) for letter in dims]
+        known = [sizes.get(letter) for letter in dims]
         fits = tensor.ndim == len(dims) and all(
             sizes.setdefault(letter, size) == size for letter, size in zip(dims, tensor.shape, strict=True)
         )
         if not fits:
-            raise ValueError(f"{name}: expected [{', '.join(expected)}] ({letters}), got {list(tensor.shape)}")
+            expected = ", ".join(
+                letter if size is None else str(size) for letter, size in zip(dims, known, strict=True)
+            )
+            raise ValueError(f"{name}: expected [{expected}] ({letters}), got {list(tensor.shape)}")
+
+
+def check_identity(identity: str) -> None:
+    if identity not in IDENTITIES:
+        raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.dispatch import implementation
+from fastfg.dispatch import run
 from fastfg.ops.check import check_shapes
 
 
@@ -26,4 +26,4 @@ def encode_project(
         W_enc: [d, F]. b_enc: [F]. W_dec: [F, d]. activation: any but ``topk``.
     """
     check_shapes({}, W_enc=(W_enc, "d F"), x=(x, "T d"), g=(g, "T d"), b_enc=(b_enc, "F"), W_dec=(W_dec, "F d"))
-    return implementation("encode_project", backend, x)(x, g, W_enc, b_enc, W_dec, activation)
+    return run("encode_project", backend, x, g, W_enc, b_enc, W_dec, activation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.dispatch import implementation
+from fastfg.dispatch import run
 from fastfg.ops.check import check_shapes
 
 
@@ -23,4 +23,4 @@ def encode_topk(
     check_shapes(sizes, W_enc=(W_enc, "d F"), x=(x, "T d"), b_enc=(b_enc, "F"), b_dec=(b_dec, "d"))
     if not 1 <= k <= sizes["F"]:
         raise ValueError(f"k: expected 1 to {sizes['F']}, got {k}")
-    return implementation("encode_topk", backend, x)(x, W_enc, b_enc, b_dec, k)
+    return run("encode_topk", backend, x, W_enc, b_enc, b_dec, k)

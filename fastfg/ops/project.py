@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.dispatch import implementation
+from fastfg.dispatch import run
 from fastfg.ops.check import check_shapes
 
 
-def project(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
-    """Scores [T]: ``s_t = sum_k values_tk (W_dec[indices_tk] . g_t)``.
+def project(
+    g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Scores [T], ``s_t = sum_k c_tk``, and contributions [T, K], ``c_tk = values_tk (W_dec[indices_tk] . g_t)``.
 
     Args:
         g: [T, d] gradient of the target at the residual stream. W_dec: [F, d].
         values: [T, K] codes. indices: [T, K] int64, the features they belong to.
+
+    Both are of ``g``'s dtype.
     """
     check_shapes({}, g=(g, "T d"), W_dec=(W_dec, "F d"), values=(values, "T K"), indices=(indices, "T K"))
-    return implementation("project", backend, g)(g, W_dec, values, indices)
+    return run("project", backend, g, W_dec, values, indices)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastfg.dispatch import implementation
-from fastfg.ops.check import check_shapes
+from fastfg.dispatch import run
+from fastfg.ops.check import check_identity, check_shapes
 
 
 def relevancy(
@@ -30,10 +31,19 @@ def relevancy(
 
     Returns the new rows [C, B, N]; the inputs are left as they are.
     """
-    if identity not in ("transmm", "paper"):
-        raise ValueError(f"identity: expected 'transmm' or 'paper', got {identity!r}")
+    check_identity(identity)
     shape = "B H N dh"
     check_shapes({}, rows=(rows, "C B N"), q=(q, shape), k=(k, shape), v=(v, shape), dO=(dO, shape))
     if gates is not None and gates.shape != rows.shape:
         raise ValueError(f"gates: expected {list(rows.shape)}, as rows, got {list(gates.shape)}")
-    return implementation("relevancy", backend, q)(rows, q, k, v, dO, scale, gates, identity)
+    return run("relevancy", backend, rows, q, k, v, dO, scale, gates, identity, like=widest(rows, q))
+
+
+def widest(rows: Tensor, q: Tensor) -> Tensor:
+    """The one that asks more of a backend: rows may be of a higher precision than the model.
+
+    Raises ValueError where rows are not precise enough to be summed through the blocks.
+    """
+    if rows.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rows: expected float32 or float64, whatever the model's dtype, got {rows.dtype}")
+    return rows if rows.dtype == torch.float64 else q

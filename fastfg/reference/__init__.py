@@ -11,6 +11,7 @@ from fastfg.reference.encode import Activation, Normalized, encode, normalize, p
 from fastfg.reference.encode_project import encode_project
 from fastfg.reference.encode_topk import encode_topk
 from fastfg.reference.gate import gate
+from fastfg.reference.gated_relevancy import gated_relevancy
 from fastfg.reference.project import project, project_dense
 from fastfg.reference.relevancy import attend, attention_map, pooling_row, relevancy, relevancy_matrix, rollout
 
@@ -23,6 +24,7 @@ __all__ = [
     "encode_project",
     "encode_topk",
     "gate",
+    "gated_relevancy",
     "normalize",
     "pooling_row",
     "preactivations",

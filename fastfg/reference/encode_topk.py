@@ -9,25 +9,25 @@ from torch import Tensor
 def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of ``x`` [..., F] in descending order; among equals the lowest index comes first.
 
-    ``torch.topk`` leaves open which of several equal values at the threshold it takes; that choice is made
-    again here, only in the rows where it matters.
+    ``torch.topk`` leaves open which of several equal values at the threshold it takes; that choice is made again
+    here, for the tokens where it matters.
     """
     values, indices = x.topk(k, dim=-1)
     threshold = values[..., -1:]
-    tied = (x == threshold).sum(-1) > (values == threshold).sum(-1)
-    if bool(tied.any()):
-        indices = indices.clone()
-        indices[tied] = _lowest_of_equal(x[tied], threshold[tied], k)
+    tied = (x == threshold).sum(-1, keepdim=True) > (values == threshold).sum(-1, keepdim=True)
+    if torch.compiler.is_compiling() or bool(tied.any()):  # a traced program can't depend on numbers
+        indices = torch.where(tied, _lowest_of_equal(x, threshold, k), indices)
     indices = indices.sort(dim=-1).values
     values, order = x.gather(-1, indices).sort(dim=-1, descending=True, stable=True)
     return values, indices.gather(-1, order)
 
 
 def _lowest_of_equal(x: Tensor, threshold: Tensor, k: int) -> Tensor:
-    above, equal = x > threshold, x == threshold
+    """All above the threshold (as a NaN is) and the first of those that equal it: where there are ties, ``k``."""
+    above, equal = ~(x <= threshold), x == threshold
     wanted = k - above.sum(-1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(-1) <= wanted))
-    return chosen.nonzero()[:, -1].reshape(-1, k)
+    chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= wanted))
+    return chosen.byte().topk(k, dim=-1).indices
 
 
 def encode_topk(

@@ -13,10 +13,12 @@ def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor) -> Tensor
     """Gates [..., P] of ``scores`` [..., P], per image and layer.
 
     The median is the LOWER one for even ``P`` (torch's). ``kappa`` and ``c_max`` are numbers, or tensors that
-    broadcast against [..., 1] (several configurations at once).
+    broadcast against [..., 1] (several configurations at once). In float32 at least: MAD_EPS is 0 in float16.
     """
-    c_max = torch.as_tensor(c_max, dtype=scores.dtype, device=scores.device)
-    m = scores.median(-1, keepdim=True).values
-    mad = (scores - m).abs().median(-1, keepdim=True).values + MAD_EPS  # eq. 4
-    z = (scores - m) / (MAD_TO_STD * mad)
-    return torch.exp(c_max.log() * torch.tanh(kappa * z))  # eq. 5
+    s = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    kappa, c_max = (torch.as_tensor(number, dtype=s.dtype, device=s.device) for number in (kappa, c_max))
+    m = s.median(-1, keepdim=True).values
+    mad = (s - m).abs().median(-1, keepdim=True).values + MAD_EPS  # eq. 4
+    z = (s - m) / (MAD_TO_STD * mad)
+    w = torch.exp(c_max.log() * torch.tanh(kappa * z))  # eq. 5
+    return w.to(scores.dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TILE = 2**22  # entries of gathered decoder rows at a time, 16 MiB in float32
 
 
 def project_dense(g: Tensor, W_dec: Tensor, f: Tensor) -> Tensor:
@@ -17,12 +20,18 @@ def project(
     W_dec: Tensor,  # [F, d]
     values: Tensor,  # [T, K]
     indices: Tensor,  # [T, K]
-) -> Tensor:
-    """The same on the active features alone: ``s_t = g_t . (f_t W_dec)`` -> [T]. ``D^T g`` is never formed."""
-    decoded = F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")  # f_t W_dec, [T, d]
-    return (g * decoded).sum(-1)
+) -> tuple[Tensor, Tensor]:
+    """The same on the active features alone: scores [T], and the terms [T, K] that they sum. ``D^T g`` is never formed.
+
+    Some tokens at a time, so that the decoder's rows [T, K, d] are not held.
+    """
+    tokens = max(1, TILE // max(1, values.shape[1] * g.shape[1]))
+    parts = zip(g.split(tokens), values.split(tokens), indices.split(tokens), strict=True)
+    terms = torch.cat([contributions(g, W_dec, values, indices) for g, values, indices in parts])
+    return terms.sum(-1), terms  # eq. 3
 
 
 def contributions(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """The terms of eq. 3 one by one: ``f_tk (W_dec[k] . g_t)`` [T, K], in the order of ``indices``."""
-    return values * (W_dec[indices] @ g.unsqueeze(-1)).squeeze(-1)
+    feature_gradient = (F.embedding(indices, W_dec) @ g.unsqueeze(-1)).squeeze(-1)  # eq. 2, at the active features
+    return values * feature_gradient

@@ -54,7 +54,7 @@ def relevancy(
 def query_tiles(q: Tensor) -> Iterator[slice]:
     """Slices of the queries of ``q`` [B, H, N, dh] whose attention has at most TILE entries."""
     B, H, N, _ = q.shape
-    size = max(1, TILE // (B * H * N))
+    size = max(1, TILE // max(1, B * H * N))
     for start in range(0, N, size):
         yield slice(start, start + size)
 

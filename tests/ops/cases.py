@@ -1,11 +1,23 @@
-"""Inputs of every op at odd shapes, and each op's reference in float64."""
+"""Inputs of every op, in float64 on the CPU, and the odd shapes at which every backend is tried."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from fastfg import reference
-from fastfg.reference import Activation
+from fastfg import ops
+from fastfg.dispatch import BACKENDS, why_not
+from fastfg.reference.encode import ACTIVATIONS, Activation
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIVE = [(op, b) for op in ops.__all__ for b in BACKENDS if why_not(op, b, torch.zeros(1, device=DEVICE)) is None]
+STREAMING = [name for name in ACTIVATIONS if name != "topk"]
+
+
+def backends(op, like):
+    """Those that serve ``op`` on tensors as ``like``."""
+    return [backend for name, backend in LIVE if name == op and why_not(op, backend, like) is None]
 
 
 def randn(*shape, seed=0):
@@ -22,7 +34,7 @@ def project(T, d, F, K):
     return (randn(T, d, seed=1), randn(F, d, seed=2), randn(T, K, seed=3).abs(), indices)
 
 
-def encode_project(T, d, F, name):
+def encode_project(name, T, d, F):
     extra = {
         "jumprelu": {"threshold": randn(F, seed=6).abs()},
         "batch_topk": {"threshold": torch.tensor(0.3, dtype=torch.float64)},
@@ -33,8 +45,13 @@ def encode_project(T, d, F, name):
     return (x, randn(T, d, seed=9), W_enc, b_enc, randn(F, d, seed=10), activation)
 
 
-def gate(shape, kappa=1.0, c_max=50.0):
+def gate(*shape, kappa=1.0, c_max=50.0):
     return (randn(*shape, seed=1), kappa, c_max)
+
+
+def many_gates(*shape):
+    kappa, c_max = torch.tensor([[0.5, 2.0, 1.0], [10.0, 50.0, 1.0]], dtype=torch.float64).reshape(2, 3, 1, 1)
+    return gate(*shape, kappa=kappa, c_max=c_max)
 
 
 def relevancy(C, B, H, N, dh, gated=True, identity="transmm"):
@@ -43,64 +60,114 @@ def relevancy(C, B, H, N, dh, gated=True, identity="transmm"):
     return (randn(C, B, N, seed=3), q, k, v, dO, dh**-0.5, gates, identity)
 
 
+def gated_relevancy(C, B, H, N, dh, P, d, F, K, identity="transmm"):
+    """The first configuration of several gates nothing: its ``c_max`` is 1."""
+    g, W_dec, values, indices = project(B * P, d, F, K)
+    codes = (g.unflatten(0, (B, P)), W_dec, values.unflatten(0, (B, P)), indices.unflatten(0, (B, P)))
+    kappa, c_max = 0.5 + 0.1 * torch.arange(C).double(), 50 - 3 * torch.arange(C).double()
+    c_max[0] = 1 if C > 1 else 50
+    return (*relevancy(C, B, H, N, dh)[:6], *codes, kappa, c_max, identity)
+
+
+SHAPES = {
+    encode_topk: [
+        (1, 33, 100, 1),
+        (49, 33, 1000, 13, False),
+        (196, 192, 2500, 128),
+        (257, 768, 1001, 13),
+        (3, 33, 100, 100),
+        (1370, 33, 501, 1),
+        (0, 33, 100, 5),
+    ],
+    project: [
+        (1, 33, 100, 1),
+        (49, 33, 1000, 13),
+        (197, 192, 300, 128),
+        (5, 768, 50, 50),
+        (1370, 33, 501, 13),
+        (3, 33, 100, 0),
+        (0, 33, 100, 5),
+    ],
+    encode_project: [
+        *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 100), (49, 33, 501), (0, 33, 100)]),
+        ("gated", 49, 192, 4999),
+        ("relu", 1370, 33, 501),
+        ("jumprelu", 197, 768, 1001),
+    ],
+    gate: [(1,), (2,), (7, 49), (3, 196), (2, 3, 257), (1, 1370), (0, 5)],
+    many_gates: [(3, 2, 9), (2, 49)],
+    relevancy: [
+        (1, 2, 2, 1, 64),
+        (1, 1, 1, 5, 32),
+        (2, 2, 1, 49, 128),
+        (3, 2, 3, 50, 48, False, "paper"),
+        (2, 2, 6, 197, 64),
+        (17, 1, 2, 196, 64, False),
+        (1, 1, 2, 257, 80, True, "paper"),
+        (1, 1, 2, 1370, 32),
+        (2, 0, 2, 5, 32),
+    ],
+    gated_relevancy: [
+        (1, 1, 1, 5, 32, 4, 33, 100, 1),
+        (3, 2, 2, 50, 64, 49, 192, 301, 13, "paper"),
+        (2, 1, 2, 197, 48, 196, 768, 1001, 128),
+        (2, 2, 1, 49, 128, 49, 33, 100, 100),  # no prefix token
+        (1, 1, 2, 257, 80, 252, 33, 50, 13),
+        (1, 1, 1, 1370, 32, 1369, 33, 501, 13),
+    ],
+}
+OF = {many_gates: "gate"}  # the op, where the builder has another name
 CASES = {
-    **{
-        f"encode_topk T={T} d={d} F={F} K={k}": ("encode_topk", encode_topk(T, d, F, k, T != 49))
-        for T, d, F, k in [
-            (1, 33, 100, 1),
-            (49, 33, 1000, 13),
-            (197, 192, 2500, 128),
-            (3, 33, 100, 100),
-            (0, 33, 100, 5),
-        ]
-    },
-    **{
-        f"project T={T} d={d} F={F} K={K}": ("project", project(T, d, F, K))
-        for T, d, F, K in [(1, 33, 100, 1), (49, 33, 1000, 13), (197, 192, 300, 128), (5, 768, 50, 50), (0, 33, 100, 5)]
-    },
-    **{
-        f"encode_project {name} T={T} d={d} F={F}": ("encode_project", encode_project(T, d, F, name))
-        for name in ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
-        for T, d, F in [(1, 33, 100), (197, 192, 5000), (0, 33, 100)]
-    },
-    **{f"gate {shape}": ("gate", gate(shape)) for shape in [(1,), (2,), (7, 49), (3, 196), (2, 3, 257), (1, 4096)]},
-    "gate, many configurations": (
-        "gate",
-        gate(
-            (2, 3, 9),
-            torch.tensor([0.5, 2.0]).double()[:, None, None],
-            torch.tensor([10.0, 50.0]).double()[:, None, None],
-        ),
-    ),
-    **{
-        f"relevancy C={C} B={B} H={H} N={N} dh={dh} {identity}": (
-            "relevancy",
-            relevancy(C, B, H, N, dh, gated=N != 50, identity=identity),
-        )
-        for C, B, H, N, dh, identity in [
-            (1, 1, 1, 5, 32, "transmm"),
-            (3, 2, 3, 50, 48, "paper"),
-            (2, 2, 6, 197, 64, "transmm"),
-            (1, 1, 2, 257, 80, "paper"),
-            (1, 1, 2, 1370, 32, "transmm"),
-        ]
-    },
+    f"{build.__name__} {' '.join(map(str, sizes))}": (OF.get(build, build.__name__), partial(build, *sizes))
+    for build, shapes in SHAPES.items()
+    for sizes in shapes
+}
+SMALL = [case for case in CASES if "1370" not in case]
+TYPICAL = {  # one case an op, of several tokens, images and configurations
+    "encode_topk": partial(encode_topk, 49, 33, 1000, 13),
+    "project": partial(project, 49, 33, 1000, 13),
+    "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
+    "gate": partial(gate, 7, 49),
+    "relevancy": partial(relevancy, 3, 2, 3, 50, 48, True, "paper"),
+    "gated_relevancy": partial(gated_relevancy, 3, 2, 2, 50, 32, 49, 33, 301, 13),
 }
 
 
-def cast(arguments, dtype):
-    """Floating tensors among the arguments in ``dtype``, also those inside an activation."""
+WIDE = {"relevancy": (0, 6), "gated_relevancy": (0, 10, 11)}  # what goes with the rows: float32 at least
 
-    def one(value):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.to(dtype)
+
+def each(arguments, change):
+    """``change(position, tensor)`` in place of each tensor among the arguments, also of those in an activation."""
+
+    def one(i, value):
         if isinstance(value, Activation):
-            return Activation(value.name, value.k, *map(one, (value.threshold, value.r_mag, value.b_gate, value.b_mag)))
-        return value
+            fields = (value.threshold, value.r_mag, value.b_gate, value.b_mag)
+            return Activation(value.name, value.k, *(one(i, field) for field in fields))
+        return change(i, value) if isinstance(value, torch.Tensor) else value
 
-    return tuple(map(one, arguments))
+    return tuple(one(i, value) for i, value in enumerate(arguments))
 
 
-def exact(op, arguments):
-    """The op's reference on the same values in float64."""
-    return getattr(reference, op)(*cast(arguments, torch.float64))
+def cast(op, arguments, dtype, device=DEVICE):
+    """The arguments on ``device``, floating ones in ``dtype``, the rows and their gates in float32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def change(i, tensor):
+        wanted = wide if i in WIDE.get(op, ()) else dtype
+        return tensor.to(device, wanted if tensor.is_floating_point() else tensor.dtype)
+
+    return each(arguments, change)
+
+
+def strided(_, tensor):
+    """The same numbers, not next to each other in memory."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
+
+
+def turned(_, tensor):
+    """The same numbers, in another order in memory."""
+    return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+
+
+def outputs(result):
+    return result if isinstance(result, tuple) else (result,)

@@ -16,10 +16,18 @@ def test_sparse_form_equals_dense_form(k):
     x, g = torch.randn(2, 49, 33, dtype=torch.float64)
     values, indices = sae.encode_sparse(x)
     dense = reference.project_dense(g, sae.W_dec, sae.encode(x))
-    torch.testing.assert_close(reference.project(g, sae.W_dec, values, indices), dense, rtol=1e-12, atol=1e-12)
-    terms = contributions(g, sae.W_dec, values, indices)
+    scores, terms = reference.project(g, sae.W_dec, values, indices)
+    torch.testing.assert_close(scores, dense, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(terms.sum(-1), dense, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(terms[3, 0], values[3, 0] * (sae.W_dec[indices[3, 0]] @ g[3]))
+
+
+def test_some_tokens_at_a_time_are_all_of_them(monkeypatch):
+    g, W_dec, values = torch.randn(7, 5), torch.randn(9, 5), torch.rand(7, 3)
+    indices = torch.randint(0, 9, (7, 3))
+    monkeypatch.setattr(sys.modules["fastfg.reference.project"], "TILE", 2 * 3 * 5)
+    _, terms = reference.project(g, W_dec, values, indices)
+    torch.testing.assert_close(terms, contributions(g, W_dec, values, indices))
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "topk"])

@@ -1,0 +1,63 @@
+"""How far a backend's results are from the op's reference in float64."""
+
+from __future__ import annotations
+
+import torch
+
+from fastfg import ops, reference
+from tests.ops.cases import cast, outputs
+
+
+def exact(op, arguments):
+    """The op's reference on the same values in float64."""
+    return outputs(getattr(reference, op)(*cast(op, arguments, torch.float64)))
+
+
+def error(found, expected):
+    """The largest one, in units of the result's scale (1 at least)."""
+    assert found.shape == expected.shape
+    if not found.numel():
+        return 0.0
+    assert not found.isnan().any()
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def errors(op, arguments, found, expected):
+    """The largest error of each result, where ``found`` is right in all that has no error."""
+    found = outputs(found)
+    if op == "encode_topk":
+        return errors_of_codes(arguments, *found, expected[0])
+    if op == "gated_relevancy":
+        return errors_of_steps(arguments, *found, expected[1])
+    return [error(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]
+
+
+def errors_of_codes(arguments, values, indices, expected):
+    """Of the values, and of what was chosen: the chosen features' exact pre-activations are the K largest."""
+    *given, k = cast("encode_topk", arguments, torch.float64)
+    assert indices.dtype == torch.int64
+    assert all(len(row.unique()) == k for row in indices)
+    assert bool((values.diff(dim=-1) <= 0).all())
+    chosen = reference.preactivations(*given).gather(1, indices)
+    return [error(values, expected), error(chosen.relu(), expected)]
+
+
+def errors_of_steps(arguments, rows, scores, gates, expected_scores):
+    """Each of the three against the exact one of what came before it: a gate may magnify a score's error."""
+    old, q, k, v, dO, scale, *_, kappa, c_max, identity = cast("gated_relevancy", arguments, torch.float64)
+    all_gates = torch.ones_like(old)
+    all_gates[..., old.shape[-1] - gates.shape[-1] :] = gates
+    return [
+        error(rows, reference.relevancy(old, q, k, v, dO, scale, all_gates, identity)),
+        error(scores, expected_scores),
+        error(gates, reference.gate(scores.double(), kappa[:, None, None], c_max[:, None, None])),
+    ]
+
+
+def run(op, arguments, backend):
+    """The result of the public op, which leaves its arguments as they are."""
+    kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    result = getattr(ops, op)(*arguments, backend=backend)
+    for a, b in zip(arguments, kept, strict=True):
+        assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
+    return result
