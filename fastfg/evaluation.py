@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfg.checks import Target, check_images, resolve_target
-from fastfg.metrics import METRICS, Metric, Subject
+from fastfg.metrics import METRICS, Metric, Subjects
 from fastfg.metrics.metric import Outcome
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
+from fastfg.path import choose_path, fitting_batch
 from fastfg.perturb import Engine, PatchGrid, Readings, image_key
 from fastfg.perturb.baselines import Baseline, check_baseline
 from fastfg.types import ScoreError, Scores
-
-BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 def evaluate(
@@ -32,6 +32,8 @@ def evaluate(
     seed: int = 0,
     keys: Sequence[str | int] | None = None,
     batch_size: int | None = None,
+    path: str = "auto",
+    precision: str = "auto",
     saco: Mapping[str, Any] | None = None,
     faithfulness_correlation: Mapping[str, Any] | None = None,
     pixel_flipping: Mapping[str, Any] | None = None,
@@ -48,7 +50,14 @@ def evaluate(
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
         seed, keys: all that is random comes from the seed and the image's own key (None: made of its pixels).
-        batch_size: perturbed images a forward; None is 16 on the CPU and 256 on a GPU.
+        batch_size: perturbed images a forward, at most; None is 16 on the CPU, and on a GPU what its free memory
+            holds, up to 256. A batch that does not fit after all is run again in halves.
+        path: ``auto``; ``tokens`` perturbs before the first block, each image's patches being embedded once, and
+            computes the last block where the head reads it; ``pixels`` perturbs the images themselves. Both give the
+            same logits to rounding, and ``auto`` takes ``tokens`` for a model of a known family where that was found
+            to be so (once a model and image size). The one used is ``scores.path``.
+        precision: of the forwards: ``auto`` is bfloat16 for a float32 model of a known family on a CUDA device, else
+            the model's own, as ``float32`` is; ``bfloat16`` and ``float16`` run the blocks so, the head in float32.
         saco: ``n_bins``, ``impact``. faithfulness_correlation: ``n_runs``, ``n_trials``, ``subset_size``,
             ``correlation``, ``subsets``. pixel_flipping: ``patches_per_step``. Each may hold a ``baseline`` of its own.
         progress: called with (images done, images in all).
@@ -72,40 +81,37 @@ def evaluate(
     chosen = _metrics(metrics, options, baseline)
     stacked = _check(adapter, module, images, maps, keys, batch_size, chosen)  # [C, B, gh, gw]
     grid = PatchGrid.of((images.shape[-2], images.shape[-1]), (maps.shape[-2], maps.shape[-1]))
-    batch = batch_size or (BATCH_ON_CPU if images.device.type == "cpu" else BATCH_ON_GPU)
     names = [str(key) for key in keys] if keys is not None else [image_key(image) for image in images]
-    still = hold(module) if isinstance(module, nn.Module) else nullcontext()
-    with still, torch.no_grad():
-        engine = Engine(forward, grid, batch)
+    with _still(module, adapter), torch.no_grad():
+        way, way_name = choose_path(adapter, forward, grid, images, path, precision)
+        engine = Engine(way, fitting_batch(way, images, batch_size))
         logits = engine.logits(images)
         classes = resolve_target(target, logits)
-        before = Readings.of(logits, classes)
-        subjects = [
-            Subject(
-                engine,
-                images[i],
-                i,
-                names[i],
-                int(classes[i]),
-                seed,
-                before[slice(i, i + 1)],
-                adapter.pixel_mean if adapter else None,
-                adapter.pixel_std if adapter else None,
-            )
-            for i in range(len(images))
-        ]
-        started = []
-        for i, subject in enumerate(subjects):
-            flat = stacked[:, i].flatten(1)
-            usable = flat.isfinite().all(-1)
-            started.append((usable, [metric.start(subject, flat[usable]) for metric in chosen]))
+        before = Readings.of(logits, classes).cpu()
+        at_once = max(1, engine.batch_size // 16)
+        parts = []
+        for start in range(0, len(images), at_once):
+            rows = slice(start, min(start + at_once, len(images)))
+            subjects = Subjects(images[rows], classes[rows].cpu(), names[rows], before[rows], grid, seed, start)
+            if adapter is not None:
+                subjects.pixel_mean, subjects.pixel_std = adapter.pixel_mean, adapter.pixel_std
+            parts.append(_ask(chosen, subjects, stacked[:, rows].flatten(2)))
+            subjects.submit(engine)
             if progress is not None:
-                progress(i + 1, len(subjects))
+                progress(rows.stop, len(images))
         engine.flush()
-    outcomes = [(usable, [finish() for finish in finishes]) for usable, finishes in started]
-    scores = _collect(chosen, outcomes, names, single=maps.ndim == 3)
-    scores.forwards = {"asked": sum(s.asked for s in subjects), "run": engine.run}
+    scores = _collect(chosen, parts, names, single=maps.ndim == 3)
+    scores.path = way_name
+    asked = sum(part.subjects.asked for part in parts)
+    scores.forwards = {"asked": asked, "run": engine.run, "saved": asked - engine.run}
     return scores
+
+
+def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
+    """The model held still, where it is a module."""
+    if not isinstance(model, nn.Module):
+        return nullcontext()
+    return hold(model, adapter.flags if adapter is not None else ())
 
 
 def _metrics(names: Sequence[str], options: Mapping[str, Mapping[str, Any] | None], baseline: Baseline) -> list[Metric]:
@@ -154,37 +160,49 @@ def _check(
     return stacked.unsqueeze(0) if maps.ndim == 3 else stacked
 
 
-def _collect(
-    metrics: Sequence[Metric], outcomes: Sequence[tuple[Tensor, list[Outcome]]], names: list[str], single: bool
-) -> Scores:
-    """Scores, details and errors of all images; what a map that is not finite left out becomes NaN."""
+@dataclass
+class _Part:
+    """Some of the images: what was asked of them, and for which of their maps."""
+
+    subjects: Subjects
+    usable: Tensor  # [C, b] bool: the map is finite
+    finishes: list[Callable[[], Outcome]]  # one a metric
+
+    def outcomes(self) -> list[Outcome]:
+        """Scores [C, b] and details [C, b, ...] of each metric; NaN (-1 for indices) where a map is not usable."""
+        return [
+            (self._spread(score), {name: self._spread(values) for name, values in details.items()})
+            for score, details in (finish() for finish in self.finishes)
+        ]
+
+    def _spread(self, values: Tensor) -> Tensor:
+        missing = torch.nan if values.is_floating_point() else -1
+        spread = torch.full((*self.usable.shape, *values.shape[1:]), missing, dtype=values.dtype)
+        spread[self.usable] = values
+        return spread
+
+
+def _ask(metrics: Sequence[Metric], subjects: Subjects, maps: Tensor) -> _Part:
+    """Start the metrics on the subjects' finite ``maps`` [C, b, P]."""
+    usable = maps.isfinite().all(-1)
+    image = usable.nonzero()[:, 1]
+    return _Part(subjects, usable, [metric.start(subjects, maps[usable], image) for metric in metrics])
+
+
+def _collect(metrics: Sequence[Metric], parts: Sequence[_Part], names: list[str], single: bool) -> Scores:
+    """Scores, details and errors of all images."""
     scores = Scores({}, image_keys=names)
+    usable = torch.cat([part.usable for part in parts], dim=1) if parts else torch.empty(1, 0)
+    by_part = [part.outcomes() for part in parts]
     for m, metric in enumerate(metrics):
-        columns: list[Tensor] = []
-        details: dict[str, list[Tensor]] = {}
-        for i, (usable, parts) in enumerate(outcomes):
-            score, detail = parts[m]
-            column = _spread(score, usable)
-            columns.append(column)
-            for name, tensor in detail.items():
-                details.setdefault(name, []).append(_spread(tensor, usable))
-            for c in column.isnan().nonzero().flatten().tolist():
-                why = "the model's logits are not finite" if usable[c] else "the attribution is not finite"
-                scores.errors.append(ScoreError(metric.name, None if single else c, i, names[i], why))
-        scores.by_metric[metric.name] = _stack(columns, single)
-        scores.details[metric.name] = {name: _stack(parts, single) for name, parts in details.items()}
+        outcomes = [outcomes[m] for outcomes in by_part]
+        values = torch.cat([score for score, _ in outcomes], dim=1) if outcomes else torch.empty(1, 0).double()
+        for c, i in values.isnan().nonzero().tolist():
+            why = "the model's logits are not finite" if usable[c, i] else "the attribution is not finite"
+            scores.errors.append(ScoreError(metric.name, None if single else c, i, names[i], why))
+        details = {
+            name: torch.cat([d[name] for _, d in outcomes], dim=1) for name in (outcomes[0][1] if outcomes else ())
+        }
+        scores.by_metric[metric.name] = values[0] if single else values
+        scores.details[metric.name] = {name: t[0] if single else t for name, t in details.items()}
     return scores
-
-
-def _spread(values: Tensor, usable: Tensor) -> Tensor:
-    """``values`` of the usable maps, back in their places among all maps: NaN (or -1 for indices) elsewhere."""
-    missing = torch.nan if values.is_floating_point() else -1
-    spread = torch.full((len(usable), *values.shape[1:]), missing, dtype=values.dtype)
-    spread[usable] = values
-    return spread
-
-
-def _stack(per_image: list[Tensor], single: bool) -> Tensor:
-    """B of [C, ...] -> [C, B, ...], or [B, ...] for a single map."""
-    stacked = torch.stack(per_image, dim=1) if per_image else torch.empty(1, 0, dtype=torch.float64)
-    return stacked[0] if single else stacked

@@ -132,8 +132,9 @@ class Scores(Mapping[str, Tensor]):
         details: {metric: {name: tensor}}, see each metric.
         errors: one :class:`ScoreError` for each score that is missing.
         image_keys: the images' keys, from which all that is random was drawn.
-        forwards: {"asked": ..., "run": ...} perturbed forwards, an image each.
-        path: how the model was run, in words.
+        forwards: an image each: {"asked": what the metrics need, each of them and each map alone, "run": ..., "saved":
+            what was shared between metrics and maps}.
+        path: how the model was run: ``tokens``, or ``pixels`` with the reason.
     """
 
     by_metric: dict[str, Tensor]

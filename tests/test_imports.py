@@ -28,8 +28,10 @@ HEAVY = (
 # Each room and what it may import of fastfg (its own files besides). Rooms lower down import less.
 ALLOWED = {
     "reference": set(),
-    "dispatch": {"native", "reference"},
-    "native": {"reference"},
+    "dispatch": {"launch", "native", "reference", "schema"},
+    "native": {"schema"},
+    "launch": {"schema"},
+    "schema": {"reference"},
     "types": set(),
     "capture": {"models"},
     "stream": {"checks", "models", "ops", "reference", "sae", "score", "types"},
@@ -38,13 +40,14 @@ ALLOWED = {
     "models": {"capture", "data"},  # capture: for its type alone
     "sae": {"reference"},
     "data": set(),
+    "path": {"models", "perturb"},
     "perturb": set(),
     "metrics": {"perturb"},
     "score": {"ops", "reference", "sae", "types"},
     "checks": {"models", "sae", "types"},
     "activations": {"checks", "models"},
     "attribution": {"capture", "checks", "models", "reference", "sae", "stream", "types"},
-    "evaluation": {"checks", "metrics", "models", "perturb", "types"},
+    "evaluation": {"checks", "metrics", "models", "path", "perturb", "types"},
     "study": {
         "activations",
         "attribution",

@@ -1,9 +1,10 @@
 """Faithfulness metrics, one file each: what is perturbed, and the arithmetic, which also stands alone."""
 
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation, correlation
-from fastfg.metrics.metric import Metric, Subject
+from fastfg.metrics.metric import Metric
 from fastfg.metrics.pixel_flipping import PixelFlipping, area
 from fastfg.metrics.saco import SaCo, saco_score
+from fastfg.metrics.subjects import Subjects
 
 METRICS: dict[str, type[Metric]] = {
     "saco": SaCo,
@@ -17,7 +18,7 @@ __all__ = [
     "Metric",
     "PixelFlipping",
     "SaCo",
-    "Subject",
+    "Subjects",
     "area",
     "correlation",
     "saco_score",

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Outcome, Subject, as_float64, one_hot_masks
+from fastfg.metrics.metric import Metric, Outcome, as_float64
+from fastfg.metrics.subjects import Subjects
 from fastfg.perturb import generator
 from fastfg.perturb.baselines import Baseline
 
@@ -51,7 +52,7 @@ class FaithfulnessCorrelation(Metric):
 
     The subsets do not depend on the attribution, so several maps of one image share their forwards.
 
-    Details: ``drop`` [C, n_trials, n_runs], ``subsets`` [C, n_trials, n_runs, subset_size] (the same for every map).
+    Details: ``drop`` [n_trials, n_runs], ``subsets`` [n_trials, n_runs, subset_size] (the same for every map).
 
     Args:
         n_runs: subsets a trial. n_trials: averaged. subset_size: patches a subset; None is 20 where P >= 100, else
@@ -81,32 +82,38 @@ class FaithfulnessCorrelation(Metric):
         self.n_runs, self.n_trials, self.subset_size, self.kind = n_runs, n_trials, subset_size, correlation
         self.subsets = None if subsets is None else torch.as_tensor(subsets)
 
-    def start(self, subject: Subject, maps: Tensor) -> Callable[[], Outcome]:
-        C, P = maps.shape
-        subsets = self._subsets(subject, P)  # [n_trials, n_runs, size]
-        n_trials, n_runs, _ = subsets.shape
-        readings = subject.submit(one_hot_masks(subsets.flatten(0, 1), P), subject.fill(self.baseline))
-        subject.asked += C * n_trials * (n_runs + 1)
+    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
+        U, P = maps.shape
+        judged, of = image.unique(return_inverse=True)
+        drawn = [self._subsets(subjects, int(i), P) for i in judged]
+        subsets = torch.stack(drawn) if drawn else torch.empty(0, 1, 2, 1, dtype=torch.long)  # [n, trials, runs, size]
+        n_trials, n_runs = subsets.shape[1:3]
+        masks = torch.zeros(len(judged), n_trials * n_runs, P, dtype=torch.bool).scatter_(
+            2, subsets.flatten(1, 2), True
+        )
+        answer = subjects.ask(subjects.views(self.baseline, judged), masks)
+        subjects.asked += U * n_trials * (n_runs + 1)
 
         def finish() -> Outcome:
-            drop = (subject.unperturbed.logit - readings.logit).reshape(n_trials, n_runs)
-            summed = maps[:, subsets].sum(-1)  # [C, n_trials, n_runs]
-            score = correlation(summed, drop.expand_as(summed), self.kind).mean(-1)
-            details = {"drop": drop.expand(C, -1, -1), "subsets": subsets.expand(C, -1, -1, -1)}
-            return score, details
+            drop = subjects.unperturbed.logit[judged, None] - answer().logit
+            drop = drop.reshape(-1, n_trials, n_runs)[of]
+            summed = maps.gather(1, subsets[of].flatten(1)).reshape(U, n_trials, n_runs, -1).sum(-1)
+            score = correlation(summed, drop, self.kind).mean(-1)
+            return score, {"drop": drop, "subsets": subsets[of]}
 
         return finish
 
-    def _subsets(self, subject: Subject, P: int) -> Tensor:
+    def _subsets(self, subjects: Subjects, image: int, P: int) -> Tensor:
         if self.subsets is None:
             size = self.subset_size
             if size is None:
                 size = 20 if P >= 100 else max(2, round(P / 5))
             if not 1 <= size <= P:
                 raise ValueError(f"faithfulness_correlation: expected subset_size from 1 to {P}, got {size}")
-            return draw_subsets(P, self.n_trials, self.n_runs, size, generator(subject.seed, subject.key, self.name))
-        given = self.subsets
-        if given.ndim != 4 or given.is_floating_point() or subject.index >= given.shape[2]:
+            random = generator(subjects.seed, subjects.keys[image], self.name)
+            return draw_subsets(P, self.n_trials, self.n_runs, size, random)
+        given, index = self.subsets, subjects.first + image
+        if given.ndim != 4 or given.is_floating_point() or index >= given.shape[2]:
             raise ValueError(
                 "faithfulness_correlation: expected subsets [n_trials, n_runs, B, subset_size] of patch indices, got "
                 f"{given.dtype} {list(given.shape)}"
@@ -116,7 +123,7 @@ class FaithfulnessCorrelation(Metric):
                 f"faithfulness_correlation: expected subsets of patches 0 to {P - 1}, got {int(given.min())} to "
                 f"{int(given.max())}"
             )
-        return given[:, :, subject.index].long().cpu()
+        return given[:, :, index].long().cpu()
 
 
 def draw_subsets(n_patches: int, n_trials: int, n_runs: int, size: int, random: torch.Generator) -> Tensor:

@@ -1,46 +1,17 @@
-"""What a metric is: it asks for masks of an image, and turns the readings into scores when they are there."""
+"""What a metric is: it asks for masks of some images, and turns the readings into scores when they are there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfg.perturb import Engine, PatchGrid, Readings, generator, make_fill
+from fastfg.metrics.subjects import Subjects
 from fastfg.perturb.baselines import Baseline
 
-Outcome = tuple[Tensor, dict[str, Tensor]]  # scores [C], details by name
-
-
-@dataclass
-class Subject:
-    """One image under evaluation."""
-
-    engine: Engine
-    image: Tensor  # [C, H, W]
-    index: int  # in its batch
-    key: str
-    target: int
-    seed: int
-    unperturbed: Readings  # of this image, [1] each
-    pixel_mean: tuple[float, ...] | None = None
-    pixel_std: tuple[float, ...] | None = None
-    asked: int = 0  # forwards that the metrics would run, each of them and each attribution alone
-
-    @property
-    def grid(self) -> PatchGrid:
-        return self.engine.grid
-
-    def fill(self, baseline: Baseline) -> Tensor:
-        random = generator(self.seed, self.key, "baseline")
-        return make_fill(baseline, self.image, self.index, self.grid, random, self.pixel_mean, self.pixel_std)
-
-    def submit(self, masks: Tensor, fill: Tensor) -> Readings:
-        """Ask the engine for this image under ``masks`` [n, P]."""
-        return self.engine.submit(self.image, self.target, masks, fill)
+Outcome = tuple[Tensor, dict[str, Tensor]]  # scores [U], details by name
 
 
 class Metric:
@@ -54,11 +25,11 @@ class Metric:
     def __init__(self, baseline: Baseline = "mean") -> None:
         self.baseline = baseline
 
-    def start(self, subject: Subject, maps: Tensor) -> Callable[[], Outcome]:
-        """Submit all that is needed to judge ``maps`` [C, P] on one image.
+    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
+        """Ask for all that is needed to judge ``maps`` [U, P], each of one of the subjects: ``image`` [U].
 
-        Returns a function to call once the engine has been flushed: it gives the scores [C] and the details,
-        each with a leading ``C``.
+        Returns a function to call once the engine has run what was asked for: it gives the scores [U] and the
+        details, each [U, ...].
         """
         raise NotImplementedError
 
@@ -71,8 +42,3 @@ def descending(maps: Tensor) -> Tensor:
 def as_float64(values: Any) -> Tensor:
     """Arrays or tensors, of any dtype, as float64."""
     return torch.as_tensor(values).to(torch.float64)
-
-
-def one_hot_masks(members: Tensor, n_patches: int) -> Tensor:
-    """Masks [n, P] with the patches ``members`` [n, m] removed."""
-    return torch.zeros(len(members), n_patches, dtype=torch.bool).scatter_(1, members, True)

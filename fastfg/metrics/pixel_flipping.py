@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Outcome, Subject, as_float64, descending
+from fastfg.metrics.metric import Metric, Outcome, as_float64, descending
+from fastfg.metrics.subjects import Subjects
 from fastfg.perturb import running_mean_fill
 from fastfg.perturb.baselines import Baseline
 
@@ -28,7 +29,7 @@ def area(curve: Tensor) -> Tensor:
 class PixelFlipping(Metric):
     """Patches removed in descending order of attribution until none is left; lower is better.
 
-    Details: ``curve`` [C, steps + 1], the target's softmax probability after each step, the unperturbed first.
+    Details: ``curve`` [steps + 1], the target's softmax probability after each step, the unperturbed first.
 
     Args:
         patches_per_step: how many patches each step removes.
@@ -43,24 +44,26 @@ class PixelFlipping(Metric):
             raise ValueError(f"pixel_flipping: expected patches_per_step >= 1, got {patches_per_step}")
         self.patches_per_step = patches_per_step
 
-    def start(self, subject: Subject, maps: Tensor) -> Callable[[], Outcome]:
-        C, P = maps.shape
+    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
+        U, P = maps.shape
         order = descending(maps)
         steps = -(-P // self.patches_per_step)
         rank = order.argsort(dim=-1)
-        masks = rank[:, None, :] < torch.arange(1, steps + 1)[:, None] * self.patches_per_step  # [C, steps, P]
-        readings = [subject.submit(masks[c], self._fill(subject, order[c])) for c in range(C)]
-        subject.asked += C * (steps + 1)
+        masks = rank[:, None, :] < torch.arange(1, steps + 1)[:, None] * self.patches_per_step  # [U, steps, P]
+        answer = subjects.ask(self._views(subjects, order, image), masks)
+        subjects.asked += U * (steps + 1)
 
         def finish() -> Outcome:
-            after = torch.stack([r.prob for r in readings]) if readings else torch.empty(0, steps).double()
-            curve = torch.cat([subject.unperturbed.prob.expand(C, 1), after], dim=1)
+            curve = torch.cat([subjects.unperturbed.prob[image, None], answer().prob], dim=1)
             return area(curve), {"curve": curve}
 
         return finish
 
-    def _fill(self, subject: Subject, order: Tensor) -> Tensor:
-        if isinstance(self.baseline, str) and self.baseline == "running_mean":
-            order = order.to(subject.image.device)
-            return running_mean_fill(subject.image, order, self.patches_per_step, subject.grid)
-        return subject.fill(self.baseline)
+    def _views(self, subjects: Subjects, order: Tensor, image: Tensor) -> Tensor:
+        if not (isinstance(self.baseline, str) and self.baseline == "running_mean"):
+            return subjects.views(self.baseline, image)
+        views = []
+        for i, patches in zip(image.tolist(), order.to(subjects.images.device), strict=True):
+            fill = running_mean_fill(subjects.images[i], patches, self.patches_per_step, subjects.grid)
+            views.append(subjects.add_view(i, fill))
+        return torch.tensor(views, dtype=torch.long)

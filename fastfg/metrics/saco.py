@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Outcome, Subject, as_float64, descending
+from fastfg.metrics.metric import Metric, Outcome, as_float64, descending
+from fastfg.metrics.subjects import Subjects
 from fastfg.perturb.baselines import Baseline
 
 IMPACTS = ("target", "max")
@@ -40,7 +41,7 @@ def saco_score(group_attribution: Tensor, impact: Tensor) -> Tensor:
 class SaCo(Metric):
     """Patches sorted by attribution, split into ``n_bins`` groups, each group removed alone.
 
-    Details: ``group_attribution`` [C, n_bins], ``impact`` [C, n_bins] = ``p(y|x) - p(y|x without the group)``.
+    Details: ``group_attribution`` [n_bins], ``impact`` [n_bins] = ``p(y|x) - p(y|x without the group)``.
 
     Args:
         n_bins: None is ``ceil(P / 4)``. impact: ``target`` follows the original class; ``max`` takes the perturbed
@@ -56,20 +57,21 @@ class SaCo(Metric):
             raise ValueError(f"saco: expected impact to be one of {IMPACTS}, got {impact!r}")
         self.n_bins, self.impact = n_bins, impact
 
-    def start(self, subject: Subject, maps: Tensor) -> Callable[[], Outcome]:
-        C, P = maps.shape
+    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
+        U, P = maps.shape
         n_bins = math.ceil(P / 4) if self.n_bins is None else self.n_bins
         if not 2 <= n_bins <= P:
             raise ValueError(f"saco: expected n_bins from 2 to {P} patches, got {n_bins}")
-        group = torch.empty(C, P, dtype=torch.long).scatter_(1, descending(maps), group_of_rank(P, n_bins).expand(C, P))
-        attribution = torch.zeros(C, n_bins, dtype=torch.float64).scatter_add_(1, group, maps)
-        masks = group[:, None, :] == torch.arange(n_bins)[:, None]  # [C, n_bins, P]
-        readings = subject.submit(masks.flatten(0, 1), subject.fill(self.baseline))
-        subject.asked += C * (n_bins + 1)
+        group = torch.empty(U, P, dtype=torch.long).scatter_(1, descending(maps), group_of_rank(P, n_bins).expand(U, P))
+        attribution = torch.zeros(U, n_bins, dtype=torch.float64).scatter_add_(1, group, maps)
+        masks = group[:, None, :] == torch.arange(n_bins)[:, None]  # [U, n_bins, P]
+        answer = subjects.ask(subjects.views(self.baseline, image), masks)
+        subjects.asked += U * (n_bins + 1)
 
         def finish() -> Outcome:
+            readings = answer()
             left = readings.prob if self.impact == "target" else readings.max_prob
-            impact = subject.unperturbed.prob - left.reshape(C, n_bins)
+            impact = subjects.unperturbed.prob[image, None] - left
             return saco_score(attribution, impact), {"group_attribution": attribution, "impact": impact}
 
         return finish

@@ -2,88 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.pixels import Path
+from fastfg.perturb.readings import Readings
 
-Forward = Callable[[Tensor], Tensor]
+VIEWS_AT_ONCE = 8  # views prepared in one go: what is prepared of them is in memory together
 
-
-@dataclass
-class Readings:
-    """What is kept of each perturbed forward, float64 on the CPU; filled in when the engine has run it.
-
-    ``logit`` and ``prob`` (softmax) of the target class, ``max_prob`` of whichever class has the largest: [n].
-    """
-
-    logit: Tensor
-    prob: Tensor
-    max_prob: Tensor
-
-    @classmethod
-    def empty(cls, n: int) -> Readings:
-        return cls(*(torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3)))
-
-    @classmethod
-    def of(cls, logits: Tensor, target: Tensor) -> Readings:
-        """From logits [n, classes] and the target class of each [n]."""
-        logits = logits.double()
-        prob = logits.softmax(-1)
-        at = target.to(logits.device)[:, None]
-        return cls(logits.gather(1, at)[:, 0].cpu(), prob.gather(1, at)[:, 0].cpu(), prob.amax(-1).cpu())
-
-    def __getitem__(self, rows: slice) -> Readings:
-        return Readings(self.logit[rows], self.prob[rows], self.max_prob[rows])
-
-    def put(self, rows: slice, other: Readings) -> None:
-        self.logit[rows], self.prob[rows], self.max_prob[rows] = other.logit, other.prob, other.max_prob
+log = logging.getLogger("fastfg")
 
 
 @dataclass
-class _Job:
-    """Some masks of one image, waiting."""
+class Job:
+    """Masks of some views, waiting for their forwards."""
 
-    image: Tensor  # [C, H, W]
-    target: int
+    images: Tensor  # [V, C, H, W]
+    fills: list[Tensor]  # V of them, each broadcasts against [C, H, W]
+    view: Tensor  # [n], ascending
+    target: Tensor  # [n]
     masks: Tensor  # [n, P] bool
-    fill: Tensor  # broadcasts against [C, H, W]
-    readings: Readings
+    readings: Readings  # [n], filled in as the forwards are run
     done: int = 0  # rows already run
+    prepared: Any = field(default=None, repr=False)
 
 
 class Engine:
     """Collects masks and runs them ``batch_size`` at a time.
 
+    A batch that does not fit into the device's memory is run again in halves, and so are all after it.
+
     Args:
-        forward: images [n, C, H, W] -> logits [n, classes].
-        grid: where the patches lie. batch_size: perturbed images a forward.
+        path: how perturbed images reach the model. batch_size: perturbed images a forward.
     """
 
-    def __init__(self, forward: Forward, grid: PatchGrid, batch_size: int) -> None:
-        self.forward, self.grid, self.batch_size = forward, grid, batch_size
+    def __init__(self, path: Path, batch_size: int) -> None:
+        self.path, self.batch_size = path, batch_size
         self.run = 0  # forwards run, an image each
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         self._waiting = 0
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits of whole images, in batches."""
-        parts = [self._forward(part) for part in images.split(self.batch_size)]
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(images) or not parts:
+            part = images[start : start + self.batch_size]
+            try:
+                parts.append(self.path.whole(part))
+            except torch.OutOfMemoryError as error:
+                self._halve(len(part), error)
+                continue
+            start += len(part)
+        self.run += len(images)
         return torch.cat(parts)
 
-    def submit(self, image: Tensor, target: int, masks: Tensor, fill: Tensor) -> Readings:
-        """Ask for ``image`` [C, H, W] with the patches of each mask [n, P] filled; full batches run at once.
+    def submit(self, images: Tensor, fills: list[Tensor], view: Tensor, target: Tensor, masks: Tensor) -> Readings:
+        """Ask for the views ``images`` [V, C, H, W] with ``fills``, each under its masks; full batches run at once.
 
-        The readings are complete after :meth:`flush`.
+        Args:
+            view: [n], the view of each mask, ascending. target: [n], its class. masks: [n, P] bool.
+
+        Returns readings [n], on the images' device, complete after :meth:`flush`.
         """
-        readings = Readings.empty(len(masks))
-        self._jobs.append(_Job(image, target, masks, fill, readings))
-        self._waiting += len(masks)
-        while self._waiting >= self.batch_size:
-            self._run_batch()
+        readings = Readings.empty(len(masks), images.device)
+        for first in range(0, len(fills), VIEWS_AT_ONCE):
+            stop = min(first + VIEWS_AT_ONCE, len(fills))
+            low, high = torch.searchsorted(view, torch.tensor([first, stop], device=view.device)).tolist()
+            if low == high:
+                continue
+            rows = slice(low, high)
+            part = Job(
+                images[first:stop], fills[first:stop], view[rows] - first, target[rows], masks[rows], readings[rows]
+            )
+            self._jobs.append(part)
+            self._waiting += high - low
+            while self._waiting >= self.batch_size:
+                self._run_batch()
         return readings
 
     def flush(self) -> None:
@@ -92,33 +91,56 @@ class Engine:
             self._run_batch()
 
     def _run_batch(self) -> None:
-        taken: list[tuple[_Job, slice]] = []
-        room = self.batch_size
-        while room and self._jobs:
-            job = self._jobs[0]
-            rows = slice(job.done, min(job.done + room, len(job.masks)))
-            taken.append((job, rows))
-            job.done, room = rows.stop, room - (rows.stop - rows.start)
-            if job.done == len(job.masks):
-                self._jobs.pop(0)
-        images = torch.cat([self._perturb(job, rows) for job, rows in taken])
-        target = torch.cat([torch.full((rows.stop - rows.start,), job.target) for job, rows in taken])
-        read = Readings.of(self._forward(images), target)
+        taken = self._take()
+        n = sum(rows.stop - rows.start for _, rows in taken)
+        try:
+            target = torch.cat([job.target[rows] for job, rows in taken])
+            read = Readings.of(self.path.run(self._place(taken, n)), target)
+        except torch.OutOfMemoryError as error:
+            self._halve(n, error)
+            return
         start = 0
         for job, rows in taken:
             stop = start + rows.stop - rows.start
             job.readings.put(rows, read[slice(start, stop)])
-            start = stop
-        self._waiting -= len(images)
+            start, job.done = stop, rows.stop
+        self._jobs = [job for job in self._jobs if job.done < len(job.masks)]
+        self._waiting -= n
+        self.run += n
 
-    def _perturb(self, job: _Job, rows: slice) -> Tensor:
-        pixels = self.grid.to_pixels(job.masks[rows].to(job.image.device)).unsqueeze(1)  # [n, 1, H, W]
-        return torch.where(pixels, job.fill, job.image)
+    def _take(self) -> list[tuple[Job, slice]]:
+        """The rows of the next batch; nothing is counted as done before it is."""
+        taken, room = [], self.batch_size
+        for job in self._jobs:
+            rows = slice(job.done, min(job.done + room, len(job.masks)))
+            taken.append((job, rows))
+            room -= rows.stop - rows.start
+            if not room:
+                break
+        return taken
 
-    def _forward(self, images: Tensor) -> Tensor:
-        logits = self.forward(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model: expected logits [{len(images)}, n] from model(images), got {got}")
-        self.run += len(images)
-        return logits
+    def _place(self, taken: list[tuple[Job, slice]], n: int) -> tuple[Tensor, ...]:
+        """The batch's perturbed inputs."""
+        inputs: tuple[Tensor, ...] | None = None
+        start = 0
+        for job, rows in taken:
+            if job.prepared is None:
+                job.prepared = self.path.prepare(job.images, job.fills)
+            if inputs is None:
+                inputs = self.path.buffers(job.prepared, n)
+            views, counts = job.view[rows].unique_consecutive(return_counts=True)
+            row = rows.start
+            for view, count in zip(views.tolist(), counts.tolist(), strict=True):
+                out = tuple(t[start : start + count] for t in inputs)
+                self.path.place(job.prepared, view, job.masks[row : row + count], out)
+                start, row = start + count, row + count
+        assert inputs is not None  # a batch has rows
+        return inputs
+
+    def _halve(self, n: int, error: torch.OutOfMemoryError) -> None:
+        """After ``n`` images did not fit; raises the device's own error where one alone does not."""
+        if n == 1:
+            raise error
+        self.batch_size = n // 2
+        torch.cuda.empty_cache()
+        log.warning("%d perturbed images did not fit into memory: going on with %d", n, self.batch_size)

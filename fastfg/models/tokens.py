@@ -1,0 +1,271 @@
+"""Perturb tokens in place of pixels: a removed patch is another token in the first block's input.
+
+What comes before the first attention acts on each token alone, so a view (an image and the fill of its removed
+patches) has two states of each token, whole and filled. They are computed once: the first block's input, and the
+outputs of the linear layers before its attention (q, k, v). A perturbed image is a choice between them, token by
+token. In the last block, what comes after the attention is computed for the tokens that the head reads alone.
+
+All of it is done by hooks on the model as it is, so it serves every family; :meth:`Tokens.why_not` compares the
+logits with those of the perturbed pixels before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastfg.models.adapter import Adapter, resid_post
+
+
+class Tokens:
+    """The path of a known family (see ``fastfg.perturb.Path``).
+
+    Args:
+        adapter: the model. It must be held still, with the adapter's flags set, while this is used.
+        precision: of the blocks, by autocast; what follows them is then computed in float32. None: the model's own.
+    """
+
+    def __init__(self, adapter: Adapter, precision: torch.dtype | None = None) -> None:
+        self.adapter, self.precision = adapter, precision
+        self.first, self.last = adapter.blocks[0], adapter.blocks[-1]
+        self.n_rows = _rows_read(adapter)
+        self.early: list[nn.Module] = []  # linear layers before the first attention
+        self.n_tokens = 0
+        self._blank: Tensor  # one image, to call the model with
+
+    def prepare(self, images: Tensor, fills: list[Tensor]) -> list[Tensor]:
+        """The states [V, 2, N, width] of the views' tokens, whole and filled: of the stream, then of ``early``."""
+        filled = torch.stack([fill.expand(images.shape[1:]) for fill in fills])
+        seen = _Before(self.first)
+        with ExitStack() as stack:
+            stack.enter_context(seen)
+            self._autocast(stack, images.device)
+            with suppress(_Enough):
+                self.adapter.forward(torch.cat([images, filled]))
+        self.early, self.n_tokens, self._blank = seen.linears, seen.stream.shape[1], torch.zeros_like(images[:1])
+        return [torch.stack(state.chunk(2), dim=1) for state in (seen.stream, *seen.outputs)]
+
+    def buffers(self, prepared: list[Tensor], n: int) -> tuple[Tensor, ...]:
+        return tuple(state.new_empty(n, *state.shape[2:]) for state in prepared)
+
+    def place(self, prepared: list[Tensor], view: int, masks: Tensor, out: tuple[Tensor, ...]) -> None:
+        removed = F.pad(masks, (self.n_tokens - masks.shape[-1], 0)).unsqueeze(-1)  # prefix tokens stay
+        for state, to in zip(prepared, out, strict=True):
+            torch.where(removed, state[view, 1], state[view, 0], out=to)
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Logits [n, classes] from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
+        stream, *outputs = inputs
+        with ExitStack() as stack:
+            for module, output in zip(self.early, outputs, strict=True):
+                stack.enter_context(_given(module, output))
+            stack.enter_context(_enters(self.first, stream))
+            if self.n_rows is not None:
+                stack.enter_context(_RowsRead(self.last, self.n_tokens, self.n_rows))
+            return self._forward(self._blank, stack)
+
+    def whole(self, images: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            return self._forward(images, stack)
+
+    def why_not(self, images: Tensor, fill: Tensor, pixels: Any) -> str | None:
+        """None where a perturbed image's logits are those of its pixels, else what differs.
+
+        ``pixels``: a ``fastfg.perturb.Pixels`` of the same model; ``images``: [1, C, H, W].
+        """
+        removed = torch.zeros(2, pixels.grid.n_patches, dtype=torch.bool, device=images.device)
+        removed[0, ::2], removed[1, : removed.shape[1] // 3] = True, True
+        logits = []
+        for path in (self, pixels):
+            try:
+                prepared = path.prepare(images, [fill])
+                inputs = path.buffers(prepared, len(removed))
+                path.place(prepared, 0, removed, inputs)
+                logits.append(path.run(inputs).double())
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if path is pixels:
+                    raise
+                return f"its tokens can't be perturbed before the first block ({error})"
+        difference = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max().clamp(min=1e-30))
+        eps = torch.finfo(self.precision or images.dtype).eps
+        if not difference <= eps**0.6:  # rounding grows through the blocks; what is wrong differs by more
+            return f"perturbing its tokens gives logits that differ from those of the pixels by {difference:.1e}"
+        return None
+
+    def _autocast(self, stack: ExitStack, device: torch.device) -> None:
+        if self.precision is not None:
+            stack.enter_context(torch.autocast(device.type, self.precision))
+
+    def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
+        """The model's forward; precision is left at the last block's output."""
+        inner = stack.enter_context(ExitStack())
+        self._autocast(inner, images.device)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            inner.close()
+            stream = resid_post(output)
+            wide = stream.to(images.dtype)
+            return wide if output is stream else (wide, *output[1:])
+
+        stack.callback(self.last.register_forward_hook(leave).remove)
+        return self.adapter.forward(images)
+
+
+def _rows_read(adapter: Adapter) -> int | None:
+    """How many of the first tokens hold all that the head reads; None: it reads patches too."""
+    prefix = adapter.num_prefix_tokens
+    if not adapter.pooled or any(s.stop is None or s.start < 0 or s.stop > prefix for s in adapter.pooled):
+        return None
+    return max(s.stop for s in adapter.pooled)
+
+
+class _Enough(Exception):  # noqa: N818
+    """Thrown through the model's forward once all that is wanted of it was seen."""
+
+
+class _Before(TorchFunctionMode):
+    """Sees the first block's input and the linear layers before its attention, and stops there."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.linears: list[nn.Module] = []
+        self.outputs: list[Tensor] = []
+        self.stream: Tensor
+        self.inside = False
+
+    def __enter__(self) -> _Before:
+        self.handles = [
+            self.block.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.block.register_forward_hook(self._leave),
+            *(m.register_forward_hook(self._linear) for m in self.block.modules() if isinstance(m, nn.Linear)),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.inside, self.stream = True, (*args, *kwargs.values())[0]
+
+    def _linear(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.linears.append(module)
+        self.outputs.append(output)
+
+    def _leave(self, *_: Any) -> None:
+        """No attention was met: it is of another kind, and nothing is known of the linear layers."""
+        self.linears, self.outputs = [], []
+        raise _Enough
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside and func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            raise _Enough
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
+    """``block`` gets ``stream`` for its input."""
+
+    def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (stream, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): stream}
+
+    handle = block.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _given(linear: nn.Module, output: Tensor) -> Iterator[None]:
+    """``linear`` gives ``output``, and computes one token for the form's sake."""
+    handles = [
+        linear.register_forward_pre_hook(lambda module, args: args[0][:1, :1]),
+        linear.register_forward_hook(lambda module, args, computed: output),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _RowsRead(TorchFunctionMode):
+    """In the last block, from its attention on: the first ``n_rows`` of ``n_tokens`` alone.
+
+    The residual stream keeps its shape. One row is added to all of them, where only the first is read; more than
+    one come with zeros for the others.
+    """
+
+    def __init__(self, block: nn.Module, n_tokens: int, n_rows: int) -> None:
+        super().__init__()
+        self.block, self.n_tokens, self.n_rows = block, n_tokens, n_rows
+        self.inside = self.met = False
+
+    def __enter__(self) -> _RowsRead:
+        self.handles = [
+            self.block.register_forward_pre_hook(self._enter),
+            self.block.register_forward_hook(self._leave),
+        ]
+        for module in self.block.modules():
+            if isinstance(module, nn.Linear):
+                self.handles.append(module.register_forward_pre_hook(self._cut))
+                self.handles.append(module.register_forward_hook(self._fill_up))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self.inside = True
+
+    def _leave(self, *_: Any) -> None:
+        self.inside = False
+
+    def _cut(self, module: nn.Module, args: Any) -> Any:
+        x = args[0]
+        if self.met and x.ndim == 3 and x.shape[1] == self.n_tokens:
+            return (x[:, : self.n_rows], *args[1:])
+        return args
+
+    def _fill_up(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        cut = self.met and self.n_rows > 1 and output.ndim == 3 and output.shape[1] == self.n_rows
+        return F.pad(output, (0, 0, 0, self.n_tokens - self.n_rows)) if cut else output
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        special: dict[Any, Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self._attention,
+            F.multi_head_attention_forward: self._multi_head,
+        }
+        if self.inside and func in special:
+            self.met = True
+            return special[func](func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(self, func: Any, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = func(query[..., : self.n_rows, :], *args, **kwargs)  # [n, H, rows, dh]
+        if self.n_rows == 1:
+            return out.expand(*out.shape[:-2], self.n_tokens, out.shape[-1])
+        return F.pad(out, (0, 0, 0, self.n_tokens - self.n_rows))
+
+    def _multi_head(self, func: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, weights = func(query[: self.n_rows], *args, **kwargs)  # [rows, n, d]
+        if self.n_rows > 1:
+            out = F.pad(out, (0, 0, 0, 0, 0, self.n_tokens - self.n_rows))
+        return out, weights

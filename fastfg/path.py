@@ -1,0 +1,85 @@
+"""How a model is run under perturbation: by its tokens where that gives the same logits, else by its pixels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fastfg.models import Adapter
+from fastfg.models.tokens import Tokens
+from fastfg.perturb import PatchGrid, Path, Pixels
+
+PATHS = ("auto", "tokens", "pixels")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
+PROBE = 8  # images that tell how much memory one takes
+
+log = logging.getLogger("fastfg")
+_why_not: WeakKeyDictionary[Any, dict[object, str | None]] = WeakKeyDictionary()
+
+
+def choose_path(
+    adapter: Adapter | None,
+    forward: Callable[[Tensor], Tensor],
+    grid: PatchGrid,
+    images: Tensor,
+    path: str,
+    precision: str,
+) -> tuple[Path, str]:
+    """The path, and its name with the reason where it isn't the fast one.
+
+    Args:
+        path: ``auto``, ``tokens`` (raises ValueError where these can't be perturbed) or ``pixels``.
+        precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own),
+            ``float32`` (the model's own), ``bfloat16`` or ``float16``.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
+    dtype = _precision(adapter, images, precision)
+    pixels = Pixels(forward, grid, dtype)
+    if path == "pixels" or not len(images) or (path == "auto" and adapter is None):
+        return pixels, "pixels"
+    if adapter is None:
+        raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
+    tokens = Tokens(adapter, dtype)
+    known = _why_not.setdefault(adapter.model, {})
+    key = (tuple(images.shape[1:]), images.dtype, images.device.type, dtype)
+    if key not in known:
+        known[key] = tokens.why_not(images[:1], images[:1].mean((1, 2, 3)).reshape(1, 1, 1), pixels)
+        if known[key] is not None:
+            log.warning("perturbing pixels: %s", known[key])
+    reason = known[key]
+    if reason is None:
+        return tokens, "tokens"
+    if path == "tokens":
+        raise ValueError(f"path: expected 'pixels' for this model, as {reason}")
+    return pixels, f"pixels ({reason})"
+
+
+def _precision(adapter: Adapter | None, images: Tensor, precision: str) -> torch.dtype | None:
+    if precision == "auto":
+        fast = images.device.type == "cuda" and images.dtype == torch.float32 and adapter is not None
+        return torch.bfloat16 if fast else None
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected 'auto' or one of {tuple(PRECISIONS)}, got {precision!r}")
+    return PRECISIONS[precision]
+
+
+def fitting_batch(path: Path, images: Tensor, limit: int | None) -> int:
+    """Perturbed images a forward: as many as the device's free memory holds, ``limit`` at most."""
+    if images.device.type != "cuda":
+        return limit or BATCH_ON_CPU
+    limit = limit or BATCH_ON_GPU
+    if limit <= PROBE or not len(images):
+        return limit
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    path.whole(images[:1].expand(PROBE, -1, -1, -1))
+    each = (torch.cuda.max_memory_allocated(images.device) - before) / PROBE
+    free = torch.cuda.mem_get_info(images.device)[0] + torch.cuda.memory_reserved(images.device) - before
+    return max(1, min(limit, int(0.8 * free / each)))

@@ -1,0 +1,68 @@
+"""Any callable: the perturbed images themselves go through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastfg.perturb.masks import PatchGrid
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Path(Protocol):
+    """How perturbed images reach the model. A view is an image and the fill of its removed patches."""
+
+    def prepare(self, images: Tensor, fills: list[Tensor]) -> Any:
+        """What is done once for each of the views ``images`` [V, C, H, W] with ``fills``."""
+
+    def buffers(self, prepared: Any, n: int) -> tuple[Tensor, ...]:
+        """Room for ``n`` perturbed inputs, each tensor [n, ...]."""
+
+    def place(self, prepared: Any, view: int, masks: Tensor, out: tuple[Tensor, ...]) -> None:
+        """Write the view under ``masks`` [m, P] into ``out`` [m, ...]."""
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Logits [n, classes] of perturbed inputs."""
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Logits [n, classes] of images as they are."""
+
+
+class Pixels:
+    """The reference path, and the one for models that nothing is known of.
+
+    Args:
+        forward: images [n, C, H, W] -> logits [n, classes]. grid: where the patches lie.
+        precision: of the forward passes, by autocast; None: the model's own.
+    """
+
+    def __init__(self, forward: Forward, grid: PatchGrid, precision: torch.dtype | None = None) -> None:
+        self.forward, self.grid, self.precision = forward, grid, precision
+
+    def prepare(self, images: Tensor, fills: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        return images, fills
+
+    def buffers(self, prepared: tuple[Tensor, list[Tensor]], n: int) -> tuple[Tensor, ...]:
+        images, _ = prepared
+        return (images.new_empty(n, *images.shape[1:]),)
+
+    def place(self, prepared: tuple[Tensor, list[Tensor]], view: int, masks: Tensor, out: tuple[Tensor, ...]) -> None:
+        images, fills = prepared
+        pixels = self.grid.to_pixels(masks).unsqueeze(1)  # [m, 1, H, W]
+        torch.where(pixels, fills[view], images[view], out=out[0])
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.whole(inputs[0])
+
+    def whole(self, images: Tensor) -> Tensor:
+        with nullcontext() if self.precision is None else torch.autocast(images.device.type, self.precision):
+            logits = self.forward(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model: expected logits [{len(images)}, n] from model(images), got {got}")
+        return logits
