@@ -14,6 +14,7 @@ _WHERE = {
     "Scores": "fastfg.types",
     "SparseAutoencoder": "fastfg.sae.model",
     "attribute": "fastfg.attribution",
+    "compare": "fastfg.study.comparison",
     "evaluate": "fastfg.evaluation",
     "load_saes": "fastfg.sae.checkpoints",
     "residuals": "fastfg.activations",
@@ -29,6 +30,7 @@ __all__ = [
     "SparseAutoencoder",
     "__version__",
     "attribute",
+    "compare",
     "evaluate",
     "load_saes",
     "residuals",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from fastfg.sae.checkpoints import load_saes
     from fastfg.sae.model import SparseAutoencoder
     from fastfg.sae.train import train_sae
+    from fastfg.study.comparison import compare
     from fastfg.types import Attribution, Gate, Scores
 
 

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from fastfg.cli.model import Job
     from fastfg.report import markdown_table
-    from fastfg.study import compare, summarize
+    from fastfg.study import compare_batch, summarize
     from fastfg.types import Gate
 
     job = Job(arguments, [arguments.folder])
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     scores, errors = [], []
     with tracker() as track:
         for batch in job.batches(track(f"Judging {len(job.paths)} images x {len(gates)}")):
-            found = compare(
+            found = compare_batch(
                 job.model,
                 batch.images,
                 gates=gates,

@@ -30,7 +30,7 @@ def write_page(
     """Write the report to ``path``; it needs no other file and no network.
 
     Args:
-        summary: from :func:`fastfg.study.summarize`. scores, errors: from :func:`fastfg.study.compare`.
+        summary: from :func:`fastfg.study.summarize`. scores, errors: from :func:`fastfg.study.compare_batch`.
         figure: a PNG, which is put into the page. settings: name and value, shown as they are.
         notes: paragraphs under the table.
     """

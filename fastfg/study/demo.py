@@ -31,7 +31,7 @@ from fastfg.report.overlay import displayed
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.train import SAEReport, train_sae
-from fastfg.study.compare import Comparison, compare
+from fastfg.study.comparison import Comparison, compare_batch
 from fastfg.study.statistics import summarize
 from fastfg.types import Gate
 
@@ -222,7 +222,7 @@ def _compare(
     model: Any, cells: Cells, chosen: list[int], saes: dict[int, SparseAutoencoder], settings: Settings, track: Track
 ) -> tuple[Comparison, Tensor]:
     (batch,) = batches([cells.paths[i] for i in chosen], preprocessing(model), batch_size=len(chosen))
-    comparison = compare(
+    comparison = compare_batch(
         model,
         batch.images,
         gates=settings.gates(),

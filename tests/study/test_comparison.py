@@ -1,0 +1,79 @@
+"""Variants side by side, as one tidy table."""
+
+import pytest
+import torch
+
+import fastfg
+from fastfg.study import compare_batch
+
+GATES = {"vanilla": None, "real": fastfg.Gate((1, 2)), "shuffled": fastfg.Gate((1, 2), shuffle_seed=12345)}
+COLUMNS = ["image", "variant", "target", "saco", "faithfulness_correlation", "pixel_flipping"]
+
+
+def test_a_row_an_image_and_variant(model, images, saes):
+    found = compare_batch(model, images, saes=saes, gates=GATES, keys=["a", "b", "c"], saco={"n_bins": 5})
+    table = found.scores
+    assert list(table.columns) == COLUMNS
+    assert len(table) == 9
+    alone = fastfg.attribute(model, images, saes=saes, gate=GATES["real"])
+    scores = fastfg.evaluate(model, images, alone.maps, target=alone.target, keys=["a", "b", "c"], saco={"n_bins": 5})
+    real = table[table["variant"] == "real"]
+    assert list(real["image"]) == ["a", "b", "c"]
+    torch.testing.assert_close(torch.tensor(real["saco"].to_numpy()), scores["saco"], rtol=1e-9, atol=1e-12)
+    assert len(found.errors) == 0
+
+
+def test_any_number_of_images_in_one_table(model, images, saes, monkeypatch):
+    options = {"saes": saes, "gates": GATES, "keys": ["a", "b", "c"], "target": [1, 0, 2], "saco": {"n_bins": 5}}
+    whole = compare_batch(model, images, **options).scores
+    monkeypatch.setattr("fastfg.study.comparison.IMAGES_ON_CPU", 2)
+    seen = []
+    table = fastfg.compare(model, images, progress=lambda done, total: seen.append((done, total)), **options)
+    assert seen == [(2, 3), (3, 3)]
+    assert list(table.columns) == [*COLUMNS, "error"]
+    assert table["error"].isna().all()
+    streamed = fastfg.compare(model, (image[None] for image in images), **options)
+    for found in (table, streamed):
+        assert list(found["image"]) == list(whole["image"])
+        assert list(found["target"]) == [1, 1, 1, 0, 0, 0, 2, 2, 2]
+        for metric in COLUMNS[3:]:
+            torch.testing.assert_close(
+                torch.tensor(found[metric].to_numpy()), torch.tensor(whole[metric].to_numpy()), rtol=1e-9, atol=1e-12
+            )
+
+
+def test_what_is_missing_has_its_reason(model, images, saes, monkeypatch):
+    attribute = fastfg.attribute
+
+    def broken(*args, **options):
+        result = attribute(*args, **options)
+        result.maps[1, 2, 0, 0] = torch.nan
+        return result
+
+    monkeypatch.setattr("fastfg.study.comparison.attribute", broken)
+    table = fastfg.compare(model, images, saes=saes, gates=GATES, keys=["a", "b", "c"], metrics=["saco"])
+    missing = table[table["saco"].isna()]
+    assert list(zip(missing["image"], missing["variant"], missing["error"], strict=True)) == [
+        ("c", "real", "saco: the attribution is not finite")
+    ]
+    assert table["error"].notna().sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keys": ["a", "b"]}, "keys: expected one an image, got 2 for 3 images or more"),
+        ({"keys": ["a", "b", "c", "d"]}, "keys: expected 3 of them, one an image, got 4"),
+        ({"target": [1]}, "target: expected one an image, got 1 for 3 images or more"),
+    ],
+)
+def test_keys_and_targets_are_one_an_image(model, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        fastfg.compare(model, images, gates={"vanilla": None}, metrics=["saco"], **options)
+
+
+def test_batches_are_tensors_and_there_is_one(model):
+    with pytest.raises(TypeError, match="images: expected tensors .* got list in batch 0"):
+        fastfg.compare(model, [[1, 2]], gates={"vanilla": None})
+    with pytest.raises(ValueError, match="images: expected at least one batch, got none"):
+        fastfg.compare(model, [], gates={"vanilla": None})
