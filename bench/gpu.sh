@@ -1,23 +1,43 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device and no network: the tests that need one, then time and memory.
-#   bench/gpu.sh [FOLDER]     raw lines go to FOLDER (default: bench/results/<device>)
-# Nothing is fetched: fastfg is built and installed from this checkout, with whatever torch and timm are there.
+# On a machine with a CUDA device and no network: build, check, and time everything that there is.
+#   bench/gpu.sh [FOLDER]     lines go to FOLDER/<device>/ (default: bench/results), logs to FOLDER/<device>/logs/
+# Every part takes less than ten minutes; one that fails doesn't stop the others. Started again, it goes on with the
+# parts that have not succeeded yet (FORCE=1: with all of them). ONLY="attribute memory" runs these parts alone.
+# Nothing is fetched: fastfg is built and installed from this checkout, with whatever torch, timm and pytest are there.
+# FASTFG_COMMIT names the commit in the lines where the checkout came without its history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=$(python3 -c 'import torch; print(torch.cuda.get_device_name(0).replace(" ", "-"))') || exit 1
-out=${1:-bench/results/$device}
-mkdir -p "$out"
+python=${PYTHON:-python3}
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))') || exit 1
+out=${1:-bench/results}
+logs=$out/$device/logs
+mkdir -p "$logs"
 failed=0
-part() { # NAME COMMAND...: each part under ten minutes; one that fails does not stop the others
-  local name=$1; shift
+
+part() { # NAME COMMAND...
+  local name=$1 log=$logs/$1.log; shift
+  [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $name "* ]] || return 0
+  if [ -z "${FORCE:-}" ] && [ "$(tail -n 1 "$log" 2>/dev/null)" = "== done" ]; then
+    echo "== $name: done before"
+    return 0
+  fi
   echo "== $name"
-  timeout 590 "$@" 2>&1 | tee "$out/$name.log" | tail -n 15
-  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "FAILED: $name"; failed=1; }
+  if timeout 590 "$@" >"$log" 2>&1; then
+    tail -n 5 "$log"
+    echo "== done" >>"$log"
+  else
+    echo "FAILED: $name (exit code $?; $log)" && tail -n 30 "$log"
+    failed=1
+  fi
 }
-part build python3 -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-part info python3 -m fastfg.cli info
-part tests python3 -m pytest -q -m gpu tests
-part parity python3 -m pytest -q tests/ops tests/kernels
-part attribute python3 bench/attribute.py --device cuda --batch 64 --json "$out/attribute.jsonl"
-part memory python3 bench/memory.py --device cuda --kept-up-to 2000 --json "$out/memory.jsonl"
+
+part build "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+part info "$python" -m fastfg.cli info
+part parity "$python" -m pytest -q tests/ops tests/kernels
+part tests "$python" -m pytest -q -m gpu tests
+for file in bench/bench_*.py; do
+  suite=${file#bench/bench_}
+  part "${suite%.py}" "$python" -m pytest -q "$file" --size full --results "$out"
+done
+"$python" -m fastfg.cli bench report --results "$out/$device" | tee "$out/$device/report.md" || failed=1
 exit $failed

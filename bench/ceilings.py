@@ -1,0 +1,41 @@
+"""The two ceilings that no work can pass: how fast memory is copied, and how fast matrices are multiplied."""
+
+from __future__ import annotations
+
+import statistics
+from typing import NamedTuple
+
+import torch
+
+from bench.clock import Clock
+from bench.suite import Work
+
+RUNS = 7
+COPY = {"cpu": 2**28, "cuda": 2**31}  # bytes: far more than the caches
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}  # the CPU ops compute in float32
+
+
+class Ceilings(NamedTuple):
+    bytes_per_second: float  # read and written
+    flops_per_second: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds that the work takes at the least."""
+        return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
+
+
+def measure(device: str) -> Ceilings:
+    clock = Clock(device)
+
+    def median(run):
+        run()
+        return statistics.median(clock.seconds(run) for _ in range(RUNS))
+
+    source = torch.empty(COPY[device], dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copying = median(lambda: target.copy_(source))
+    a, b = torch.randn(2, SIDE[device], SIDE[device], device=device, dtype=DTYPE[device])
+    out = torch.empty_like(a)
+    multiplying = median(lambda: torch.mm(a, b, out=out))
+    return Ceilings(2 * COPY[device] / copying, 2 * SIDE[device] ** 3 / multiplying)

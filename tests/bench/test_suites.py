@@ -1,0 +1,127 @@
+"""The benchmarks themselves: a tiny suite from end to end, and what happens to a wrong result."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.ceilings import Ceilings
+from bench.clock import Clock, StandIn
+from bench.runner import Benchmark, Session
+from bench.suite import Case, Provider, Suite, Work, direct
+from fastfg.dispatch import BackendError
+from fastfg.report.bench import read_lines, report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", [(), ("-p", "no:benchmark")], ids=["pytest-benchmark", "stand-in"])
+def test_one_suite_as_a_process(tmp_path, plugin):
+    chosen = [f"bench/bench_gate.py::test_gate[C27-B2-P196-float32-{name}]" for name in ("reference", "cuda")]
+    command = [sys.executable, "-m", "pytest", *chosen, "--size", "small", "--results", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *plugin],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cuda: " in done.stdout  # skipped, with the reason
+    (file,) = tmp_path.glob("*/gate.jsonl")
+    assert f"1 lines written to {file}" in done.stdout
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert (line["name"], line["provider"], line["backend"], line["bar"]) == ("gate", "reference", "reference", None)
+    assert (line["shape"], line["dtype"]) == ({"C": 27, "B": 2, "P": 196}, "float32")
+    assert 0 < line["p20"] <= line["median"] <= line["p80"]
+    assert line["rounds"] >= 5
+    assert 0 < line["floor"] < line["median"]
+    assert line["floor_ratio"] == pytest.approx(line["median"] / line["floor"])
+    assert line["error"] < 1e-4
+    assert line["torch"] == torch.__version__
+    assert all(line[key] for key in ("commit", "date", "device", "threads", "fastfg"))
+    assert "| reference |" in report(read_lines(tmp_path))
+
+
+def refuse(x):
+    raise BackendError("backend: not on Sundays")
+
+
+def doubled():
+    """A suite of one op, ``2 x``, with ways of doing it that are right, wrong, or not there."""
+    return Suite(
+        name="doubled",
+        small=[Case({"T": 5})],
+        full=[],
+        providers={
+            "right": Provider(direct(lambda x: 2 * x)),
+            "wrong": Provider(direct(lambda x: 2.001 * x)),
+            "NaN": Provider(direct(lambda x: x * torch.nan)),
+            "a part": Provider(direct(lambda x: x), bar="part"),
+            "refusing": Provider(direct(refuse)),
+            "absent": Provider(direct(refuse), why_not=lambda case, device: f"nothing for {case.T} on a {device}"),
+        },
+        arguments=lambda case, device: (case.generator(device)(case.T, 3),),
+        part=lambda arguments: (arguments[0][:2],),
+        pick=lambda result, arguments: (result[:2],),
+        exact=lambda x: 2 * x,
+        work=lambda case: Work(bytes=1e3, flops=1e3),
+        beside=lambda case, arguments: ("torch", functools.partial(torch.mul, arguments[0], 2)),
+    )
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """``bench(provider)`` runs it on the suite; returns the lines written so far."""
+    session, clock, suite = Session("cpu", tmp_path), Clock("cpu"), doubled()
+    session._ceilings = Ceilings(1e9, 1e9)
+
+    def run(provider):
+        Benchmark(session, suite, suite.small[0], provider, clock, lambda: StandIn(clock))()
+        return [json.loads(line) for line in (tmp_path / "cpu" / "doubled.jsonl").read_text().splitlines()]
+
+    run.folder = tmp_path
+    return run
+
+
+def test_what_is_right_gets_a_time(bench):
+    (line,) = bench("right")
+    assert line["error"] < 1e-7
+    assert line["floor"] == pytest.approx(1e-6)
+    assert line["beside"] == "torch"
+    assert line["ratio"] > 0
+
+
+@pytest.mark.parametrize("provider", ["wrong", "NaN"])
+def test_what_is_wrong_gets_none(bench, provider):
+    with pytest.raises(pytest.fail.Exception, match=f"doubled by {provider} is wrong and was not timed: error"):
+        bench(provider)
+    assert not list(bench.folder.iterdir())
+
+
+def test_a_part_is_not_checked_and_has_no_floor(bench):
+    (line,) = bench("a part")
+    assert line["error"] is None
+    assert "floor" not in line
+
+
+@pytest.mark.parametrize(
+    ("provider", "reason"), [("refusing", "backend: not on Sundays"), ("absent", "nothing for 5 on a cpu")]
+)
+def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
+    with pytest.raises(pytest.skip.Exception, match=f"{provider}: {reason}"):
+        bench(provider)
+
+
+def test_no_line_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session, clock, suite = Session("cpu", None), Clock("cpu"), doubled()
+    session._ceilings = Ceilings(1e9, 1e9)
+    Benchmark(session, suite, suite.small[0], "right", clock, lambda: StandIn(clock))()
+    assert not list(tmp_path.iterdir())
+    assert session.written == {}
