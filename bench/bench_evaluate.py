@@ -1,0 +1,191 @@
+"""``fastfg.evaluate``: C maps of B photographs by one metric or all three, ViT with random weights.
+
+Beside it: the same model one perturbed image at a time, and Quantus at equal semantics (patches filled with 0). Quantus
+draws pixels, not patches, for its correlation: the same number of them and of forwards, but other scores, so these are
+not compared.
+"""
+
+import importlib.util
+import warnings
+from functools import partial
+
+import numpy as np
+import torch
+
+import fastfg
+from bench.photographs import photographs
+from bench.suite import DTYPES, Case, Provider, Suite, Work
+from fastfg.models.timm import import_timm
+
+METRICS = {"pf": ["pixel_flipping"], "fc": ["faithfulness_correlation"], "all": list(fastfg.metrics.METRICS)}
+READ = {"saco": "impact", "faithfulness_correlation": "drop", "pixel_flipping": "curve"}  # what the model gave
+RUNS, TRIALS, FILL, TARGET = 20, 3, 0.0, 1
+
+
+def arguments(case, device):
+    torch.manual_seed(0)
+    options = {"patch_size": case.patch, "img_size": case.patch * case.grid, "embed_dim": case.d}
+    model = import_timm().create_model("vit_base_patch16_224", num_classes=10, num_heads=case.d // 64, **options)
+    model = model.to(device, DTYPES[case.dtype]).eval().requires_grad_(False)
+    images = photographs(case.B, case.patch * case.grid).to(device, DTYPES[case.dtype])
+    gates = [None, *(fastfg.Gate((2, 3, 4), c_max=c, score="gradient_x_residual") for c in range(2, case.C + 1))]
+    maps = fastfg.attribute(model, images, gate=gates, target=TARGET).maps
+    return model, images, maps, METRICS[case.metric]
+
+
+def evaluate(path):
+    def make(model, images, maps, metrics):
+        return partial(run, path, model, images, maps, metrics)
+
+    return make
+
+
+def run(path, model, images, maps, metrics):
+    scores = fastfg.evaluate(
+        model, images, maps, target=TARGET, metrics=metrics, baseline=FILL, path=path, keys=keys(images)
+    )
+    return tuple(scores.details[name][READ[name]] for name in scores)
+
+
+def keys(images):
+    """Names that do not depend on the precision of the pixels, as keys made of these would."""
+    return range(len(images))
+
+
+@torch.no_grad()
+def one_at_a_time(model, images, maps, metrics):
+    """Every perturbed image made and run by itself; masks from the definitions."""
+    read = {name: [] for name in metrics}
+    for amap in maps:
+        for i, image in enumerate(images):
+            before, flat = logits_of(model, image), amap[i].flatten().double().cpu()
+            order = flat.argsort(descending=True, stable=True)
+            if "saco" in read:
+                after = [
+                    prob(logits_of(model, image, group, amap)) for group in order.tensor_split(-(-len(order) // 4))
+                ]
+                read["saco"].append(prob(before) - torch.stack(after))
+            if "faithfulness_correlation" in read:
+                subsets = drawn(i, len(order))
+                after = [logits_of(model, image, s, amap)[TARGET] for s in subsets]
+                read["faithfulness_correlation"].append((before[TARGET] - torch.stack(after)).reshape(TRIALS, RUNS))
+            if "pixel_flipping" in read:
+                after = [prob(logits_of(model, image, order[: n + 1], amap)) for n in range(len(order))]
+                read["pixel_flipping"].append(torch.stack([prob(before), *after]))
+    shape = maps.shape[:2]
+    return tuple(torch.stack(rows).unflatten(0, shape).cpu() for rows in read.values())
+
+
+def logits_of(model, image, patches=(), amap=None):
+    """Logits, float64, of ``image`` with ``patches`` filled."""
+    if len(patches):
+        image = image.clone()
+        size = image.shape[-1] // amap.shape[-1]
+        for patch in patches:
+            row, column = divmod(int(patch), amap.shape[-1])
+            image[:, row * size : (row + 1) * size, column * size : (column + 1) * size] = FILL
+    return model(image[None])[0].double()
+
+
+def prob(logits):
+    return logits.softmax(-1)[TARGET]
+
+
+def drawn(key, P):
+    """The subsets that fastfg draws for this key: what is random is given to the loop."""
+    from fastfg.metrics.faithfulness_correlation import draw_subsets
+    from fastfg.perturb import generator
+
+    size = 20 if P >= 100 else max(2, round(P / 5))
+    return draw_subsets(P, TRIALS, RUNS, size, generator(0, str(key), "faithfulness_correlation")).flatten(0, 1)
+
+
+def quantus(model, images, maps, metrics):
+    """Quantus's metric on each map; Pixel Flipping gives its curve, the correlation only its score."""
+    import quantus as q
+
+    size = images.shape[-1] // maps.shape[-1]
+    channels, P = images.shape[1], maps[0, 0].numel()
+    whole = maps.repeat_interleave(size, -2).repeat_interleave(size, -1)[:, :, None].expand(-1, -1, channels, -1, -1)
+    whole = whole.cpu().numpy()
+    common = {"normalise": False, "perturb_baseline": FILL, "disable_warnings": True, "return_aggregate": False}
+    patch = channels * size * size
+    if metrics == METRICS["pf"]:
+        repeats, metric = 1, q.PixelFlipping(features_in_step=patch, **common)
+        metric.custom_preprocess = lambda *args, **kwargs: None  # its check takes the image to have one channel
+    else:
+        subset = (20 if P >= 100 else max(2, round(P / 5))) * patch
+        repeats, metric = TRIALS, q.FaithfulnessCorrelation(nr_runs=RUNS, subset_size=subset, **common)
+    x, y = images.cpu().numpy(), np.full(len(images), TARGET)
+
+    def run():
+        found = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for a_batch in whole:
+                for _ in range(repeats):
+                    scores = metric(model=model, x_batch=x, y_batch=y, a_batch=a_batch, device=images.device.type)
+                found.append(torch.tensor(np.array(scores, dtype=float)))
+        curve = torch.stack(found)
+        return (torch.cat([torch.full((*curve.shape[:2], 1), torch.nan), curve], -1),) if repeats == 1 else None
+
+    return run
+
+
+def no_quantus(only):
+    def why_not(case, device):
+        if case.metric != only:
+            return "Quantus has no SaCo" if case.metric == "all" else "another metric"
+        return None if importlib.util.find_spec("quantus") else "Quantus is not installed"
+
+    return why_not
+
+
+def part(given):
+    model, images, maps, metrics = given
+    return model, images[:1], maps[:1, :1], metrics
+
+
+def pick(result, given):
+    """Of the first image under the first map, the unperturbed point of a curve left out: Quantus has none."""
+    return tuple(t[0, 0].flatten()[1:] if len(given[3]) == 1 else t[0, 0].flatten() for t in result)
+
+
+def work(case):
+    """The forwards that one metric after another would run, each map by itself."""
+    P, d = case.grid**2, case.d
+    asked = {"pf": P + 1, "fc": TRIALS * (RUNS + 1), "all": P + 1 + TRIALS * (RUNS + 1) + -(-P // 4) + 1}[case.metric]
+    N = P + 1
+    one = 12 * (12 * N * d * d + 2 * N * N * d) + P * 3 * case.patch**2 * d
+    return Work(0, 2 * one * asked * case.B * case.C)
+
+
+PROVIDERS = {
+    "tokens": Provider(evaluate("tokens"), backend="auto"),
+    "pixels": Provider(evaluate("pixels"), backend="auto"),
+    "one at a time": Provider(lambda *given: partial(one_at_a_time, *given), bar="whole"),
+    "Quantus, Pixel Flipping": Provider(quantus, bar="whole", why_not=no_quantus("pf")),
+    "Quantus, Faithfulness Correlation": Provider(quantus, bar="part", why_not=no_quantus("fc")),
+}
+
+
+def vit(patch, grid, d, B, C, dtype="float32"):
+    return [Case({"metric": m, "patch": patch, "grid": grid, "d": d, "B": B, "C": C}, dtype) for m in METRICS]
+
+
+SUITE = Suite(
+    "evaluate",
+    small=vit(32, 4, 192, 1, 1),
+    full=[*vit(32, 7, 768, 1, 1), *vit(32, 7, 768, 1, 9)[:2], *vit(16, 14, 768, 1, 1)],
+    providers=PROVIDERS,
+    arguments=arguments,
+    part=part,
+    pick=pick,
+    exact=one_at_a_time,
+    work=work,
+    tolerance=1e-3,  # of small differences of logits
+)
+
+
+def test_evaluate(bench, case, provider):
+    bench(SUITE, case, provider)

@@ -1,0 +1,166 @@
+"""What ``fastfg.evaluate`` and ``fastfg.compare`` cost beside the model alone.
+
+    python -m bench.engine [--model vit_base_patch16_224] [--images 1] [--gates 1 3 10] [--json FILE]
+    python -m bench.engine --memory 200        resident memory as that many images go by, three variants each
+
+Work is counted in multiply-adds of matrix products; time is compared with the model's own forwards of the same batch
+size, which are run in turn with the images. Weights are random, photographs and gates real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastfg
+from bench.photographs import photographs
+from bench.results import measured_on
+from fastfg.models import adapt
+from fastfg.models.hold import hold
+from fastfg.models.timm import import_timm
+from fastfg.models.tokens import Tokens
+from fastfg.path import BATCH_ON_CPU, BATCH_ON_GPU
+
+
+def gates_of(n: int) -> dict[str, fastfg.Gate | None]:
+    """Vanilla, and n - 1 gates of different strength."""
+    gates = {f"gate {c}": fastfg.Gate((2, 3, 4), c_max=c, score="gradient_x_residual") for c in range(10, 10 * n, 10)}
+    return {"vanilla": None, **gates}
+
+
+def flops(run: Any, *arguments: Any) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
+        run(*arguments)
+    return counter.get_total_flops()
+
+
+def counted(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """A perturbed forward's multiply-adds, and what is done once a view, in forwards of the model."""
+    adapter = adapt(model)
+    P = torch.Size(adapter.grid(tuple(images.shape[-2:]))).numel()
+    with hold(model, adapter.flags):
+        tokens, fill = Tokens(adapter), images.mean().reshape(1, 1, 1)
+        once = flops(tokens.prepare, images[:1], [fill])
+        prepared = tokens.prepare(images[:1], [fill])
+        inputs = tokens.buffers(prepared, BATCH_ON_CPU)
+        tokens.place(prepared, 0, torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device), inputs)
+        one = flops(model, images[:1])
+        return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one
+
+
+class Pace:
+    """Seconds of the model's own forward, an image, measured now and then."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        n = BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU
+        self.model, self.batch = model, images[:1].repeat(n, 1, 1, 1)
+        self.seconds: list[float] = []
+        self.spent = 0.0  # in measuring
+        self()
+        self.seconds, self.spent = [], 0.0
+
+    def __call__(self) -> None:
+        start = now(self.batch)
+        self.model(self.batch)
+        self.spent += now(self.batch) - start
+        self.seconds.append((now(self.batch) - start) / len(self.batch))
+
+
+def now(like: Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def evaluate_cost(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """One map by all three metrics: work and time over the model's."""
+    maps, pace = fastfg.attribute(model, images, target=1).maps, Pace(model, images)
+    fastfg.evaluate(model, images[:1], maps[:1], target=1, metrics=["saco"])  # warm
+    run = Tokens.run
+
+    def in_turn(tokens: Tokens, inputs: tuple[Tensor, ...]) -> Tensor:
+        pace()
+        return run(tokens, inputs)
+
+    with patch.object(Tokens, "run", in_turn):
+        start = now(images)
+        scores = fastfg.evaluate(model, images, maps, target=1, keys=range(len(images)))
+        seconds = now(images) - start - pace.spent
+    one, once = counted(model, images)
+    B = len(images)
+    work = (scores.forwards["run"] - B) * one + B * (1 + once)  # the unperturbed images go through whole
+    rate = statistics.mean(pace.seconds)  # not the median: what disturbs the machine disturbs both
+    return {
+        "path": scores.path,
+        **scores.forwards,
+        "work": work / scores.forwards["asked"],
+        "seconds_an_image": seconds / B,
+        "model_seconds": rate,
+        "time_over_work": seconds / (work * rate),
+    }
+
+
+def compare_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
+    """A whole comparison of n variants, attribution and table included."""
+    start = now(images)
+    table = fastfg.compare(model, images, gates=gates_of(n), target=1, keys=range(len(images)))
+    assert table["error"].isna().all()
+    return {"gates": n, "seconds_an_image": (now(images) - start) / len(images)}
+
+
+def memory(n: int) -> dict[str, Any]:
+    """Resident memory, its highest so far, after each tenth of n images under three variants."""
+    torch.manual_seed(0)
+    model = import_timm().create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).eval()
+    highest = []
+    for tenth in range(10):
+        stream = (photographs(1, 64) + 0.01 * torch.randn(8, 3, 64, 64) for _ in range(n // 80))
+        table = fastfg.compare(model, stream, gates=gates_of(3))
+        assert len(table) == n // 80 * 8 * 3
+        highest.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(f"{(tenth + 1) * (n // 80) * 8} images: {highest[-1]} MiB", flush=True)
+    return {"images": n // 80 * 80, "variants": 3, "highest_mib": highest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--gates", type=int, nargs="*", default=[1, 3, 10])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", type=int, metavar="IMAGES")
+    parser.add_argument("--json", type=Path, help="append the lines to this file")
+    arguments = parser.parse_args()
+
+    def tell(name: str, found: dict[str, Any]) -> None:
+        print(name, json.dumps(found), flush=True)
+        if arguments.json is not None:
+            line = {"name": name, "model": arguments.model, **found, **measured_on(arguments.device)}
+            with arguments.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    if arguments.memory:
+        tell("memory", memory(arguments.memory))
+        return
+    torch.manual_seed(0)
+    model = import_timm().create_model(arguments.model).eval().requires_grad_(False).to(arguments.device)
+    images = photographs(arguments.images, model.patch_embed.img_size[0]).to(arguments.device)
+    with torch.no_grad():
+        tell("evaluate", evaluate_cost(model, images))
+        for n in arguments.gates:
+            tell("compare", compare_cost(model, images, n))
+
+
+if __name__ == "__main__":
+    main()
