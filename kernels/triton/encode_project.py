@@ -17,8 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 ACTIVATIONS = ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+
+# All that spill no register where they are offered. float32 takes twice the room and three products for one.
+SINGLE = [{"BLOCK_T": 64, "BLOCK_F": 32, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}]
+HALF = [
+    {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3, "cards": (9, 10)},
+    {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "cards": (9, 10)},
+]
 
 
 @triton.jit
@@ -72,13 +82,6 @@ def encode_project_kernel(
     tl.store(scores_ptr + split.to(tl.int64) * T + t, scores, mask=t < T)
 
 
-def blocks(dtype: torch.dtype) -> dict[str, int]:
-    """The largest tiles that spill no register on any card; float32 takes twice the room and three products for one."""
-    if dtype == torch.float32:
-        return {"BLOCK_T": 64, "BLOCK_F": 32, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-
-
 def encode_project(
     x: Tensor,  # [T, d], already normalised, b_dec already subtracted
     g: Tensor,  # [T, d]
@@ -97,13 +100,16 @@ def encode_project(
     threshold = unused if activation.threshold is None else activation.threshold.to(x.device).expand(F)
     parameters = (activation.r_mag, activation.b_gate, activation.b_mag)
     gated = [unused if p is None else p.to(x.device).contiguous() for p in parameters]
-    block = blocks(x.dtype)
-    token_tiles, feature_tiles = triton.cdiv(T, block["BLOCK_T"]), max(1, triton.cdiv(F, block["BLOCK_F"]))
-    splits = min(feature_tiles, triton.cdiv(PROGRAMS, token_tiles))
-    scores = torch.empty(splits, T, dtype=torch.float32, device=x.device)
-    encode_project_kernel[(token_tiles, splits)](
-        x, g, W_enc, W_dec, b_enc.contiguous(), threshold, *gated, scores, T, d, F, splits,
-        *x.stride(), *g.stride(), *W_enc.stride(), *W_dec.stride(), threshold.stride(0),
-        ACTIVATION=activation.name, **block,
-    )  # fmt: skip
-    return scores.sum(0).to(x.dtype)
+
+    def run(config: tuning.Config) -> Tensor:
+        token_tiles, feature_tiles = triton.cdiv(T, config["BLOCK_T"]), max(1, triton.cdiv(F, config["BLOCK_F"]))
+        splits = min(feature_tiles, triton.cdiv(PROGRAMS, token_tiles))
+        partial = torch.empty(splits, T, dtype=torch.float32, device=x.device)
+        encode_project_kernel[(token_tiles, splits)](
+            x, g, W_enc, W_dec, b_enc.contiguous(), threshold, *gated, partial, T, d, F, splits,
+            *x.stride(), *g.stride(), *W_enc.stride(), *W_dec.stride(), threshold.stride(0),
+            ACTIVATION=activation.name, **config,
+        )  # fmt: skip
+        return partial.sum(0).to(x.dtype)
+
+    return run(tuning.choose("encode_project", x, (T, d, F), SINGLE if x.dtype == torch.float32 else HALF, run))

@@ -17,9 +17,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 LOWEST = tl.constexpr(-(2**63))  # below every key
 LAST = tl.constexpr(2**32 - 1)
 SHARE = 0.05  # of the 4 T F bytes that dense pre-activations would take
+
+# Of the filter, BLOCK_F of 64, 128 or 256; all that spill no register where they are offered. float32 takes twice the
+# room and three products for one.
+SINGLE = [
+    {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
+]
+HALF = [
+    {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4},
+    {"BLOCK_T": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "cards": (9,)},
+    {"BLOCK_T": 64, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+]
 
 
 @triton.jit
@@ -37,35 +53,60 @@ def value_of(key):
 
 
 @triton.jit
+def append(
+    pre, t, f, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, last, CAPACITY, b_f, FILL: tl.constexpr
+):  # fmt: skip
+    """The keys of a tile that beat their token's threshold, or (FILL) all of them, go to the ends of the lists."""
+    pre += tl.load(b_ptr + f * b_f, mask=f < last, other=0.0).to(tl.float32)[None, :]
+    ordered = ordered_bits(pre)
+    keep = (t < T)[:, None] & (f < last)[None, :]
+    if FILL:
+        slot = tl.broadcast_to(f[None, :], pre.shape)
+    else:
+        # an equal one comes later than all in the list, and loses
+        keep &= ordered > tl.load(threshold_ptr + t, mask=t < T, other=0)[:, None]
+        counts = tl.broadcast_to(count_ptr + t[:, None], pre.shape)
+        slot = tl.atomic_add(counts, 1, mask=keep, sem="relaxed")  # any order: keys are told apart by selection alone
+    key = (ordered.to(tl.int64) << 32) | (LAST - f[None, :].to(tl.int64))
+    tl.store(keys_ptr + t[:, None].to(tl.int64) * CAPACITY + slot, key, mask=keep)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of the columns; both stay in their registers."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def filter_kernel(
     x_ptr, W_ptr, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, D, first, last, CAPACITY,
     x_t, x_d, W_d, W_f, b_f,
     FILL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Appends the keys of features ``first:last`` that beat their token's threshold, or (FILL) all of them."""
+    """Makes the pre-activations of features ``first:last``, and keeps those that may be among the K largest."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = first + tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    left = first + tl.program_id(1) * BLOCK_F
+    f = left + tl.arange(0, BLOCK_F)
     x_at = x_ptr + t[:, None].to(tl.int64) * x_t
     W_at = W_ptr + f[None, :].to(tl.int64) * W_f
     pre = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    for left in range(0, D, BLOCK_D):
-        d = left + tl.arange(0, BLOCK_D)
+    for top in range(0, D, BLOCK_D):
+        d = top + tl.arange(0, BLOCK_D)
         x = tl.load(x_at + d[None, :] * x_d, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
         W = tl.load(W_at + d[:, None].to(tl.int64) * W_d, mask=(d < D)[:, None] & (f < last)[None, :], other=0.0)
         pre = tl.dot(x, W, pre, input_precision="tf32x3")
-    pre += tl.load(b_ptr + f * b_f, mask=f < last, other=0.0).to(tl.float32)[None, :]
-
-    ordered = ordered_bits(pre)
-    keep = (t < T)[:, None] & (f < last)[None, :]
-    if FILL:
-        slot = tl.broadcast_to(f[None, :], [BLOCK_T, BLOCK_F])
-    else:
-        # an equal one comes later than all in the list, and loses
-        keep &= ordered > tl.load(threshold_ptr + t, mask=t < T, other=0)[:, None]
-        counts = tl.broadcast_to(count_ptr + t[:, None], [BLOCK_T, BLOCK_F])
-        slot = tl.atomic_add(counts, 1, mask=keep, sem="relaxed")  # any order: keys are told apart by selection alone
-    key = (ordered.to(tl.int64) << 32) | (LAST - f[None, :].to(tl.int64))
-    tl.store(keys_ptr + t[:, None].to(tl.int64) * CAPACITY + slot, key, mask=keep)
+    if BLOCK_F == 64:
+        append(pre, t, f, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, last, CAPACITY, b_f, FILL)
+    else:  # 64 columns at a time, for keys take twice the registers
+        f = left + tl.arange(0, 64)
+        one, two = halves(pre)
+        if BLOCK_F == 256:
+            one, three = halves(one)
+            two, four = halves(two)
+            append(three, t, f + 64, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, last, CAPACITY, b_f, FILL)
+            append(four, t, f + 192, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, last, CAPACITY, b_f, FILL)
+        append(one, t, f, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, last, CAPACITY, b_f, FILL)
+        append(two, t, f + BLOCK_F // 2, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, last, CAPACITY, b_f, FILL)
 
 
 @triton.jit
@@ -105,13 +146,6 @@ def sort_kernel(
     tl.store(indices_ptr + t * K + place, LAST - (key & LAST), mask=i < K)
 
 
-def blocks(dtype: torch.dtype) -> dict[str, int]:
-    """The largest tiles that spill no register on any card; float32 takes twice the room and three products for one."""
-    if dtype == torch.float32:
-        return {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-
-
 def panel_sizes(d: int, F: int, k: int, BLOCK_F: int, itemsize: int) -> tuple[int, int]:
     """Keys in a token's list, within SHARE or at least K and a tile; and features in a panel after the first."""
     spare = int(SHARE * 4 * F) - d * itemsize - 16  # bytes a token, less its x - b_dec, count and threshold
@@ -133,22 +167,31 @@ def encode_topk(
     indices = torch.empty(T, k, dtype=torch.int64, device=x.device)
     if values.numel() == 0:
         return values, indices
-    block = blocks(x.dtype)
-    capacity, panel = panel_sizes(d, F, k, block["BLOCK_F"], x.element_size())
     x = x if b_dec is None else x - b_dec
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
+        return sort(largest(x, W_enc, b_enc, k, config), values, indices)
+
+    return run(tuning.choose("encode_topk", x, (T, d, F, k), SINGLE if x.dtype == torch.float32 else HALF, run))
+
+
+def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Config) -> Tensor:
+    """Each token's list of keys [T, capacity], whose first k are the largest, in any order."""
+    (T, d), F = x.shape, W_enc.shape[1]
+    capacity, panel = panel_sizes(d, F, k, config["BLOCK_F"], x.element_size())
     keys = torch.empty(T, capacity, dtype=torch.int64, device=x.device)
     count = torch.full((T,), capacity, dtype=torch.int32, device=x.device)
     threshold = torch.empty_like(count)
+    strides = (*x.stride(), *W_enc.stride(), *b_enc.stride())
+    BLOCK = triton.next_power_of_2(capacity)
+    num_warps = max(1, min(8, BLOCK // 512))
 
     def add(first: int, last: int) -> None:
-        grid = (triton.cdiv(T, block["BLOCK_T"]), triton.cdiv(last - first, block["BLOCK_F"]))
-        strides = (*x.stride(), *W_enc.stride(), *b_enc.stride())
+        grid = (triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(last - first, config["BLOCK_F"]))
         sizes = (T, d, first, last, capacity)
-        filter_kernel[grid](x, W_enc, b_enc, keys, count, threshold, *sizes, *strides, FILL=first == 0, **block)
+        filter_kernel[grid](x, W_enc, b_enc, keys, count, threshold, *sizes, *strides, FILL=first == 0, **config)
 
     def select(room: int) -> None:
-        BLOCK = triton.next_power_of_2(capacity)
-        num_warps = max(1, min(8, BLOCK // 512))
         select_kernel[(T,)](keys, count, threshold, k, capacity, room, BLOCK=BLOCK, num_warps=num_warps)
 
     add(0, capacity)
@@ -156,8 +199,13 @@ def encode_topk(
         select(capacity - panel)
         add(first, min(first + panel, F))
     select(k)
+    return keys
+
+
+def sort(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes the codes of the keys into ``values`` and ``indices``."""
+    (T, capacity), k = keys.shape, values.shape[1]
     BLOCK = min(256, triton.next_power_of_2(k))
-    sort_kernel[(T, triton.cdiv(k, BLOCK))](
-        keys, values, indices, k, capacity, BLOCK=BLOCK, BLOCK_OTHER=16, num_warps=4
-    )
+    grid = (T, triton.cdiv(k, BLOCK))
+    sort_kernel[grid](keys, values, indices, k, capacity, BLOCK=BLOCK, BLOCK_OTHER=16, num_warps=4)
     return values, indices

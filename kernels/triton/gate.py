@@ -36,23 +36,32 @@ def kth_smallest(x, inside, rank):
 
 
 @triton.jit
-def gate_kernel(scores_ptr, kappa_ptr, c_max_ptr, out_ptr, P, BLOCK_P: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, BLOCK_P)
-    inside = p < P
-    s = tl.load(scores_ptr + row * P + p, mask=inside, other=0.0).to(tl.float32)
-    kappa = tl.load(kappa_ptr + row).to(tl.float32)
-    c_max = tl.load(c_max_ptr + row).to(tl.float32)
-
+def median_and_scale(s, inside, P):
+    """``m`` and ``1.4826 mad`` of the ``P`` numbers ``s`` that are ``inside``; NaN where one is: it has no order."""
     rank = (P - 1) // 2
     m = kth_smallest(s, inside, rank)
     deviation = tl.abs(s - m)
-    mad = kth_smallest(deviation, inside, rank) + MAD_EPS  # eq. 4
-    z = (s - m) / (MAD_TO_STD * mad)
+    mad = kth_smallest(deviation, inside, rank) + MAD_EPS
+    unknown = tl.max((inside & (deviation != deviation)).to(tl.int32)) > 0
+    return m, tl.where(unknown, float("nan"), MAD_TO_STD * mad)
+
+
+@triton.jit
+def multiplier(s, m, scale, kappa, c_max):
+    z = (s - m) / scale  # eq. 4
     tanh = 1 - 2 / (tl.exp(2 * kappa * z) + 1)
-    w = tl.exp(tl.log(c_max) * tanh)  # eq. 5
-    unknown = tl.max((inside & (deviation != deviation)).to(tl.int32)) > 0  # NaN has no place in an order
-    tl.store(out_ptr + row * P + p, tl.where(unknown, float("nan"), w), mask=inside)
+    return tl.exp(tl.log(c_max) * tanh)  # eq. 5
+
+
+@triton.jit
+def gate_kernel(scores_ptr, kappa_ptr, c_max_ptr, out_ptr, P, BLOCK_P: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    s = tl.load(scores_ptr + row * P + p, mask=p < P, other=0.0).to(tl.float32)
+    kappa = tl.load(kappa_ptr + row).to(tl.float32)
+    c_max = tl.load(c_max_ptr + row).to(tl.float32)
+    m, scale = median_and_scale(s, p < P, P)
+    tl.store(out_ptr + row * P + p, multiplier(s, m, scale, kappa, c_max), mask=p < P)
 
 
 def one_a_row(number: float | Tensor, shape: torch.Size, device: torch.device) -> Tensor:

@@ -1,10 +1,11 @@
-"""``s_t = sum_k f_tk (W_dec[k] . g_t)`` over the K active features of a token (equations 2 and 3).
+"""``s_t = sum_k f_tk (W_dec[k] . g_t)`` over the K active features of a token, and its terms (equations 2 and 3).
 
-One program a token: it gathers the K rows of ``W_dec`` in tiles of some features by some columns and adds
-``f * W * g`` into a tile that is summed once, at the end. Neither ``D^T g`` nor ``f W_dec`` is formed.
+One program a token. It gathers the K rows of ``W_dec`` some at a time, each in tiles of columns, and adds ``W * g``
+into a tile that is summed once the rows are through: so each row's dot product is known, at one reduction for
+BLOCK_K rows. Neither ``D^T g`` nor ``f W_dec`` is formed.
 
-Operations: ``3 T K d``. Bytes: the gathered rows, ``T K d`` elements of ``W_dec``, and little else: about one
-operation a byte, so the memory (or, for rows that tokens share, its cache) sets the pace.
+Operations: ``2 T K d``. Bytes: the gathered rows, ``T K d`` elements of ``W_dec``, and little else: one operation
+a byte at 16 bits, so the memory (or, for rows that tokens share, its cache) sets the pace.
 """
 
 from __future__ import annotations
@@ -14,29 +15,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEATURES, COLUMNS = 16, 256  # of a tile: 64 numbers a thread
+from . import tuning
+
+# The tile. 80 registers leave room for 24 warps a multiprocessor, whose loads hide each other's latency.
+HALF = [
+    {"BLOCK_K": 16, "BLOCK_D": 256, "num_warps": 4, "maxnreg": 80},
+    {"BLOCK_K": 32, "BLOCK_D": 256, "num_warps": 8, "maxnreg": 80},
+    {"BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 4, "maxnreg": 96},
+    {"BLOCK_K": 8, "BLOCK_D": 1024, "num_warps": 4, "maxnreg": 128},
+]
+SINGLE = [config | {"BLOCK_K": config["BLOCK_K"] // 2} for config in HALF]  # as many bytes
+
+
+@triton.jit
+def contributions_of(
+    g_ptr, W_ptr, values_ptr, indices_ptr, first, K, D, g_d, W_s, v_k, i_k,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``f_tk (W_dec[k] . g_t)`` of BLOCK_K features of one token, to whose rows the pointers point; 0 past K."""
+    k = first + tl.arange(0, BLOCK_K)
+    index = tl.load(indices_ptr + k * i_k, mask=k < K, other=0).to(tl.int64)
+    rows = W_ptr + index[:, None] * W_s[0]
+    products = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for left in range(0, D, BLOCK_D):
+        d = left + tl.arange(0, BLOCK_D)
+        g = tl.load(g_ptr + d * g_d, mask=d < D, other=0.0).to(tl.float32)
+        W = tl.load(rows + d[None, :] * W_s[1], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        products += W * g[None, :]
+    value = tl.load(values_ptr + k * v_k, mask=k < K, other=0.0).to(tl.float32)
+    return tl.where(k < K, value * tl.sum(products, 1), 0.0)
 
 
 @triton.jit
 def project_kernel(
-    g_ptr, W_ptr, values_ptr, indices_ptr, out_ptr, K, D,
-    g_t, g_d, W_f, W_d, v_t, v_k, i_t, i_k,
+    g_ptr, W_ptr, values_ptr, indices_ptr, scores_ptr, contributions_ptr, K, D, g_s, W_s, v_s, i_s,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for left in range(0, D, BLOCK_D):
-        d = left + tl.arange(0, BLOCK_D)
-        g = tl.load(g_ptr + t * g_t + d * g_d, mask=d < D, other=0.0).to(tl.float32)
-        for first in range(0, K, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            active = k < K
-            index = tl.load(indices_ptr + t * i_t + k * i_k, mask=active, other=0).to(tl.int64)
-            value = tl.load(values_ptr + t * v_t + k * v_k, mask=active, other=0.0).to(tl.float32)
-            at = W_ptr + index[:, None] * W_f + d[None, :] * W_d
-            W = tl.load(at, mask=active[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            total += value[:, None] * (W * g[None, :])
-    tl.store(out_ptr + t, tl.sum(total))
+    g_ptr += t * g_s[0]
+    values_ptr += t * v_s[0]
+    indices_ptr += t * i_s[0]
+    score = tl.zeros([BLOCK_K], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        part = contributions_of(
+            g_ptr, W_ptr, values_ptr, indices_ptr, first, K, D, g_s[1], W_s, v_s[1], i_s[1], BLOCK_K, BLOCK_D
+        )
+        k = first + tl.arange(0, BLOCK_K)
+        tl.store(contributions_ptr + t * K + k, part, mask=k < K)
+        score += part
+    tl.store(scores_ptr + t, tl.sum(score))
+
+
+def fitted(config: tuning.Config, K: int, d: int) -> tuning.Config:
+    """``config`` with no tile larger than what there is."""
+    sizes = {"BLOCK_K": K, "BLOCK_D": d}
+    return config | {name: min(config[name], triton.next_power_of_2(max(n, 1))) for name, n in sizes.items()}
 
 
 def project(
@@ -44,15 +77,17 @@ def project(
     W_dec: Tensor,  # [F, d]
     values: Tensor,  # [T, K]
     indices: Tensor,  # [T, K]
-) -> Tensor:
-    """Scores [T], of ``g``'s dtype; sums are in float32."""
+) -> tuple[Tensor, Tensor]:
+    """Scores [T] and their terms, the contributions [T, K], of ``g``'s dtype; sums are in float32."""
     (T, K), d = values.shape, g.shape[1]
-    out = torch.empty(T, dtype=g.dtype, device=g.device)
-    if T:
-        block = {
-            "BLOCK_K": min(FEATURES, triton.next_power_of_2(max(K, 1))),
-            "BLOCK_D": min(COLUMNS, triton.next_power_of_2(max(d, 1))),
-        }
-        strides = (*g.stride(), *W_dec.stride(), *values.stride(), *indices.stride())
-        project_kernel[(T,)](g, W_dec, values, indices, out, K, d, *strides, **block, num_warps=4, num_stages=3)
-    return out
+    scores = torch.empty(T, dtype=g.dtype, device=g.device)
+    contributions = torch.empty(T, K, dtype=g.dtype, device=g.device)
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
+        strides = (g.stride(), W_dec.stride(), values.stride(), indices.stride())
+        tensors = (g, W_dec, values, indices, scores, contributions)
+        project_kernel[(T,)](*tensors, K, d, *strides, **fitted(config, K, d))
+        return scores, contributions
+
+    candidates = SINGLE if W_dec.dtype == torch.float32 else HALF
+    return run(tuning.choose("project", W_dec, (T, K, d), candidates, run)) if T else (scores, contributions)

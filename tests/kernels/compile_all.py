@@ -1,21 +1,28 @@
 """Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU, and prints what each one takes.
 
+    python -m tests.kernels.compile_all [--markdown FILE]
+
 The ops run on CPU tensors with the launches recorded in place of run, so what is compiled is what a card would be
-given: the same tiles, strides and specialisations. Exits with 1 where a kernel spills or outgrows shared memory, or
-where a product of matrices did not become tensor-core instructions.
+given: the same tiles, strides and specialisations, in every configuration that tuning may choose. Exits with 1 where
+a kernel spills or outgrows shared memory, or where a product of matrices did not become tensor-core instructions.
 """
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
-from fastfg.kernels import encode_project, encode_topk, gate, project, relevancy
+from fastfg.kernels import encode_project, encode_topk, gate, gated_relevancy, project, relevancy, tuning
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,91 +33,226 @@ from fastfg.reference import Activation
 SHARED = {80: 160 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 MEANT_FOR_IT = re.compile(r"tt\.dot .*(inputPrecision = \w+x3|xb?f16>)")  # exact float32 products are not
+EXECUTABLE = 4  # the flag of an ELF section
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
-launches: dict[tuple, tuple] = {}
+SETTINGS = ("num_warps", "num_stages", "maxnreg")
+ALL = {8, 9, 10}
+PROCESSES = 2
+
+
+class Launch(NamedTuple):
+    fn: JITFunction
+    args: tuple
+    options: dict
+    cards: set  # where its configuration is offered
+    untuned: set  # where it is the one that serves untuned
+
+
+class Line(NamedTuple):
+    """One of the table."""
+
+    kernel: str
+    config: str
+    arch: str
+    dtype: str
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    unit: str
+    wrong: str | None
+    untuned: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:22} {self.arch:6} {self.dtype:5} registers {self.registers:3}  spills {self.spills:4}  "
+            f"shared {self.shared:6}  instructions {self.instructions:5}  {self.unit:16} {self.config}"
+        )
+
+
+launches: dict[tuple, Launch] = {}
+now = {"cards": ALL, "untuned": ALL, "every": True}  # of what is being recorded, and whether all candidates are
 
 
 def record(fn, *args, grid, warmup, **options):
     """In place of JITFunction.run: keeps a launch unless one like it is there."""
-    launches.setdefault((source(fn, args, options).hash(), options["num_warps"]), (fn, args, options))
+    launch = Launch(fn, args, options, now["cards"], now["untuned"])
+    settings = tuple(options.get(name) for name in SETTINGS)
+    launches.setdefault((source(launch).hash(), settings), launch)
 
 
-def source(fn, args, options) -> ASTSource:
+def choose(kernel, like, sizes, candidates, run):
+    """In place of tuning.choose: records the launches of all candidates, or of what serves untuned."""
+    waiting = ALL
+    for config in candidates:
+        cards = ALL & set(config.get("cards", ALL))
+        untuned, waiting = waiting & cards, waiting - cards
+        now.update(cards=cards if now["every"] else untuned, untuned=untuned)
+        if now["cards"]:
+            run({name: value for name, value in config.items() if name != "cards"})
+    now.update(cards=ALL, untuned=ALL)
+    return tuning.offered(candidates)[0]
+
+
+def source(launch: Launch) -> ASTSource:
     """What Triton's launcher would compile for these arguments."""
+    fn, args, options = launch[:3]
     values = dict(zip(fn.arg_names, args, strict=False)) | {n: v for n, v in options.items() if n in fn.arg_names}
     signature, constants, attributes = {}, {}, {}
+
+    def kind(value, path, constant=False):
+        """The signature's entry for a value, or for each of a tuple's."""
+        if isinstance(value, tuple):
+            return tuple(kind(part, (*path, i)) for i, part in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+
     for i, name in enumerate(fn.arg_names):
-        value = values[name]
-        aligned = False
-        if fn.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], aligned = "*" + TYPES[value.dtype], True
-        elif isinstance(value, int):
-            signature[name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[name] = kind(values[name], (i,), fn.params[i].is_constexpr)
     return ASTSource(fn, signature, constants, attributes)
 
 
-def registers_and_spills(ptx: str, arch: str) -> tuple[int, int]:
-    """From ptxas: registers a thread, bytes spilled."""
-    tool = knobs.nvidia.ptxas_blackwell if arch.startswith("sm_10") else knobs.nvidia.ptxas
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [tool.path, "-v", f"-arch={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    return int(re.search(r"Used (\d+) registers", log)[1]), spilled
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack, which hold what was spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"\bREG:(\d+)", text)[1]), int(re.search(r"\bSTACK:(\d+)", text)[1])
 
 
-def compile_one(fn, args, options, sm: int) -> str | None:
-    """Prints one line of the table; returns what is wrong."""
-    settings = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
-    compiled = triton.compile(source(fn, args, options), target=GPUTarget("cuda", sm, 32), options=settings)
-    ptx = compiled.asm["ptx"]
-    registers, spilled = registers_and_spills(ptx, re.search(r"\.target (\w+)", ptx)[1])
-    units = sorted(set(MATRIX_UNIT.findall(ptx)))
-    dtype = next(TYPES[a.dtype] for a in args if isinstance(a, torch.Tensor))
-    shared = compiled.metadata.shared
-    label = f"{fn.__name__:16} sm_{sm:<4} {dtype:5}"
-    print(f"{label} registers {registers:3}  spills {spilled:4}  shared {shared:6}  {' '.join(units)}", flush=True)
-    if spilled or shared > SHARED[sm]:
-        return f"{label}: spills {spilled} bytes, shared memory {shared} of {SHARED[sm]}"
-    if MEANT_FOR_IT.search(compiled.asm["ttir"]) and not units:
-        return f"{label}: no tensor-core instruction"
-    return None
+def instructions_of(cubin: bytes) -> int:
+    """From the size of the ELF file's executable sections; each instruction has 16 bytes."""
+    (start,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + size * i) for i in range(count)]
+    return sum(length for _, _, flags, _, _, length in sections if flags & EXECUTABLE) // 16
 
 
-def run_the_ops(dtype: torch.dtype) -> None:
-    """Each op on small inputs of a real model's strides: enough to see every launch."""
-    T, d, F, K, B, H, N, dh = 64, 768, 4096, 128, 2, 12, 197, 64
+def described(options: dict) -> str:
+    """The tiles, warps and stages of a launch, and its variant."""
+    tiles = [f"{name.removeprefix('BLOCK_')}={value}" for name, value in options.items() if name.startswith("BLOCK")]
+    variant = [str(v) for v in options.values() if isinstance(v, str)] + [n for n, v in options.items() if v is True]
+    return " ".join([*tiles, f"warps={options['num_warps']} stages={options.get('num_stages', 3)}", *variant])
+
+
+def dtype_of(launch: Launch) -> str:
+    return next(TYPES[a.dtype] for a in launch.args if isinstance(a, torch.Tensor))
+
+
+def wanted(launch: Launch, sm: int) -> bool:
+    """float16's programs are bfloat16's but for the type: once is enough."""
+    return sm // 10 in launch.cards and (sm == 90 or dtype_of(launch) != "fp16")
+
+
+def compile_one(launch: Launch, sm: int) -> Line:
+    settings = {k: v for k, v in launch.options.items() if k in SETTINGS}
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", sm, 32), options=settings)
+    cubin = compiled.asm["cubin"]
+    registers, spills = registers_and_stack(cubin)
+    unit = " ".join(sorted(set(MATRIX_UNIT.findall(compiled.asm["ptx"]))))
+    shared, wrong = compiled.metadata.shared, None
+    if spills or shared > SHARED[sm]:
+        wrong = f"spills {spills} bytes, shared memory {shared} of {SHARED[sm]}"
+    elif MEANT_FOR_IT.search(compiled.asm["ttir"]) and not unit:
+        wrong = "no tensor-core instruction"
+    dtype = dtype_of(launch)
+    name, config = launch.fn.__name__, described(launch.options)
+    untuned = sm // 10 in launch.untuned
+    return Line(
+        name, config, f"sm_{sm}", dtype, registers, spills, shared, instructions_of(cubin), unit, wrong, untuned
+    )
+
+
+def compile_numbered(job: tuple[int, int]) -> Line:
+    """In a process of its own, which has the recorded launches from its parent."""
+    return compile_one(list(launches.values())[job[0]], job[1])
+
+
+def run_relevancy(dtype: torch.dtype, C: int, N: int, dh: int, gated: bool = True) -> None:
+    B, H = 2, 12
+    q, k, v = torch.zeros(B, N, 3, H, dh, dtype=dtype).permute(2, 0, 3, 1, 4)
+    rows = torch.zeros(C, B, N)
+    relevancy.relevancy(rows, q, k, v, q, dh**-0.5, rows if gated else None, "transmm" if gated else "paper")
+
+
+def run_gated_relevancy(dtype: torch.dtype, C: int, P: int) -> None:
+    B, H, d, F, K = 2, 12, 768, 4096, 128
+    q, k, v = torch.zeros(B, P + 1, 3, H, 64, dtype=dtype).permute(2, 0, 3, 1, 4)
+    g, W_dec, values = (torch.zeros(*shape, dtype=dtype) for shape in ((B, P + 1, d), (F, d), (B, P, K)))
+    gated = (g[:, 1:], W_dec, values, values.long(), torch.ones(C), torch.ones(C))
+    gated_relevancy.gated_relevancy(torch.zeros(C, B, P + 1), q, k, v, q, 0.125, *gated)
+
+
+def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
+    """Each op on small inputs of a real model's strides, with all candidates or the first of each."""
+    T, d, F, K = 64, 768, 4096, 128
     x, W_enc, W_dec = torch.zeros(T, d, dtype=dtype), torch.zeros(d, F, dtype=dtype), torch.zeros(F, d, dtype=dtype)
     b_enc, b_dec, indices = W_enc[0], W_dec[0], torch.zeros(T, K, dtype=torch.int64)
-    q, k, v = torch.zeros(B, N, 3, H, dh, dtype=dtype).permute(2, 0, 3, 1, 4)
+    now.update(every=every)
     for C in (1, 3):
-        relevancy.relevancy(torch.zeros(C, B, N), q, k, v, q, dh**-0.5)
-    for width in (32, 80, 128):
-        wide = torch.zeros(B, H, N, width, dtype=dtype)
-        relevancy.relevancy(torch.zeros(3, B, N), wide, wide, wide, wide, 1.0)
+        run_relevancy(dtype, C, 197, 64)
     project.project(x, W_dec, W_dec[:T, :K], indices)
-    for P in (49, 196, 1369, 4096):
-        gate.gate(torch.zeros(B, P, dtype=dtype), 1.0, 5.0)
-    for k in (K, F):
-        encode_topk.encode_topk(x, W_enc, b_enc, b_dec, k)
-    for name in ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated"):
-        activation = Activation(name, None, b_enc, b_enc, b_enc, b_enc)
+    encode_topk.encode_topk(x, W_enc, b_enc, b_dec, K)
+    relu, *others = (
+        Activation(name, None, b_enc, b_enc, b_enc, b_enc)
+        for name in ("relu", "gated", "tanh_relu", "jumprelu", "batch_topk")
+    )
+    encode_project.encode_project(x, x, W_enc, b_enc, W_dec, relu)
+    if not every:
+        return
+    for C in (1, 3):
+        run_gated_relevancy(dtype, C, 4096)
+    now.update(every=False)
+    for activation in others[: 1 if dtype == torch.float32 else None]:
         encode_project.encode_project(x, x, W_enc, b_enc, W_dec, activation)
+    encode_topk.encode_topk(x, W_enc, b_enc, b_dec, F)
+    for C, dh in ((1, 128), (3, 128), (3, 32)):
+        run_relevancy(dtype, C, 197, dh, gated=False)
+    for P in (196, 4096):
+        gate.gate(torch.zeros(2, P, dtype=dtype), 1.0, 5.0)
+        run_gated_relevancy(dtype, 1, P)
+    with unittest.mock.patch.object(relevancy, "PROGRAMS", 1):  # heads not split among programs
+        run_relevancy(dtype, 1, 197, 64)
+
+
+def markdown(lines: list[Line]) -> str:
+    """A row for each kernel and architecture: of what serves untuned, the variant that takes most registers."""
+    rows: dict[tuple, Line] = {}
+    for line in sorted(lines, key=lambda line: line.registers):
+        if line.untuned and line.dtype != "fp16":
+            rows[line.kernel, line.dtype, line.arch] = line
+    text = "| kernel | numbers | card | tiles, variant | registers | shared memory | instructions | matrix unit |\n"
+    text += "| --- | --- | --- | --- | ---: | ---: | ---: | --- |\n"
+    for (kernel, dtype, arch), line in sorted(rows.items()):
+        sizes = f"{line.registers} | {line.shared:,} | {line.instructions:,} | {line.unit.replace(' ', ', ') or '-'}"
+        text += f"| `{kernel}` | {dtype} | {arch} | {line.config} | {sizes} |\n"
+    return text
 
 
 def main() -> int:
-    JITFunction.run = record
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table of untuned kernels there")
+    options = parser.parse_args()
+    JITFunction.run, tuning.choose = record, choose
+    for dtype in (torch.float32, torch.bfloat16):
         run_the_ops(dtype)
-    wrong = [error for sm in SHARED for launch in launches.values() if (error := compile_one(*launch, sm))]
+    run_the_ops(torch.float16, every=False)
+    jobs = [(n, sm) for sm in SHARED for n, launch in enumerate(launches.values()) if wanted(launch, sm)]
+    lines = []
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        for line in pool.imap(compile_numbered, jobs):
+            print(line, flush=True)
+            lines.append(line)
+    if options.markdown:
+        options.markdown.write_text(markdown(lines), encoding="utf-8")
+    wrong = [f"{line.kernel} {line.arch} {line.dtype} {line.config}: {line.wrong}" for line in lines if line.wrong]
     print("\n".join(wrong))
     return bool(wrong)
 

@@ -1,99 +1,35 @@
 """The Triton kernels against the float64 reference: on a GPU where there is one, else in Triton's interpreter.
 
-``test_triton.py`` runs this file; ``pytest --noconftest tests/kernels/parity.py`` does so by hand.
+``test_triton.py`` runs this file and its siblings; ``pytest --noconftest tests/kernels/parity.py`` does so by hand.
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
 from fastfg import reference
+from tests.kernels.tools import (
+    DEVICE,
+    HALVES,
+    activation,
+    block,
+    check,
+    check_topk,
+    codes,
+    draw,
+    encoder,
+    error,
+    poisoned,  # noqa: F401
+    widen,
+)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# isort: split
+from fastfg.kernels import encode_project, encode_topk, gate, project, relevancy
 
-
-def interpret():
-    """Sets Triton to its interpreter, which needs that said before it is first imported, and mends it in two places."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def patched(tensor, scope):
-        """NumPy 2.4 gives no int of an array of one entry, which Triton 3.6 asks for at each loop bound."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def widened(x):
-        """bfloat16 is kept as its bits, and Triton 3.6 multiplies those."""
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    def dot(self, a, b, *rest):
-        return create_dot(self, widened(a), widened(b), *rest)
-
-    interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = dot
-
-
-if DEVICE == "cpu":
-    interpret()
-
-from fastfg.kernels import encode_project, encode_topk, gate, project, relevancy  # noqa: E402
-
-EPS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-HALVES = (torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
 
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def widen(value):
-    """The same argument in float64."""
-    if isinstance(value, reference.Activation):
-        return reference.Activation(*(widen(field) for field in vars(value).values()))
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def error(got, exact):
-    """The largest one, relative to the result's scale; NaN only where the reference has it."""
-    got, exact = got.double(), exact.double()
-    assert got.shape == exact.shape
-    assert torch.equal(got.isnan(), exact.isnan())
-    known = ~exact.isnan()
-    return ((got - exact)[known].abs().max() / exact[known].abs().max().clamp(min=1e-30)).item()
-
-
-def check(kernel, judge, *arguments):
-    """float32: to 1e-5; narrower: at most twice the same-dtype reference's error. No argument changes."""
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    got, exact = kernel(*arguments), judge(*map(widen, arguments))
-    for a, b in zip(arguments, before, strict=True):
-        assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
-    dtype = arguments[0].dtype
-    assert got.dtype == dtype
-    allowed = EPS[dtype]
-    if dtype != torch.float32:
-        allowed = max(allowed, 2 * error(judge(*arguments), exact))
-    assert error(got, exact) <= allowed
-    return got
-
-
 # relevancy ------------------------------------------------------------------------------------------------------
-
-
-def block(C, N, dh, B=2, H=2, dtype=torch.float32):
-    """rows, q, k, v, dO, scale, gates; q, k, v are strided views of one packed tensor, as models have them."""
-    q, k, v = draw(B, N, 3, H, dh, dtype=dtype).permute(2, 0, 3, 1, 4)
-    rows, gates = draw(C, B, N, dtype=dtype, seed=1), draw(C, B, N, dtype=dtype, seed=2).exp()
-    return rows, q, k, v, draw(B, N, H, dh, dtype=dtype, seed=3).transpose(1, 2), dh**-0.5, gates
 
 
 @pytest.mark.parametrize("identity", ["transmm", "paper"])
@@ -107,6 +43,12 @@ def test_relevancy(C, N, dh, identity):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_relevancy_of_a_real_length(C, dtype):
     check(relevancy.relevancy, reference.relevancy, *block(C, 197, 64, B=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_relevancy_of_heads_that_are_not_split(C, monkeypatch):
+    monkeypatch.setattr(relevancy, "PROGRAMS", 1)
+    check(relevancy.relevancy, reference.relevancy, *block(C, 50, 32), "paper")
 
 
 def test_relevancy_without_gates():
@@ -150,13 +92,8 @@ def test_relevancy_names_the_wrong_identity():
 # project --------------------------------------------------------------------------------------------------------
 
 
-def codes(T, F, K, dtype=torch.float32):
-    indices = torch.rand(T, F, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :K]
-    return draw(T, K, dtype=dtype, seed=4).abs(), indices.to(DEVICE)
-
-
 @pytest.mark.parametrize(
-    ("T", "d", "F", "K"), [(1, 33, 300, 13), (49, 192, 301, 1), (5, 300, 77, 77), (197, 33, 50, 13)]
+    ("T", "d", "F", "K"), [(1, 33, 300, 13), (49, 192, 301, 1), (5, 300, 77, 77), (57, 33, 50, 13)]
 )
 def test_project(T, d, F, K):
     check(project.project, reference.project, draw(T, d), draw(F, d, seed=1), *codes(T, F, K))
@@ -182,12 +119,16 @@ def test_project_of_strided_inputs():
 def test_project_is_nan_where_its_input_is():
     values, indices = codes(5, 300, 13)
     values[2, 3] = float("nan")
-    assert check(project.project, reference.project, draw(5, 33), draw(300, 33), values, indices)[2].isnan()
+    scores, contributions = check(project.project, reference.project, draw(5, 33), draw(300, 33), values, indices)
+    assert scores.isnan().nonzero().tolist() == [[2]]
+    assert contributions.isnan().nonzero().tolist() == [[2, 3]]
 
 
 def test_project_of_nothing():
-    assert project.project(draw(0, 33), draw(300, 33), *codes(0, 300, 13)).shape == (0,)
-    assert torch.equal(project.project(draw(3, 33), draw(300, 33), *codes(3, 300, 0)), draw(3, 33).new_zeros(3))
+    scores, contributions = project.project(draw(0, 33), draw(300, 33), *codes(0, 300, 13))
+    assert (scores.shape, contributions.shape) == ((0,), (0, 13))
+    scores, contributions = project.project(draw(3, 33), draw(300, 33), *codes(3, 300, 0))
+    assert (scores.tolist(), contributions.shape) == ([0, 0, 0], (3, 0))
 
 
 # gate -----------------------------------------------------------------------------------------------------------
@@ -233,40 +174,28 @@ def test_gate_of_nothing():
 # encode_topk ----------------------------------------------------------------------------------------------------
 
 
-def encoder(T, d, F, dtype=torch.float32):
-    """x, W_enc, b_enc, b_dec."""
-    W_enc, b_enc = draw(d, F, seed=1) / d**0.5, 0.1 * draw(F, seed=2)
-    return draw(T, d, dtype=dtype), W_enc.to(dtype), b_enc.to(dtype), 0.1 * draw(d, dtype=dtype, seed=3)
-
-
-def check_topk(x, W_enc, b_enc, b_dec, k):
-    """The chosen features' exact pre-activations are the K largest, to rounding; none is chosen twice."""
-    values, indices = encode_topk.encode_topk(x, W_enc, b_enc, b_dec, k)
-    exact, _ = reference.encode_topk(*map(widen, (x, W_enc, b_enc, b_dec)), k)
-    pre = reference.preactivations(*map(widen, (x, W_enc, b_enc, b_dec)))
-    assert indices.dtype == torch.int64
-    assert all(len(row.unique()) == k for row in indices)
-    assert bool((values.diff(dim=-1) <= 0).all())
-    allowed = 1e-5 if x.dtype == torch.float32 else 2 * EPS[x.dtype]
-    assert error(values, exact) <= allowed
-    assert error(pre.gather(1, indices).relu(), exact) <= allowed
-
-
 @pytest.mark.parametrize(
     ("T", "d", "F", "k"), [(1, 33, 300, 13), (49, 192, 70, 1), (5, 33, 1501, 13), (3, 33, 100, 100)]
 )
 def test_encode_topk(T, d, F, k):
-    check_topk(*encoder(T, d, F), k)
+    check_topk(encode_topk.encode_topk, *encoder(T, d, F), k)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_encode_topk_of_narrow_numbers(dtype):
-    check_topk(*encoder(5, 192, 501, dtype), 13)
+    check_topk(encode_topk.encode_topk, *encoder(5, 192, 501, dtype), 13)
 
 
 def test_encode_topk_of_strided_inputs():
     x, W_enc, b_enc, _ = encoder(5, 33, 300)
-    check_topk(x.T.contiguous().T, W_enc.T.contiguous().T, torch.stack([b_enc, b_enc], 1)[:, 0], None, 13)
+    check_topk(
+        encode_topk.encode_topk,
+        x.T.contiguous().T,
+        W_enc.T.contiguous().T,
+        torch.stack([b_enc, b_enc], 1)[:, 0],
+        None,
+        13,
+    )
 
 
 @pytest.mark.parametrize("rising", [False, True])
@@ -313,11 +242,6 @@ def test_encode_topk_lists_take_a_twentieth_of_dense_codes(d, F, k):
 
 
 # encode_project -------------------------------------------------------------------------------------------------
-
-
-def activation(name, F):
-    threshold = torch.tensor(0.5, device=DEVICE) if name == "batch_topk" else draw(F, seed=6).abs()
-    return reference.Activation(name, None, threshold, *(draw(F, seed=seed) for seed in (7, 8, 9)))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -370,6 +294,6 @@ def test_encode_project_of_no_tokens_and_of_topk():
 def test_results_are_equal_run_to_run():
     arguments = block(3, 50, 32)
     assert torch.equal(relevancy.relevancy(*arguments), relevancy.relevancy(*arguments))
-    tokens = encoder(5, 33, 1501)
+    tokens = encoder(3, 33, 700)
     for once, again in zip(encode_topk.encode_topk(*tokens, 13), encode_topk.encode_topk(*tokens, 13), strict=True):
         assert torch.equal(once, again)

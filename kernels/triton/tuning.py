@@ -1,0 +1,100 @@
+"""Which tiles a kernel takes: fixed by default, so that results are bitwise the same on every machine of a kind.
+
+A kernel offers a few configurations. The first serves where nothing better is known; ``FIXED`` names the one that was
+measured to be the fastest on a device. ``FASTFG_TUNE=1`` times them all, once for each kernel, device, dtype and
+shape (sizes rounded up to powers of two), and keeps the winner in ``$FASTFG_CACHE/tuned.json`` (~/.cache/fastfg);
+``FASTFG_TUNE=cached`` takes what is kept there and times nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Config = dict[str, Any]  # tile sizes, num_warps, num_stages, maxnreg; "cards": the capabilities that it is offered on
+MODES = ("0", "1", "cached")
+HOPPER = 9  # the first number of its compute capability
+
+FIXED: dict[str, Config] = {}  # by "kernel, device, dtype"; to be filled from measurements
+
+
+def choose(
+    kernel: str, like: Tensor, sizes: Sequence[int], candidates: list[Config], run: Callable[[Config], object]
+) -> Config:
+    """One of ``candidates`` for tensors as ``like``; ``run`` does the work with a given one, to be timed."""
+    mode = os.environ.get("FASTFG_TUNE") or "0"
+    if mode not in MODES:
+        raise ValueError(f"FASTFG_TUNE: expected one of {MODES}, got {mode!r}")
+    if not like.is_cuda:  # interpreted, or recorded to be compiled: a time would mean nothing
+        return offered(candidates)[0]
+    card, capability = device(like.device)
+    offers = offered(candidates, capability)
+    key = f"{kernel}, {card}, {str(like.dtype).removeprefix('torch.')}"
+    chosen = FIXED.get(key)
+    if mode != "0":
+        key += "".join(f", {triton.next_power_of_2(n)}" for n in sizes)
+        found = kept(cache_file()).get(key)
+        if mode == "1" and found not in offers and not torch.cuda.is_current_stream_capturing():
+            found = min(offers, key=lambda config: seconds(lambda: run(config)))
+            keep(cache_file(), key, found)
+        chosen = found or chosen
+    return chosen if chosen in offers else offers[0]  # one that an older version had may be gone
+
+
+def offered(candidates: list[Config], capability: int = HOPPER) -> list[Config]:
+    """Those for cards of this capability, without that note."""
+    here = [config for config in candidates if capability in config.get("cards", (capability,))]
+    return [{name: value for name, value in config.items() if name != "cards"} for config in here]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The median of some runs; infinite where a smaller card of the same capability lacks the shared memory."""
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+@functools.cache
+def device(where: torch.device) -> tuple[str, int]:
+    """Its name, and the first number of its compute capability."""
+    return torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)[0]
+
+
+def cache_file() -> Path:
+    return Path(os.environ.get("FASTFG_CACHE") or "~/.cache/fastfg").expanduser() / "tuned.json"
+
+
+@functools.cache
+def kept(path: Path) -> dict[str, Config]:
+    """What earlier searches found; a file that can't be read is named, and counts as empty."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {type(found).__name__}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path}: not used, and written anew by FASTFG_TUNE=1: {error}", stacklevel=2)
+        return {}
+    return found
+
+
+def keep(path: Path, key: str, config: Config) -> None:
+    """Adds to the file what other processes may have added to meanwhile; readers see the old file or the new one."""
+    kept.cache_clear()
+    found = kept(path)
+    found[key] = config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    written.replace(path)

@@ -1,0 +1,106 @@
+"""The choice of a kernel's tiles, with a clock and a card that are made up."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastfg.kernels import encode_project, encode_topk, gated_relevancy, project, relevancy, tuning
+
+CARD = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
+FIRST, FASTEST, ELSEWHERE = {"BLOCK": 1}, {"BLOCK": 2}, {"BLOCK": 3, "cards": (8,)}
+KEY = "op, H100, bfloat16, 256, 64"
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """What was run to be timed; FASTEST is the fastest here, and ELSEWHERE would be on other cards."""
+    runs = []
+    monkeypatch.setenv("FASTFG_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "device", lambda where: ("H100", 9))
+    monkeypatch.setattr(tuning, "seconds", lambda run: run())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tuning.kept.cache_clear()
+
+    def choose(mode, sizes=(200, 64), like=CARD, candidates=(FIRST, FASTEST, ELSEWHERE)):
+        monkeypatch.setenv("FASTFG_TUNE", mode)
+        tuning.kept.cache_clear()  # as in another process
+
+        def run(config):
+            runs.append(config)
+            return -config["BLOCK"]
+
+        return tuning.choose("op", like, sizes, list(candidates), run)
+
+    yield SimpleNamespace(choose=choose, runs=runs, file=tmp_path / "tuned.json")
+    tuning.kept.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["", "0", "cached"])
+def test_nothing_is_timed_unless_asked_for(mode, timed):
+    assert timed.choose(mode) == FIRST
+    assert not timed.runs
+    assert not timed.file.exists()
+
+
+def test_a_search_is_made_once_and_kept(timed):
+    assert timed.choose("1") == FASTEST
+    assert timed.runs == [FIRST, FASTEST]
+    assert json.loads(timed.file.read_text()) == {KEY: FASTEST}
+    assert timed.choose("1", sizes=(129, 33)) == FASTEST  # of the same powers of two
+    assert timed.choose("cached") == FASTEST
+    assert timed.choose("0") == FIRST
+    assert len(timed.runs) == 2
+    timed.choose("1", sizes=(100, 64))
+    assert len(timed.runs) == 4
+    assert len(json.loads(timed.file.read_text())) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+def test_a_file_that_cannot_be_read_is_named_and_written_anew(text, timed):
+    timed.file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.warns(UserWarning, match=r"tuned.json: not used, and written anew by FASTFG_TUNE=1"):
+        assert timed.choose("cached") == FIRST
+    with pytest.warns(UserWarning, match="not used"):
+        assert timed.choose("1") == FASTEST
+    assert json.loads(timed.file.read_text()) == {KEY: FASTEST}
+
+
+def test_a_choice_that_is_no_candidate_any_more_is_made_again(timed):
+    timed.file.write_text(json.dumps({KEY: {"BLOCK": 512}, "other": FIRST}))
+    assert timed.choose("cached") == FIRST
+    assert timed.choose("1") == FASTEST
+    assert json.loads(timed.file.read_text()) == {KEY: FASTEST, "other": FIRST}
+
+
+def test_the_committed_choice_of_a_card_serves_untuned(timed, monkeypatch):
+    monkeypatch.setitem(tuning.FIXED, "op, H100, bfloat16", FASTEST)
+    assert timed.choose("0") == FASTEST
+    assert timed.choose("cached") == FASTEST
+    monkeypatch.setitem(tuning.FIXED, "op, H100, bfloat16", {"BLOCK": 3})
+    assert timed.choose("0") == FIRST
+
+
+def test_nothing_is_timed_off_a_card_or_while_a_graph_is_captured(timed, monkeypatch):
+    assert timed.choose("1", like=torch.zeros(1)) == FIRST
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert timed.choose("1") == FIRST
+    assert not timed.runs
+
+
+def test_an_unknown_mode_is_named(timed):
+    with pytest.raises(ValueError, match=r"FASTFG_TUNE: expected one of \('0', '1', 'cached'\), got 'yes'"):
+        timed.choose("yes")
+
+
+def test_committed_choices_are_candidates():
+    modules = (encode_project, encode_topk, project)
+    offers = [config for module in modules for config in module.HALF + module.SINGLE]
+    offers += relevancy.EXACT + relevancy.EXACT_WIDE + relevancy.ONE_ROW + relevancy.ROWS + relevancy.LOG_SUM_EXP
+    offers += gated_relevancy.EXACT + gated_relevancy.ONE_ROW + gated_relevancy.ROWS
+    assert all(config in tuning.offered(offers) for config in tuning.FIXED.values())
