@@ -20,7 +20,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gated_relevancy(
   const auto s = std::get<0>(project(g.flatten(0, 1), W_dec, values.flatten(0, 1), indices.flatten(0, 1)));
   const auto scores = s.to(rows.scalar_type()).view({B, P});
   const auto a_row = [&](const at::Tensor& of) { return of.to(rows.scalar_type()).repeat_interleave(B); };
-  const auto gates = gate(scores.repeat({C, 1}), a_row(kappa), a_row(c_max)).view({C, B, P});
+  auto gates = gate(scores.repeat({C, 1}), a_row(kappa), a_row(c_max)).view({C, B, P});
+  gates = gates.masked_fill(c_max.view({C, 1, 1}) == 1, 1);  // whatever the scores, NaN too
   const auto w = at::cat({at::ones({C, B, N - P}, gates.options()), gates}, -1);
   return {relevancy(rows, q, k, v, dO, scale, w, paper), scores, gates};
 }

@@ -32,5 +32,6 @@ def gated_relevancy(
     scores, _ = project(g.flatten(0, 1), W_dec, values.flatten(0, 1), indices.flatten(0, 1))  # eq. 2, 3
     scores = scores.unflatten(0, g.shape[:2]).to(rows.dtype)
     gates = gate(scores, kappa[:, None, None], c_max[:, None, None])  # eq. 4, 5
+    gates = gates.masked_fill(c_max[:, None, None] == 1, 1.0)  # whatever the scores, NaN too
     all_gates = F.pad(gates, (rows.shape[-1] - gates.shape[-1], 0), value=1.0)
     return relevancy(rows, q, k, v, dO, scale, all_gates, identity), scores, gates  # eq. 1, 6

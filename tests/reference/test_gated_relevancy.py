@@ -27,6 +27,11 @@ def test_a_c_max_of_1_gates_nothing():
     assert gates[0].eq(1).all()
     assert gates[1].ne(1).any()
     torch.testing.assert_close(rows[0], reference.relevancy(*arguments[:6])[0])
+    arguments[6][1, 0] = torch.nan  # a gradient of the second image
+    rows, _, gates = reference.gated_relevancy(*arguments)
+    assert gates[0].eq(1).all()
+    assert gates[1, 1].isnan().all()
+    assert rows[0].isfinite().all()
 
 
 def test_scores_and_gates_have_the_precision_of_the_rows():
