@@ -100,8 +100,12 @@ def drawn(key, P):
     return draw_subsets(P, TRIALS, RUNS, size, generator(0, str(key), "faithfulness_correlation")).flatten(0, 1)
 
 
-def quantus(model, images, maps, metrics):
-    """Quantus's metric on each map; Pixel Flipping gives its curve, the correlation only its score."""
+def quantus(model, images, maps, metrics, whole_patches=False):
+    """Quantus's metric on each map; Pixel Flipping gives its curve, the correlation only its score.
+
+    Its Pixel Flipping takes steps that divide the pixels of one channel: of three channels, a third of a patch.
+    ``whole_patches`` leaves that check out, which takes a third of the forwards.
+    """
     import quantus as q
 
     size = images.shape[-1] // maps.shape[-1]
@@ -111,8 +115,10 @@ def quantus(model, images, maps, metrics):
     common = {"normalise": False, "perturb_baseline": FILL, "disable_warnings": True, "return_aggregate": False}
     patch = channels * size * size
     if metrics == METRICS["pf"]:
-        repeats, metric = 1, q.PixelFlipping(features_in_step=patch, **common)
-        metric.custom_preprocess = lambda *args, **kwargs: None  # its check takes the image to have one channel
+        every = 1 if whole_patches else channels
+        repeats, metric = 1, q.PixelFlipping(features_in_step=patch // every, **common)
+        if whole_patches:
+            metric.custom_preprocess = lambda *args, **kwargs: None
     else:
         subset = (20 if P >= 100 else max(2, round(P / 5))) * patch
         repeats, metric = TRIALS, q.FaithfulnessCorrelation(nr_runs=RUNS, subset_size=subset, **common)
@@ -126,8 +132,10 @@ def quantus(model, images, maps, metrics):
                 for _ in range(repeats):
                     scores = metric(model=model, x_batch=x, y_batch=y, a_batch=a_batch, device=images.device.type)
                 found.append(torch.tensor(np.array(scores, dtype=float)))
-        curve = torch.stack(found)
-        return (torch.cat([torch.full((*curve.shape[:2], 1), torch.nan), curve], -1),) if repeats == 1 else None
+        if metrics != METRICS["pf"]:
+            return None
+        curve = torch.stack(found)[..., every - 1 :: every]
+        return (torch.cat([torch.full((*curve.shape[:2], 1), torch.nan), curve], -1),)
 
     return run
 
@@ -165,6 +173,7 @@ PROVIDERS = {
     "pixels": Provider(evaluate("pixels"), backend="auto"),
     "one at a time": Provider(lambda *given: partial(one_at_a_time, *given), bar="whole"),
     "Quantus, Pixel Flipping": Provider(quantus, bar="whole", why_not=no_quantus("pf")),
+    "Quantus, whole patches": Provider(partial(quantus, whole_patches=True), bar="whole", why_not=no_quantus("pf")),
     "Quantus, Faithfulness Correlation": Provider(quantus, bar="part", why_not=no_quantus("fc")),
 }
 

@@ -1,6 +1,7 @@
 """What ``fastfg.evaluate`` and ``fastfg.compare`` cost beside the model alone.
 
     python -m bench.engine [--model vit_base_patch16_224] [--images 1] [--gates 1 3 10] [--json FILE]
+    python -m bench.engine --quantus 9         beside Quantus: one map, and nine gates
     python -m bench.engine --memory 200        resident memory as that many images go by, three variants each
 
 Work is counted in multiply-adds of matrix products; time is compared with the model's own forwards of the same batch
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastfg
+from bench.bench_evaluate import METRICS, evaluate, quantus
 from bench.photographs import photographs
 from bench.results import measured_on
 from fastfg.models import adapt
@@ -119,6 +121,34 @@ def compare_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
     return {"gates": n, "seconds_an_image": (now(images) - start) / len(images)}
 
 
+def quantus_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
+    """Quantus over fastfg in seconds: one map by each of two metrics, and n gates by both.
+
+    Quantus judges one map after another, so n of them take it n times as long: that is multiplied, not run.
+    """
+    maps = fastfg.attribute(model, images, gate=list(gates_of(n).values()), target=1).maps
+    found: dict[str, Any] = {"gates": n}
+    theirs = 0.0
+    for name, metric, options in (
+        ("fc", "fc", {}),
+        ("pf", "pf", {}),
+        ("pf, whole patches", "pf", {"whole_patches": True}),
+    ):
+        given = (model, images, maps[:1], METRICS[metric])
+        fast, slow = evaluate("tokens")(*given), quantus(*given, **options)
+        seconds = [seconds_of(run, images) for run in (fast, slow, fast)]
+        theirs += 0 if options else seconds[1]
+        found[name] = {"quantus": seconds[1], "fastfg": seconds[::2], "ratio": 2 * seconds[1] / sum(seconds[::2])}
+    ours = seconds_of(evaluate("tokens")(model, images, maps, METRICS["fc"] + METRICS["pf"]), images)
+    return found | {"quantus": n * theirs, "fastfg": ours, "ratio": n * theirs / ours}
+
+
+def seconds_of(run: Any, like: Tensor) -> float:
+    start = now(like)
+    run()
+    return now(like) - start
+
+
 def memory(n: int) -> dict[str, Any]:
     """Resident memory, its highest so far, after each tenth of n images under three variants."""
     torch.manual_seed(0)
@@ -139,6 +169,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--gates", type=int, nargs="*", default=[1, 3, 10])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantus", type=int, metavar="GATES", help="beside Quantus, with so many gates")
     parser.add_argument("--memory", type=int, metavar="IMAGES")
     parser.add_argument("--json", type=Path, help="append the lines to this file")
     arguments = parser.parse_args()
@@ -157,6 +188,9 @@ def main() -> None:
     model = import_timm().create_model(arguments.model).eval().requires_grad_(False).to(arguments.device)
     images = photographs(arguments.images, model.patch_embed.img_size[0]).to(arguments.device)
     with torch.no_grad():
+        if arguments.quantus:
+            tell("quantus", quantus_cost(model, images, arguments.quantus))
+            return
         tell("evaluate", evaluate_cost(model, images))
         for n in arguments.gates:
             tell("compare", compare_cost(model, images, n))
