@@ -144,6 +144,8 @@ def no_quantus(only):
     def why_not(case, device):
         if case.metric != only:
             return "Quantus has no SaCo" if case.metric == "all" else "another metric"
+        if case.C > 1:
+            return "it judges one map after another, so C of them take C times as long"
         return None if importlib.util.find_spec("quantus") else "Quantus is not installed"
 
     return why_not

@@ -1,6 +1,7 @@
 """What ``fastfg.evaluate`` and ``fastfg.compare`` cost beside the model alone.
 
-    python -m bench.engine [--model vit_base_patch16_224] [--images 1] [--gates 1 3 10] [--json FILE]
+    python -m bench.engine [--model vit_base_patch16_224] [--images 1] [--gates 1 3 10] [--results DIR]
+    python -m bench.engine --loop              its scores beside those of the loop, one perturbed image at a time
     python -m bench.engine --quantus 9         beside Quantus: one map, and nine gates
     python -m bench.engine --memory 200        resident memory as that many images go by, three variants each
 
@@ -25,9 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastfg
-from bench.bench_evaluate import METRICS, evaluate, quantus
+from bench.bench_evaluate import FILL, METRICS, TARGET, evaluate, keys, one_at_a_time, quantus
 from bench.photographs import photographs
-from bench.results import measured_on
+from bench.results import append
+from fastfg import metrics
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
@@ -138,9 +140,25 @@ def quantus_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
         fast, slow = evaluate("tokens")(*given), quantus(*given, **options)
         seconds = [seconds_of(run, images) for run in (fast, slow, fast)]
         theirs += 0 if options else seconds[1]
-        found[name] = {"quantus": seconds[1], "fastfg": seconds[::2], "ratio": 2 * seconds[1] / sum(seconds[::2])}
+        found[name] = {"theirs": seconds[1], "ours": seconds[::2], "times_as_fast": 2 * seconds[1] / sum(seconds[::2])}
     ours = seconds_of(evaluate("tokens")(model, images, maps, METRICS["fc"] + METRICS["pf"]), images)
-    return found | {"quantus": n * theirs, "fastfg": ours, "ratio": n * theirs / ours}
+    return found | {"theirs": n * theirs, "ours": ours, "times_as_fast": n * theirs / ours}
+
+
+def loop_difference(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Scores of fastfg and of the loop that makes and runs one perturbed image at a time: the largest difference."""
+    maps = fastfg.attribute(model, images, target=TARGET).maps
+    scores = fastfg.evaluate(model, images, maps, target=TARGET, baseline=FILL, keys=keys(images))
+    impact, drop, curve = one_at_a_time(model, images, maps[None], list(scores))
+    details = scores.details
+    subsets = details["faithfulness_correlation"]["subsets"].flatten(1)
+    summed = maps.double().flatten(1).cpu().gather(1, subsets).unflatten(1, (*drop.shape[-2:], -1)).sum(-1)
+    loop = {
+        "saco": metrics.saco_score(details["saco"]["group_attribution"], impact[0]),
+        "faithfulness_correlation": metrics.correlation(summed, drop[0]).mean(-1),
+        "pixel_flipping": metrics.area(curve[0]),
+    }
+    return {name: float(((scores[name] - loop[name]) / loop[name]).abs().max()) for name in loop}
 
 
 def seconds_of(run: Any, like: Tensor) -> float:
@@ -169,17 +187,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--gates", type=int, nargs="*", default=[1, 3, 10])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--loop", action="store_true", help="scores beside those of the loop, one image at a time")
     parser.add_argument("--quantus", type=int, metavar="GATES", help="beside Quantus, with so many gates")
     parser.add_argument("--memory", type=int, metavar="IMAGES")
-    parser.add_argument("--json", type=Path, help="append the lines to this file")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="append lines to DIR/<device>/engine.jsonl")
     arguments = parser.parse_args()
 
     def tell(name: str, found: dict[str, Any]) -> None:
         print(name, json.dumps(found), flush=True)
-        if arguments.json is not None:
-            line = {"name": name, "model": arguments.model, **found, **measured_on(arguments.device)}
-            with arguments.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        if arguments.results is not None:
+            shape = {"model": arguments.model, "images": arguments.images} | (
+                {"gates": found["gates"]} if "gates" in found else {}
+            )
+            line = {"name": "engine", "provider": name, "shape": shape, "dtype": "float32"}
+            append(arguments.results, arguments.device, line | {"median": found.get("seconds_an_image")} | found)
 
     if arguments.memory:
         tell("memory", memory(arguments.memory))
@@ -188,6 +209,9 @@ def main() -> None:
     model = import_timm().create_model(arguments.model).eval().requires_grad_(False).to(arguments.device)
     images = photographs(arguments.images, model.patch_embed.img_size[0]).to(arguments.device)
     with torch.no_grad():
+        if arguments.loop:
+            tell("loop", loop_difference(model, images))
+            return
         if arguments.quantus:
             tell("quantus", quantus_cost(model, images, arguments.quantus))
             return

@@ -39,5 +39,17 @@ for file in bench/bench_*.py; do
   suite=${file#bench/bench_}
   part "${suite%.py}" "$python" -m pytest -q "$file" --size full --results "$out"
 done
+# what a whole evaluation costs beside the model alone, and 3 variants of 512 images, for 10,000 by extrapolation
+engine() { "$python" -m bench.engine --device cuda --results "$out" "$@"; }
+export -f engine; export python out
+part engine-16 bash -c 'engine --images 64 --gates 1 3 10'
+part engine-32 bash -c 'engine --model vit_base_patch32_224 --images 512 --gates 1 3'
+part engine-loop bash -c 'engine --loop'
+if command -v compute-sanitizer >/dev/null; then
+  part sanitizer compute-sanitizer --error-exitcode 9 "$python" -m pytest -q tests/kernels/parity.py tests/kernels/parity_gated.py \
+    --noconftest -p no:cacheprovider -k "real_length or narrow or strided or configurations or run_to_run"
+else
+  echo "== sanitizer: skipped, compute-sanitizer is not there"
+fi
 "$python" -m fastfg.cli bench report --results "$out/$device" | tee "$out/$device/report.md" || failed=1
 exit $failed

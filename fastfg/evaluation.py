@@ -57,7 +57,8 @@ def evaluate(
             same logits to rounding, and ``auto`` takes ``tokens`` for a model of a known family where that was found
             to be so (once a model and image size). The one used is ``scores.path``.
         precision: of the forwards: ``auto`` is bfloat16 for a float32 model of a known family on a CUDA device, else
-            the model's own, as ``float32`` is; ``bfloat16`` and ``float16`` run the blocks so, the head in float32.
+            the model's own, as ``float32`` is; ``bfloat16`` and ``float16`` run the blocks so, the head in float32;
+            ``float8`` has their linear layers in 8 bits, which shifts scores a little (emulated on a CPU).
         saco: ``n_bins``, ``impact``. faithfulness_correlation: ``n_runs``, ``n_trials``, ``subset_size``,
             ``correlation``, ``subsets``. pixel_flipping: ``patches_per_step``. Each may hold a ``baseline`` of its own.
         progress: called with (images done, images in all).

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fastfg.models import Adapter
 from fastfg.models.tokens import Tokens
-from fastfg.perturb import PatchGrid, Path, Pixels
+from fastfg.perturb import PatchGrid, Path, Pixels, Precision
 
 PATHS = ("auto", "tokens", "pixels")
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 PROBE = 8  # images that tell how much memory one takes
 
@@ -35,20 +34,20 @@ def choose_path(
 
     Args:
         path: ``auto``, ``tokens`` (raises ValueError where these can't be perturbed) or ``pixels``.
-        precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own),
-            ``float32`` (the model's own), ``bfloat16`` or ``float16``.
+        precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
+            a name of :class:`fastfg.perturb.Precision`.
     """
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
-    dtype = _precision(adapter, images, precision)
-    pixels = Pixels(forward, grid, dtype)
+    how = _precision(adapter, images, precision)
+    pixels = Pixels(forward, grid, how)
     if path == "pixels" or not len(images) or (path == "auto" and adapter is None):
         return pixels, "pixels"
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
-    tokens = Tokens(adapter, dtype)
+    tokens = Tokens(adapter, how)
     known = _why_not.setdefault(adapter.model, {})
-    key = (tuple(images.shape[1:]), images.dtype, images.device.type, dtype)
+    key = (tuple(images.shape[1:]), images.dtype, images.device.type, how.name)
     if key not in known:
         known[key] = tokens.why_not(images[:1], images[:1].mean((1, 2, 3)).reshape(1, 1, 1), pixels)
         if known[key] is not None:
@@ -61,13 +60,11 @@ def choose_path(
     return pixels, f"pixels ({reason})"
 
 
-def _precision(adapter: Adapter | None, images: Tensor, precision: str) -> torch.dtype | None:
-    if precision == "auto":
+def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
+    if name == "auto":
         fast = images.device.type == "cuda" and images.dtype == torch.float32 and adapter is not None
-        return torch.bfloat16 if fast else None
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected 'auto' or one of {tuple(PRECISIONS)}, got {precision!r}")
-    return PRECISIONS[precision]
+        name = "bfloat16" if fast else "float32"
+    return Precision(name, images.device)
 
 
 def fitting_batch(path: Path, images: Tensor, limit: int | None) -> int:

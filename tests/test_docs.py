@@ -18,6 +18,7 @@ MODULES = [
     "fastfg.metrics.saco",
     "fastfg.sae.model",
     "fastfg.sae.train",
+    "fastfg.study.comparison",
     "fastfg.types",
 ]
 

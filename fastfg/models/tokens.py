@@ -11,6 +11,7 @@ logits with those of the perturbed pixels before it is used.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -28,10 +29,11 @@ class Tokens:
 
     Args:
         adapter: the model. It must be held still, with the adapter's flags set, while this is used.
-        precision: of the blocks, by autocast; what follows them is then computed in float32. None: the model's own.
+        precision: a context for all up to the last block (``fastfg.perturb.Precision``); what follows is computed in
+            the images' own dtype. None: all of it.
     """
 
-    def __init__(self, adapter: Adapter, precision: torch.dtype | None = None) -> None:
+    def __init__(self, adapter: Adapter, precision: Any = None) -> None:
         self.adapter, self.precision = adapter, precision
         self.first, self.last = adapter.blocks[0], adapter.blocks[-1]
         self.n_rows = _rows_read(adapter)
@@ -45,7 +47,8 @@ class Tokens:
         seen = _Before(self.first)
         with ExitStack() as stack:
             stack.enter_context(seen)
-            self._autocast(stack, images.device)
+            if self.precision is not None:
+                stack.enter_context(self.precision())
             with suppress(_Enough):
                 self.adapter.forward(torch.cat([images, filled]))
         self.early, self.n_tokens, self._blank = seen.linears, seen.stream.shape[1], torch.zeros_like(images[:1])
@@ -95,19 +98,16 @@ class Tokens:
                     raise
                 return f"its tokens can't be perturbed before the first block ({error})"
         difference = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max().clamp(min=1e-30))
-        eps = torch.finfo(self.precision or images.dtype).eps
+        eps = torch.finfo(images.dtype).eps if self.precision is None else self.precision.eps(images.dtype)
         if not difference <= eps**0.6:  # rounding grows through the blocks; what is wrong differs by more
             return f"perturbing its tokens gives logits that differ from those of the pixels by {difference:.1e}"
         return None
 
-    def _autocast(self, stack: ExitStack, device: torch.device) -> None:
-        if self.precision is not None:
-            stack.enter_context(torch.autocast(device.type, self.precision))
-
     def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
         """The model's forward; precision is left at the last block's output."""
         inner = stack.enter_context(ExitStack())
-        self._autocast(inner, images.device)
+        if self.precision is not None:
+            inner.enter_context(self.precision())
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             inner.close()
@@ -115,7 +115,7 @@ class Tokens:
             wide = stream.to(images.dtype)
             return wide if output is stream else (wide, *output[1:])
 
-        stack.callback(self.last.register_forward_hook(leave).remove)
+        stack.callback(self.last.register_forward_hook(_mine(leave)).remove)
         return self.adapter.forward(images)
 
 
@@ -125,6 +125,12 @@ def _rows_read(adapter: Adapter) -> int | None:
     if not adapter.pooled or any(s.stop is None or s.start < 0 or s.stop > prefix for s in adapter.pooled):
         return None
     return max(s.stop for s in adapter.pooled)
+
+
+def _mine(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` in this thread alone: another one may be running the same model."""
+    owner = threading.get_ident()
+    return lambda *given: hook(*given) if threading.get_ident() == owner else None
 
 
 class _Enough(Exception):  # noqa: N818
@@ -144,9 +150,9 @@ class _Before(TorchFunctionMode):
 
     def __enter__(self) -> _Before:
         self.handles = [
-            self.block.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.block.register_forward_hook(self._leave),
-            *(m.register_forward_hook(self._linear) for m in self.block.modules() if isinstance(m, nn.Linear)),
+            self.block.register_forward_pre_hook(_mine(self._enter), with_kwargs=True),
+            self.block.register_forward_hook(_mine(self._leave)),
+            *(m.register_forward_hook(_mine(self._linear)) for m in self.block.modules() if isinstance(m, nn.Linear)),
         ]
         return super().__enter__()
 
@@ -182,7 +188,7 @@ def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
             return (stream, *args[1:]), kwargs
         return args, kwargs | {next(iter(kwargs)): stream}
 
-    handle = block.register_forward_pre_hook(replace, with_kwargs=True)
+    handle = block.register_forward_pre_hook(_mine(replace), with_kwargs=True)
     try:
         yield
     finally:
@@ -193,8 +199,8 @@ def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
 def _given(linear: nn.Module, output: Tensor) -> Iterator[None]:
     """``linear`` gives ``output``, and computes one token for the form's sake."""
     handles = [
-        linear.register_forward_pre_hook(lambda module, args: args[0][:1, :1]),
-        linear.register_forward_hook(lambda module, args, computed: output),
+        linear.register_forward_pre_hook(_mine(lambda module, args: args[0][:1, :1])),
+        linear.register_forward_hook(_mine(lambda module, args, computed: output)),
     ]
     try:
         yield
@@ -217,13 +223,13 @@ class _RowsRead(TorchFunctionMode):
 
     def __enter__(self) -> _RowsRead:
         self.handles = [
-            self.block.register_forward_pre_hook(self._enter),
-            self.block.register_forward_hook(self._leave),
+            self.block.register_forward_pre_hook(_mine(self._enter)),
+            self.block.register_forward_hook(_mine(self._leave)),
         ]
         for module in self.block.modules():
             if isinstance(module, nn.Linear):
-                self.handles.append(module.register_forward_pre_hook(self._cut))
-                self.handles.append(module.register_forward_hook(self._fill_up))
+                self.handles.append(module.register_forward_pre_hook(_mine(self._cut)))
+                self.handles.append(module.register_forward_hook(_mine(self._fill_up)))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:

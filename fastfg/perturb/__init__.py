@@ -7,6 +7,7 @@ from fastfg.perturb.baselines import BASELINES, make_fill, running_mean_fill
 from fastfg.perturb.engine import Engine
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import Path, Pixels
+from fastfg.perturb.precision import Precision
 from fastfg.perturb.readings import Readings
 from fastfg.perturb.seeds import generator, image_key
 
@@ -16,6 +17,7 @@ __all__ = [
     "PatchGrid",
     "Path",
     "Pixels",
+    "Precision",
     "Readings",
     "generator",
     "image_key",

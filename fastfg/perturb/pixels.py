@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.precision import Precision
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -38,10 +39,10 @@ class Pixels:
 
     Args:
         forward: images [n, C, H, W] -> logits [n, classes]. grid: where the patches lie.
-        precision: of the forward passes, by autocast; None: the model's own.
+        precision: a context for the forward passes (see ``Precision``); None: the model's own.
     """
 
-    def __init__(self, forward: Forward, grid: PatchGrid, precision: torch.dtype | None = None) -> None:
+    def __init__(self, forward: Forward, grid: PatchGrid, precision: Precision | None = None) -> None:
         self.forward, self.grid, self.precision = forward, grid, precision
 
     def prepare(self, images: Tensor, fills: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -60,7 +61,7 @@ class Pixels:
         return self.whole(inputs[0])
 
     def whole(self, images: Tensor) -> Tensor:
-        with nullcontext() if self.precision is None else torch.autocast(images.device.type, self.precision):
+        with nullcontext() if self.precision is None else self.precision():
             logits = self.forward(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

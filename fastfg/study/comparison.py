@@ -58,9 +58,9 @@ def compare(
     ``error``: why a score is missing (NaN), or None. Raises ValueError where keys or targets are not one an image.
 
     >>> import timm, torch, fastfg
-    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=5).eval()
     >>> gates = {"vanilla": None, "gated": fastfg.Gate((1,), score="gradient_x_residual")}
-    >>> table = fastfg.compare(model, torch.randn(2, 3, 32, 32), gates=gates)
+    >>> table = fastfg.compare(model, torch.randn(2, 3, 64, 64), gates=gates)
     >>> list(table["variant"])
     ['vanilla', 'gated', 'vanilla', 'gated']
     """

@@ -1,5 +1,7 @@
 """Perturbing the tokens gives the logits of the perturbed pixels, for every family, with less work."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -97,12 +99,29 @@ def test_both_paths_give_the_same_scores(model, images, metric, baseline):
     torch.testing.assert_close(tokens[metric], pixels[metric], rtol=1e-9, atol=1e-12)
 
 
+def test_threads_may_share_a_model(model, images):
+    maps = torch.rand(3, 4, 6)
+
+    def judge(target):
+        return [fastfg.evaluate(model, images, maps, target=target, path="tokens")["pixel_flipping"] for _ in range(5)]
+
+    expected = [judge(target)[0] for target in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, theirs in zip(pool.map(judge, range(4)), expected, strict=True):
+            for scores in found:
+                torch.testing.assert_close(scores, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_precision_is_the_models_own_unless_asked_for(model, images):
     maps = torch.rand(3, 4, 6)
     single, given = model.float(), images.float()
     options = {"target": 1, "metrics": ["saco"]}
     exact = fastfg.evaluate(single, given, maps, **options).details["saco"]["impact"]
     for path in ("tokens", "pixels"):
+        eighth = fastfg.evaluate(single, given, maps, path=path, precision="float8", **options).details["saco"][
+            "impact"
+        ]
+        assert 0 < (eighth - exact).abs().max() < 0.1
         own = fastfg.evaluate(single, given, maps, path=path, precision="float32", **options).details["saco"]["impact"]
         narrow = fastfg.evaluate(single, given, maps, path=path, precision="bfloat16", **options).details["saco"][
             "impact"

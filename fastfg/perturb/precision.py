@@ -1,0 +1,47 @@
+"""In what precision perturbed forwards are run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+from fastfg.perturb import float8
+
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": float8.FLOAT8,
+}
+
+
+class Precision:
+    """``float32`` (the model's own), ``bfloat16``, ``float16`` (both by autocast) or ``float8`` (linear layers).
+
+    Raises ValueError for an unknown name, or one that ``device`` can't do.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name not in PRECISIONS:
+            raise ValueError(f"precision: expected 'auto' or one of {tuple(PRECISIONS)}, got {name!r}")
+        self.name, self.device, self.dtype = name, device, PRECISIONS[name]
+        self._linear = float8.Float8Linear() if name == "float8" else None  # keeps the weights that it has rounded
+        if self._linear is not None and (reason := float8.why_not(device)) is not None:
+            raise ValueError(f"precision: expected another than 'float8': {reason}")
+
+    def eps(self, own: torch.dtype) -> float:
+        """The precision's relative rounding, of a model in ``own``."""
+        return torch.finfo(self.dtype or own).eps
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """Within this, forwards are run so."""
+        stack = ExitStack()
+        if self.dtype is not None:
+            stack.enter_context(
+                torch.autocast(self.device.type, self.dtype if self._linear is None else torch.bfloat16)
+            )
+        if self._linear is not None:
+            stack.enter_context(self._linear)
+        return stack
