@@ -49,7 +49,7 @@ def choose_path(
     known = _why_not.setdefault(adapter.model, {})
     key = (tuple(images.shape[1:]), images.dtype, images.device.type, how.name)
     if key not in known:
-        known[key] = tokens.why_not(images[:1], images[:1].mean((1, 2, 3)).reshape(1, 1, 1), pixels)
+        known[key] = tokens.why_not(_any_image(images), images.new_full((1, 1, 1), 0.1), pixels)
         if known[key] is not None:
             log.warning("perturbing pixels: %s", known[key])
     reason = known[key]
@@ -58,6 +58,12 @@ def choose_path(
     if path == "tokens":
         raise ValueError(f"path: expected 'pixels' for this model, as {reason}")
     return pixels, f"pixels ({reason})"
+
+
+def _any_image(like: Tensor) -> Tensor:
+    """One of noise [1, C, H, W]: what is true of a model does not depend on the user's images."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(1, *like.shape[1:], generator=random, dtype=torch.float64).to(like)
 
 
 def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:

@@ -89,14 +89,14 @@ class Subjects:
         packed = np.packbits(masks.numpy(), axis=1)
         known: dict[tuple[int, bytes], int] = {}
         chosen: list[int] = []  # one question for each mask that differs
-        self._row = torch.empty(len(view), dtype=torch.long)
-        views = view.tolist()
+        views, rows = view.tolist(), [0] * len(view)
         for question in view.argsort(stable=True).tolist():
             key = (views[question], packed[question].tobytes())
             row = known.setdefault(key, len(known))
             if row == len(chosen):
                 chosen.append(question)
-            self._row[question] = row
+            rows[question] = row
+        self._row = torch.tensor(rows)
         device, image = self.images.device, torch.tensor(self._image)
         self._readings = engine.submit(
             self.images[image.to(device)],
@@ -105,4 +105,4 @@ class Subjects:
             self.target[image[view[chosen]]].to(device),
             masks[chosen].to(device),
         )
-        self._views, self._masks = [], []
+        self._views, self._masks, self._fills = [], [], []  # the engine has what it needs of them
