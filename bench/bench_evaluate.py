@@ -15,7 +15,9 @@ import torch
 import fastfg
 from bench.photographs import photographs
 from bench.suite import DTYPES, Case, Provider, Suite, Work
+from fastfg.metrics.faithfulness_correlation import default_subset_size, draw_subsets
 from fastfg.models.timm import import_timm
+from fastfg.perturb import generator
 
 METRICS = {"pf": ["pixel_flipping"], "fc": ["faithfulness_correlation"], "all": list(fastfg.metrics.METRICS)}
 READ = {"saco": "impact", "faithfulness_correlation": "drop", "pixel_flipping": "curve"}  # what the model gave
@@ -93,11 +95,8 @@ def prob(logits):
 
 def drawn(key, P):
     """The subsets that fastfg draws for this key: what is random is given to the loop."""
-    from fastfg.metrics.faithfulness_correlation import draw_subsets
-    from fastfg.perturb import generator
-
-    size = 20 if P >= 100 else max(2, round(P / 5))
-    return draw_subsets(P, TRIALS, RUNS, size, generator(0, str(key), "faithfulness_correlation")).flatten(0, 1)
+    random = generator(0, str(key), "faithfulness_correlation")
+    return draw_subsets(P, TRIALS, RUNS, default_subset_size(P), random).flatten(0, 1)
 
 
 def quantus(model, images, maps, metrics, whole_patches=False):
@@ -120,7 +119,7 @@ def quantus(model, images, maps, metrics, whole_patches=False):
         if whole_patches:
             metric.custom_preprocess = lambda *args, **kwargs: None
     else:
-        subset = (20 if P >= 100 else max(2, round(P / 5))) * patch
+        subset = default_subset_size(P) * patch
         repeats, metric = TRIALS, q.FaithfulnessCorrelation(nr_runs=RUNS, subset_size=subset, **common)
     x, y = images.cpu().numpy(), np.full(len(images), TARGET)
 
@@ -157,8 +156,9 @@ def part(given):
 
 
 def pick(result, given):
-    """Of the first image under the first map, the unperturbed point of a curve left out: Quantus has none."""
-    return tuple(t[0, 0].flatten()[1:] if len(given[3]) == 1 else t[0, 0].flatten() for t in result)
+    """Of the first image under the first map; of a curve alone without its unperturbed point: Quantus has none."""
+    first = 1 if given[3] == METRICS["pf"] else 0
+    return tuple(t[0, 0].flatten()[first:] for t in result)
 
 
 def work(case):

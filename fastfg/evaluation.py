@@ -15,7 +15,7 @@ from fastfg.metrics import METRICS, Metric, Subjects
 from fastfg.metrics.metric import Outcome
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.path import choose_path, fitting_batch
+from fastfg.path import BATCH_ON_CPU, choose_path, fitting_batch
 from fastfg.perturb import Engine, PatchGrid, Readings, image_key
 from fastfg.perturb.baselines import Baseline, check_baseline
 from fastfg.types import ScoreError, Scores
@@ -89,7 +89,7 @@ def evaluate(
         logits = engine.logits(images)
         classes = resolve_target(target, logits)
         before = Readings.of(logits, classes).cpu()
-        at_once = max(1, engine.batch_size // 16)
+        at_once = max(1, engine.batch_size // BATCH_ON_CPU)  # one on a CPU; on a GPU enough to keep it busy
         parts = []
         for start in range(0, len(images), at_once):
             rows = slice(start, min(start + at_once, len(images)))
@@ -201,9 +201,8 @@ def _collect(metrics: Sequence[Metric], parts: Sequence[_Part], names: list[str]
         for c, i in values.isnan().nonzero().tolist():
             why = "the model's logits are not finite" if usable[c, i] else "the attribution is not finite"
             scores.errors.append(ScoreError(metric.name, None if single else c, i, names[i], why))
-        details = {
-            name: torch.cat([d[name] for _, d in outcomes], dim=1) for name in (outcomes[0][1] if outcomes else ())
-        }
+        detailed = outcomes[0][1] if outcomes else {}
+        details = {name: torch.cat([d[name] for _, d in outcomes], dim=1) for name in detailed}
         scores.by_metric[metric.name] = values[0] if single else values
         scores.details[metric.name] = {name: t[0] if single else t for name, t in details.items()}
     return scores

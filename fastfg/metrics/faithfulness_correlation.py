@@ -105,9 +105,7 @@ class FaithfulnessCorrelation(Metric):
 
     def _subsets(self, subjects: Subjects, image: int, P: int) -> Tensor:
         if self.subsets is None:
-            size = self.subset_size
-            if size is None:
-                size = 20 if P >= 100 else max(2, round(P / 5))
+            size = default_subset_size(P) if self.subset_size is None else self.subset_size
             if not 1 <= size <= P:
                 raise ValueError(f"faithfulness_correlation: expected subset_size from 1 to {P}, got {size}")
             random = generator(subjects.seed, subjects.keys[image], self.name)
@@ -124,6 +122,11 @@ class FaithfulnessCorrelation(Metric):
                 f"{int(given.max())}"
             )
         return given[:, :, index].long().cpu()
+
+
+def default_subset_size(n_patches: int) -> int:
+    """Patches in a subset: 20, or a fifth of a small grid's."""
+    return 20 if n_patches >= 100 else max(2, round(n_patches / 5))
 
 
 def draw_subsets(n_patches: int, n_trials: int, n_runs: int, size: int, random: torch.Generator) -> Tensor:
