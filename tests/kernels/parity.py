@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -198,13 +200,19 @@ def test_encode_topk_of_strided_inputs():
     )
 
 
-@pytest.mark.parametrize("rising", [False, True])
-def test_encode_topk_ties_go_to_the_lowest_index(rising):
-    """Whole numbers, so that every sum is exact; rising ones, so that every panel beats all before it."""
-    T, d, F, k = 3, 16, 1500, 20
+@pytest.mark.parametrize("k", [1, 20, 200])
+@pytest.mark.parametrize("order", ["none", "by index", "as visited"])
+def test_encode_topk_ties_go_to_the_lowest_index(order, k):
+    """Whole numbers, so that every sum is exact; rising as tiles are visited, so that lists overflow."""
+    T, d, F, BLOCK_F = 3, 16, 1500, 64
+    tiles = -(-F // BLOCK_F)
+    turn = torch.empty(tiles, dtype=torch.long)
+    turn[torch.arange(tiles) * encode_topk.spread(tiles) % tiles] = torch.arange(tiles)
+    rank = turn[torch.arange(F) // BLOCK_F] if order == "as visited" else torch.arange(F) // 7
     x = torch.ones(T, d, device=DEVICE)
-    W_enc = (draw(d, F).round() if not rising else torch.zeros(d, F, device=DEVICE)).contiguous()
-    b_enc = torch.arange(F, device=DEVICE).div(7, rounding_mode="floor").float() if rising else draw(F).round()
+    x[1] = 0  # of this token all are equal where nothing rises
+    W_enc = draw(d, F).round()
+    b_enc = torch.zeros(F, device=DEVICE) if order == "none" else 50.0 * rank.to(DEVICE)
     values, indices = encode_topk.encode_topk(x, W_enc, b_enc, None, k)
     expected = reference.encode_topk(x.double(), W_enc.double(), b_enc.double(), None, k)
     assert torch.equal(values.double(), expected[0])
@@ -234,11 +242,33 @@ def test_encode_topk_of_no_tokens():
     assert values.shape == indices.shape == (0, 13)
 
 
-@pytest.mark.parametrize(("d", "F", "k"), [(768, 49152, 128), (1024, 32768, 32), (192, 12288, 64)])
+SAES = [(768, 49152, 128), (1024, 32768, 32), (192, 12288, 64), (768, 24576, 1), (768, 16384, 4096)]
+
+
+@pytest.mark.parametrize(("d", "F", "k"), SAES[:3])
 def test_encode_topk_lists_take_a_twentieth_of_dense_codes(d, F, k):
-    capacity, panel = encode_topk.panel_sizes(d, F, k, BLOCK_F=128, itemsize=2)
-    assert 8 * capacity + 2 * d + 8 <= 0.05 * 4 * F
-    assert k + panel <= capacity
+    capacity = encode_topk.list_length(d, F, k, BLOCK_F=128, itemsize=2)
+    assert 8 * capacity + 2 * d + 12 <= 0.05 * 4 * F
+
+
+@pytest.mark.parametrize("BLOCK_F", [64, 256])
+@pytest.mark.parametrize(("d", "F", "k"), SAES)
+def test_encode_topk_panels_fit_whatever_the_order_of_features(d, F, k, BLOCK_F):
+    """Few panels, and none of them adds more than a list has room for."""
+    capacity, tiles = encode_topk.list_length(d, F, k, BLOCK_F, itemsize=2), F // BLOCK_F
+    panels = encode_topk.panels(F, k, capacity, BLOCK_F)
+    assert (panels[0], panels[-1][1]) == ((0, capacity // BLOCK_F), tiles)
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(panels))
+    assert len(panels) <= 8 or k > F // 8
+    order = torch.arange(tiles) * encode_topk.spread(tiles) % tiles
+    assert order.unique().numel() == tiles
+    noise, rising = torch.randn(F, generator=torch.Generator().manual_seed(0)), torch.arange(F) / F
+    nested = 3.0 * (torch.arange(F) < 2048)
+    for pre in (noise, noise + 2 * rising, noise - 2 * rising, noise + nested):
+        visited = pre.view(tiles, BLOCK_F)[order]
+        for first, last in panels[1:]:
+            kth = visited[:first].flatten().topk(k).values[-1]
+            assert k + (visited[first:last] > kth).sum() <= capacity
 
 
 # encode_project -------------------------------------------------------------------------------------------------
