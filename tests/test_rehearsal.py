@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SHARES = (("training",), ("rules",))  # a process each, of about the same length
+SHARES = (("attribution",), ("evaluation", "training", "rules"))  # a process each, of about the same length
 COMPILER = os.environ.get("CXX", "c++")
 
 
