@@ -23,7 +23,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     torch.Size([2, 4, 192])
     """
     adapter = adapt(model)
-    check_images(images, adapter.in_chans, adapter.parameter.dtype)
+    check_images(images, adapter.in_chans, adapter.parameter)
     adapter.grid((images.shape[-2], images.shape[-1]))
     missing = [layer for layer in layers if not 0 <= layer < len(adapter.blocks)]
     if missing:

@@ -91,9 +91,7 @@ def _check(
     baselines: Sequence[str],
 ) -> None:
     parameter = adapter.parameter
-    check_images(images, adapter.in_chans, parameter.dtype)
-    if images.device != parameter.device:
-        raise ValueError(f"images: expected them on {parameter.device}, as the model is, got {images.device}")
+    check_images(images, adapter.in_chans, parameter)
     if not configs:
         raise ValueError("gate: expected a Gate, None or a list with at least one of them, got an empty list")
     check_gates(configs, adapter)

@@ -15,15 +15,18 @@ from fastfg.types import Gate
 Target = int | Sequence[int] | Tensor | None
 
 
-def check_images(images: Any, in_chans: int | None, dtype: torch.dtype | None) -> None:
-    """``images`` are a finite floating tensor [B, in_chans, H, W] of the model's dtype."""
+def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) -> None:
+    """``images`` are a finite floating tensor [B, in_chans, H, W], of the dtype and on the device of ``parameter``."""
     channels = "C" if in_chans is None else in_chans
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
     if images.ndim != 4 or in_chans not in (None, images.shape[1]):
         raise ValueError(f"images: expected [B, {channels}, H, W], got {list(images.shape)}")
+    dtype = None if parameter is None else parameter.dtype
     if not images.is_floating_point() or dtype not in (None, images.dtype):
         raise TypeError(f"images: expected {dtype or 'a floating dtype'}, as the model has, got {images.dtype}")
+    if parameter is not None and images.device != parameter.device:
+        raise ValueError(f"images: expected them on {parameter.device}, as the model is, got {images.device}")
     finite = images.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()

@@ -43,7 +43,7 @@ def evaluate(
 
     Args:
         model: a model of a known family, or any callable ``images -> logits`` [n, classes].
-        images: [B, C, H, W], the model's own input, after preprocessing.
+        images: [B, C, H, W], the model's own input, after preprocessing, on the model's device.
         maps: [B, gh, gw], or [C, B, gh, gw] for several attributions of the same images.
         target: the explained classes (``result.target``): an int, one an image, or None for the predicted ones.
         metrics: names of :data:`fastfg.metrics.METRICS`.
@@ -140,8 +140,7 @@ def _check(
     """The maps as float64 [C, B, gh, gw] on the CPU, after all arguments were looked at."""
     if adapter is None and not callable(model):
         raise TypeError(f"model: expected a model or a callable images -> logits, got {type(model).__name__}")
-    dtype = adapter.parameter.dtype if adapter else None
-    check_images(images, adapter.in_chans if adapter else None, dtype)
+    check_images(images, adapter.in_chans if adapter else None, adapter.parameter if adapter else None)
     B = len(images)
     if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim not in (3, 4):
         got = f"{maps.dtype} {list(maps.shape)}" if isinstance(maps, Tensor) else type(maps).__name__

@@ -82,7 +82,11 @@ def fitting_batch(path: Path, images: Tensor, limit: int | None) -> int:
         return limit
     torch.cuda.reset_peak_memory_stats(images.device)
     before = torch.cuda.memory_allocated(images.device)
-    path.whole(images[:1].expand(PROBE, -1, -1, -1))
+    try:
+        path.whole(images[:1].expand(PROBE, -1, -1, -1))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return PROBE // 2  # and the engine goes on from there
     each = (torch.cuda.max_memory_allocated(images.device) - before) / PROBE
     free = torch.cuda.mem_get_info(images.device)[0] + torch.cuda.memory_reserved(images.device) - before
-    return max(1, min(limit, int(0.8 * free / each)))
+    return max(1, min(limit, int(0.8 * free / max(each, 1))))  # 0 from an allocator that keeps no statistics

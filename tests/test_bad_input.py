@@ -22,6 +22,7 @@ def refuses(error, *parts):
         (lambda x: x.numpy(), TypeError, ("images: expected a tensor", "got ndarray")),
         (lambda x: x.float(), TypeError, ("images: expected torch.float64", "got torch.float32")),
         (lambda x: (x * 255).byte(), TypeError, ("images: expected torch.float64", "got torch.uint8")),
+        (lambda x: x.to("meta"), ValueError, ("images: expected them on cpu, as the model is", "got meta")),
         (lambda x: x[..., :40], ValueError, ("images: expected 32 x 48 pixels", "got 32 x 40")),
         (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), ValueError, ("finite pixels", "image(s) [1]")),
     ],

@@ -68,7 +68,7 @@ def one_a_row(number: float | Tensor, shape: torch.Size, device: torch.device) -
     """``number``, or a tensor that broadcasts against ``shape`` [..., 1], as a flat float32 tensor."""
     if not isinstance(number, Tensor):
         return torch.full(shape, number, dtype=torch.float32, device=device).reshape(-1)
-    return number.to(device, torch.float32).expand(shape).reshape(-1)
+    return number.to(device, torch.float32).expand(shape).reshape(-1).contiguous()  # it may be one number, expanded
 
 
 def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor) -> Tensor:

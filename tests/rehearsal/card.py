@@ -1,0 +1,189 @@
+"""A rehearsal of the GPU: tensors that say ``cuda:0``, keep CUDA's rules about devices, and compute on the CPU.
+
+``plugin`` makes torch believe in a card before it is first imported. A tensor on it is a wrapper (:class:`OnCard`)
+around a CPU tensor. Each op first looks whether CUDA would take these arguments, then runs on what is wrapped.
+Dispatch, autocast and autograd are torch's own, as for a real card: the keys are CUDA's, and the backward pass runs in
+the device's own thread. Triton kernels run under the interpreter, their host code on tensors of the card. There is no
+way back: use a process of its own.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+CARD = torch.device("cuda", 0)
+TOTAL = 80 * 2**30  # bytes of memory
+memory = {"free": TOTAL, "allocated": 0, "peak": 0}  # what torch.cuda answers; set by the tests
+
+aten = torch.ops.aten
+COPIES = {aten._to_copy, aten.copy_}  # the only ways from one device to another
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
+NUMBERS = INDEXING | {aten.fill, aten.fill_}  # take a number of the CPU, as what is done to each entry alone does
+LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+class OnCard(Tensor):
+    """``under``, a CPU tensor, as a tensor on the card."""
+
+    under: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # no type of its own to Python code
+
+    @staticmethod
+    def __new__(cls, under: Tensor) -> OnCard:
+        options = {"strides": under.stride(), "storage_offset": under.storage_offset(), "dtype": under.dtype}
+        made = Tensor._make_wrapper_subclass(cls, under.shape, device=CARD, **options)
+        made.under = under
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._can_decompose():  # it comes whole from within a Triton op, below autograd
+            return func.decompose(*args, **kwargs)
+        check(func, args, kwargs)
+        if func.namespace == "fastfg_triton":  # as it is registered; its host code goes on with tensors of the card
+            return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
+        if func is aten._scaled_mm.default:
+            return OnCard(scaled_mm(*tree_map_only(OnCard, below, args), **tree_map_only(OnCard, below, kwargs)))
+        where = kwargs.get("device")
+        if where is not None:
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        with torch.inference_mode(False):  # a wrapper made there could be no view of one from outside
+            out = func(*tree_map_only(OnCard, below, args), **tree_map_only(OnCard, below, kwargs))
+            if where is not None and where.type == "cpu":
+                return out
+            given = {id(below(t)): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnCard(t), out)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def tolist(self) -> Any:
+        return self.under.tolist()  # torch's own does not know wrappers
+
+    def __repr__(self) -> str:
+        return f"OnCard({self.under!r})"
+
+
+def below(t: Tensor) -> Tensor:
+    return t.under if isinstance(t, OnCard) else t
+
+
+def check(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise what CUDA raises where ``func`` doesn't take tensors of these devices, or this generator."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if func.overloadpacket in COPIES:
+        return
+    first = tensors[0]
+    if func.overloadpacket in INDEXING:
+        if not isinstance(first, OnCard) and any(isinstance(t, OnCard) for t in tree_leaves(args[1])):
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+        tensors = [t for t in tree_leaves((args[0], args[2:])) if isinstance(t, Tensor)]
+    numbers = torch.Tag.pointwise in func.tags or func.overloadpacket in NUMBERS
+    written = first if func._schema.is_mutable else None
+    strays = [t for t in tensors if not isinstance(t, OnCard) and not (numbers and t.ndim == 0 and t is not written)]
+    if strays:
+        shapes = [list(t.shape) for t in strays]
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func} "
+            f"got {shapes} on the CPU)"
+        )
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: None, scale_result: None, out_dtype: torch.dtype
+) -> Tensor:
+    """``torch._scaled_mm`` with a scale each row and column, and what a card wants of its arguments."""
+    if not (a.is_contiguous() and b.mT.is_contiguous()):
+        raise RuntimeError("_scaled_mm: expected a row-major and a column-major factor")
+    if b.shape[0] % 16 or b.shape[1] % 16:
+        raise RuntimeError(f"_scaled_mm: expected sides that are multiples of 16, got {list(b.shape)}")
+    for scale, shape in ((scale_a, [len(a), 1]), (scale_b, [1, b.shape[1]])):
+        if list(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
+            raise RuntimeError(f"_scaled_mm: expected contiguous float32 scales {shape}, got {list(scale.shape)}")
+    if out_dtype != torch.bfloat16:
+        raise RuntimeError("_scaled_mm: only bfloat16 comes out of a product scaled by rows")
+    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+
+
+# Putting it in ------------------------------------------------------------------------------------------------------
+
+
+def insert_card() -> None:
+    """From now on torch has the card; ``card.cpp`` was loaded before torch was (see ``plugin``)."""
+    if torch.accelerator.current_accelerator() != torch.device("cuda"):
+        raise RuntimeError("the card came too late: torch had looked for one already")
+    import tests.kernels.tools  # noqa: F401  chooses the interpreter, as there is no card yet
+
+    LIBRARY.impl("empty.memory_format", _empty, "CUDA")  # all factories are made of these two
+    LIBRARY.impl("empty_strided", _empty_strided, "CUDA")
+    LIBRARY.impl("copy_", _copy, "CUDA")  # of torch.tensor, which passes by what is made in Python
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to("cuda"): its data are of another type
+    _answer_as_a_card()
+    _launch_from_the_card()
+
+
+def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
+    return OnCard(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format, device="cpu"))
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Tensor:
+    return OnCard(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+
+def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    below(to).copy_(below(source))
+    return to
+
+
+def _answer_as_a_card() -> None:
+    """What fastfg asks ``torch.cuda``, as an H100 answers."""
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=TOTAL, multi_processor_count=132
+    )
+
+    def peaks(device: Any = None) -> None:
+        memory["peak"] = memory["allocated"]
+
+    answers: dict[str, Any] = {
+        "_lazy_init": lambda: None,
+        "_exchange_device": lambda index: 0,
+        "_maybe_exchange_device": lambda index: 0,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda device=None: None,
+        "mem_get_info": lambda device=None: (memory["free"], TOTAL),
+        "memory_allocated": lambda device=None: memory["allocated"],
+        "memory_reserved": lambda device=None: memory["allocated"],
+        "max_memory_allocated": lambda device=None: memory["peak"],
+        "reset_peak_memory_stats": peaks,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+
+
+def _launch_from_the_card() -> None:
+    """Triton's interpreter takes the card's tensors, and those alone, as its launcher does."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def launch_from_the_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        for i, given in enumerate(args):
+            if isinstance(given, Tensor) and not isinstance(given, OnCard):
+                raise ValueError(f"Pointer argument (at {i}) cannot be accessed from Triton (cpu tensor?)")
+        launch(self, *map(below, args), **{name: below(given) for name, given in kwargs.items()})
+
+    GridExecutor.__call__ = launch_from_the_card

@@ -1,0 +1,64 @@
+"""Sparse autoencoders on the card: training, files, and reports made of what comes from there; run by
+test_rehearsal.py.
+"""
+
+import pytest
+import torch
+
+import fastfg
+from fastfg.report.overlay import displayed, save_overlay
+from fastfg.sae.train import report
+from tests.rehearsal.card import OnCard
+from tests.sae.test_train import sparse_data
+from tests.tools import ACTIVATIONS, random_sae, tiny_vit
+
+
+def test_training_is_that_on_the_cpu():
+    x, _ = sparse_data(T=4000)
+    options = {"n_features": 512, "k": 3, "epochs": 1, "batch_size": 256, "lr": 1e-3}
+    sae, made = fastfg.train_sae(x, **options)
+    kept = x.cuda()
+    there, found = fastfg.train_sae(kept, **options)
+    for name, weight in sae.state_dict().items():
+        assert isinstance(there.state_dict()[name], OnCard)
+        torch.testing.assert_close(there.state_dict()[name].cpu(), weight, rtol=1e-3, atol=1e-4)
+    assert found.explained_variance == pytest.approx(made.explained_variance, abs=1e-4)
+    assert (found.tokens, found.steps, found.revived) == (made.tokens, made.steps, made.revived)
+    assert found.revived > 0
+    assert torch.equal(kept.cpu(), x)
+    assert report(there, x.cuda()[-400:]).l0 == pytest.approx(report(sae, x[-400:]).l0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_files_and_methods(activation, tmp_path):
+    sae = random_sae(32, 100, activation, normalize="layer_norm", **ACTIVATIONS[activation])
+    x = torch.randn(7, 32, dtype=torch.float64)
+    sae.save(tmp_path / "layer_1")
+    loaded = fastfg.load_saes(tmp_path)[1]
+    assert loaded.W_enc.device.type == "cpu"
+    loaded = loaded.to("cuda")
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.device == torch.device("cuda:0")
+        assert torch.equal(tensor.cpu(), sae.state_dict()[name])
+    torch.testing.assert_close(loaded(x.cuda()).cpu(), sae(x), rtol=1e-9, atol=1e-9)
+    for part, exact in zip(loaded.encode_sparse(x.cuda()), sae.encode_sparse(x), strict=True):
+        torch.testing.assert_close(part.cpu(), exact, rtol=1e-9, atol=1e-9)
+
+
+def test_an_sae_made_of_weights_on_the_card():
+    W = torch.randn(8, 20).cuda()
+    sae = fastfg.SparseAutoencoder(W, W.new_zeros(20), W.mT, W.new_zeros(8), "batch_topk", threshold=0.5)
+    assert sae.threshold.device == torch.device("cuda:0")
+    assert (sae.encode(W.mT) >= 0).all()
+
+
+def test_pictures(tmp_path):
+    model, images = tiny_vit(dtype=torch.float32), torch.randn(2, 3, 32, 48)
+    expected = fastfg.attribute(model, images)
+    save_overlay(tmp_path / "cpu.png", displayed(images[0], None, None), expected.heatmap((32, 48))[0])
+    found = fastfg.attribute(model.cuda(), images.cuda(), backend="reference")
+    save_overlay(tmp_path / "card.png", displayed(images[0].cuda(), None, None), found.heatmap((32, 48))[0])
+    from PIL import Image
+
+    ours, theirs = (torch.tensor(list(Image.open(tmp_path / f"{n}.png").tobytes())).int() for n in ("card", "cpu"))
+    assert int((ours - theirs).abs().max()) <= 1
