@@ -10,7 +10,7 @@ import torch
 
 import fastfg
 from fastfg.models.timm import import_timm
-from tests.tools import tiny_vit
+from tests.tools import installed, tiny_vit
 
 import_timm()
 torch.set_num_threads(2)
@@ -34,7 +34,7 @@ def digits_model(request):
 
     from fastfg.data import load_digits
 
-    pixels, labels = load_digits()
+    pixels, labels = installed(load_digits)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     pixels, labels = pixels[order], labels[order]
     torch.manual_seed(0)
