@@ -11,7 +11,7 @@ import torch
 
 from bench.ceilings import Ceilings
 from bench.clock import Clock, StandIn
-from bench.runner import Benchmark, Session
+from bench.runner import Benchmark, Session, error
 from bench.suite import Case, Provider, Suite, Work, direct
 from fastfg.dispatch import BackendError
 from fastfg.report.bench import read_lines, report
@@ -52,6 +52,10 @@ def refuse(x):
     raise BackendError("backend: not on Sundays")
 
 
+def exhaust(x):
+    raise torch.OutOfMemoryError("not even one more byte")
+
+
 def doubled():
     """A suite of one op, ``2 x``, with ways of doing it that are right, wrong, or not there."""
     return Suite(
@@ -64,6 +68,7 @@ def doubled():
             "NaN": Provider(direct(lambda x: x * torch.nan)),
             "a part": Provider(direct(lambda x: x), bar="part"),
             "refusing": Provider(direct(refuse)),
+            "too large": Provider(direct(exhaust)),
             "absent": Provider(direct(refuse), why_not=lambda case, device: f"nothing for {case.T} on a {device}"),
         },
         arguments=lambda case, device: (case.generator(device)(case.T, 3),),
@@ -116,6 +121,19 @@ def test_a_part_is_not_checked_and_has_no_floor(bench):
 def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
     with pytest.raises(pytest.skip.Exception, match=f"{provider}: {reason}"):
         bench(provider)
+
+
+def test_what_does_not_fit_is_let_go_of_before_it_is_skipped(bench):
+    with pytest.raises(pytest.skip.Exception, match="too large: out of memory") as skipped:
+        bench("too large")
+    assert skipped.value.__context__ is None  # the error, whose frames hold what had been made
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_result_on_the_cpu_is_compared_too():
+    x = torch.randn(3)
+    assert error((x,), (x.double().cuda(),)) == 0
 
 
 def test_no_line_without_a_folder(tmp_path, monkeypatch):
