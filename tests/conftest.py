@@ -14,6 +14,7 @@ from tests.tools import installed, tiny_vit
 
 import_timm()
 torch.set_num_threads(2)
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32 here: a convolution in TF32 keeps three digits of it
 
 
 @pytest.fixture
