@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,23 @@ def test_one_suite_as_a_process(tmp_path, plugin):
     assert line["torch"] == torch.__version__
     assert all(line[key] for key in ("commit", "date", "device", "threads", "fastfg"))
     assert "| reference |" in report(read_lines(tmp_path))
+
+
+def test_the_shapes_that_have_a_target_are_found():
+    """``gpu.sh`` names them in words of pytest's -k: of every suite but ``gate``, which has none."""
+    targets = re.search(r'^targets="(.+)"$', (ROOT / "bench" / "gpu.sh").read_text(), re.MULTILINE)[1]
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--size", "full", "--collect-only", "-k"]
+    done = subprocess.run(
+        [*command, f"bfloat16 and ({targets})", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = set(re.findall(r"::test_(\w+)\[", done.stdout))
+    assert found == {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} - {"gate"}
+    for word in targets.split(" or "):
+        assert f"{word}-" in done.stdout, word
 
 
 def refuse(x):
