@@ -3,8 +3,8 @@
 #   bench/gpu.sh [FOLDER]     lines go to FOLDER/<device>/ (default: bench/results), logs to FOLDER/<device>/logs/
 # Every part takes less than ten minutes; one that fails doesn't stop the others. What matters most comes first: is it
 # right, then the shapes that have a target, then all the rest. Started again, it goes on with the parts that have not
-# succeeded yet (FORCE=1: with all of them). ONLY="attribute memory" runs these parts alone. LIMIT=570 stops after so
-# many seconds, in the middle of a part too, for a machine that is lent by the command: start it again to go on.
+# come to their end yet, and names those that failed (FORCE=1: with all of them). ONLY="attribute memory" runs these
+# parts alone. LIMIT=570 stops after so many seconds, in the middle of a part too: where a command may not take longer.
 # Nothing is fetched: fastfg is built and installed from this checkout, with whatever torch, timm and pytest are there.
 # FASTFG_COMMIT names the commit in the lines where the checkout came without its history.
 set -uo pipefail
@@ -17,27 +17,30 @@ mkdir -p "$logs"
 failed=0
 
 part() { # NAME COMMAND...
-  local name=$1 log=$logs/$1.log left=$((${LIMIT:-86400} - SECONDS)) start=$SECONDS; shift
+  local name=$1 log=$logs/$1.log left=$((${LIMIT:-86400} - SECONDS)) start=$SECONDS seconds code; shift
   [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $name "* ]] || return 0
-  if [ -z "${FORCE:-}" ] && [ "$(tail -n 1 "$log" 2>/dev/null)" = "== done" ]; then
-    echo "== $name: done before"
-    return 0
+  if [ -z "${FORCE:-}" ]; then
+    case $(tail -n 1 "$log" 2>/dev/null) in
+      "== done") echo "== $name: done before"; return 0 ;;
+      "== failed") echo "== $name: FAILED before ($log; FORCE=1 runs it again)"; failed=1; return 1 ;;
+    esac
   fi
   if ((left < 20)); then
-    echo "== $name: not started, no time is left"
-    failed=1
-    return 1
+    echo "== $name: not started, no time is left"; failed=1; return 1
   fi
   echo "== $name"
-  if timeout --kill-after 5 $((left < 590 ? left : 590)) "$@" >"$log" 2>&1; then
-    tail -n 5 "$log"
-    echo "   in $((SECONDS - start)) s"
-    echo "== done" >>"$log"
-  else
-    echo "FAILED: $name (exit code $? after $((SECONDS - start)) s; $log)" && tail -n 30 "$log"
-    failed=1
-    return 1
+  seconds=$((left < 590 ? left : 590))
+  timeout --kill-after 5 $seconds "$@" >"$log" 2>&1; code=$?
+  if [ $code = 0 ]; then
+    tail -n 5 "$log"; echo "   in $((SECONDS - start)) s"
+    printf '\n== done\n' >>"$log"
+    return 0
   fi
+  failed=1
+  echo "FAILED: $name (exit code $code after $((SECONDS - start)) s; $log)"; tail -n 30 "$log"
+  # stopped for the whole's limit, it has yet to come to its end
+  [ $seconds -lt 590 ] && [[ $code = 124 || $code = 137 ]] || printf '\n== failed\n' >>"$log"
+  return 1
 }
 
 install() { # MODE, of the native ops
