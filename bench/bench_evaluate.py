@@ -32,7 +32,12 @@ def arguments(case, device):
     images = photographs(case.B, case.patch * case.grid).to(device, DTYPES[case.dtype])
     gates = [None, *(fastfg.Gate((2, 3, 4), c_max=c, score="gradient_x_residual") for c in range(2, case.C + 1))]
     maps = fastfg.attribute(model, images, gate=gates, target=TARGET).maps
-    return model, images, maps, METRICS[case.metric]
+    return model, images, ranks(maps), METRICS[case.metric]
+
+
+def ranks(maps):
+    """Whole numbers of the maps' order, which is all that counts here: the same in any precision."""
+    return maps.flatten(2).argsort(-1).argsort(-1).unflatten(2, maps.shape[2:]).to(maps.dtype)
 
 
 def evaluate(path):
@@ -43,9 +48,9 @@ def evaluate(path):
 
 
 def run(path, model, images, maps, metrics):
-    scores = fastfg.evaluate(
-        model, images, maps, target=TARGET, metrics=metrics, baseline=FILL, path=path, keys=keys(images)
-    )
+    """In the model's own precision, as it is judged by: of a float32 model on a CUDA device that is not the default."""
+    options = {"target": TARGET, "metrics": metrics, "baseline": FILL, "path": path, "precision": "float32"}
+    scores = fastfg.evaluate(model, images, maps, keys=keys(images), **options)
     return tuple(scores.details[name][READ[name]] for name in scores)
 
 
@@ -150,6 +155,10 @@ def no_quantus(only):
     return why_not
 
 
+def many_images(case, device):
+    return f"{case.B} images take {case.B} times as long" if case.B > 1 else None
+
+
 def part(given):
     model, images, maps, metrics = given
     return model, images[:1], maps[:1, :1], metrics
@@ -173,7 +182,7 @@ def work(case):
 PROVIDERS = {
     "tokens": Provider(evaluate("tokens"), backend="auto"),
     "pixels": Provider(evaluate("pixels"), backend="auto"),
-    "one at a time": Provider(lambda *given: partial(one_at_a_time, *given), bar="whole"),
+    "one at a time": Provider(lambda *given: partial(one_at_a_time, *given), bar="whole", why_not=many_images),
     "Quantus, Pixel Flipping": Provider(quantus, bar="whole", why_not=no_quantus("pf")),
     "Quantus, whole patches": Provider(partial(quantus, whole_patches=True), bar="whole", why_not=no_quantus("pf")),
     "Quantus, Faithfulness Correlation": Provider(quantus, bar="part", why_not=no_quantus("fc")),
@@ -187,7 +196,13 @@ def vit(patch, grid, d, B, C, dtype="float32"):
 SUITE = Suite(
     "evaluate",
     small=vit(32, 4, 192, 1, 1),
-    full=[*vit(32, 7, 768, 1, 1), *vit(32, 7, 768, 1, 9)[:2], *vit(16, 14, 768, 1, 1)],
+    full=[
+        *vit(32, 7, 768, 1, 1),
+        *vit(32, 7, 768, 1, 9)[:2],
+        *vit(16, 14, 768, 1, 1),
+        *vit(32, 7, 768, 64, 3, "bfloat16")[2:],
+        *vit(16, 14, 768, 64, 1, "bfloat16")[2:],
+    ],
     providers=PROVIDERS,
     arguments=arguments,
     part=part,

@@ -6,7 +6,8 @@
     python -m bench.engine --memory 200        resident memory as that many images go by, three variants each
 
 Work is counted in multiply-adds of matrix products; time is compared with the model's own forwards of the same batch
-size, which are run in turn with the images. Weights are random, photographs and gates real.
+size, which are run in turn with the images, in the precision that ``evaluate`` chooses by itself: on a CUDA device
+that is bfloat16. Weights are random, photographs and gates real.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastfg
 from bench.bench_evaluate import FILL, METRICS, TARGET, evaluate, keys, one_at_a_time, quantus
+from bench.ceilings import measure
 from bench.photographs import photographs
 from bench.results import append
 from fastfg import metrics
@@ -35,6 +37,7 @@ from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
 from fastfg.models.tokens import Tokens
 from fastfg.path import BATCH_ON_CPU, BATCH_ON_GPU
+from fastfg.perturb import Precision
 
 
 def gates_of(n: int) -> dict[str, fastfg.Gate | None]:
@@ -49,8 +52,8 @@ def flops(run: Any, *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-def counted(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """A perturbed forward's multiply-adds, and what is done once a view, in forwards of the model."""
+def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
+    """A perturbed forward, and what is done once a view, in forwards of the model; and the operations of one such."""
     adapter = adapt(model)
     P = torch.Size(adapter.grid(tuple(images.shape[-2:]))).numel()
     with hold(model, adapter.flags):
@@ -60,7 +63,7 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float]:
         inputs = tokens.buffers(prepared, BATCH_ON_CPU)
         tokens.place(prepared, 0, torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device), inputs)
         one = flops(model, images[:1])
-        return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one
+        return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one, one
 
 
 class Pace:
@@ -69,6 +72,7 @@ class Pace:
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         n = BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU
         self.model, self.batch = model, images[:1].repeat(n, 1, 1, 1)
+        self.precision = Precision("bfloat16" if images.is_cuda else "float32", images.device)
         self.seconds: list[float] = []
         self.spent = 0.0  # in measuring
         self()
@@ -76,7 +80,8 @@ class Pace:
 
     def __call__(self) -> None:
         start = now(self.batch)
-        self.model(self.batch)
+        with self.precision():
+            self.model(self.batch)
         self.spent += now(self.batch) - start
         self.seconds.append((now(self.batch) - start) / len(self.batch))
 
@@ -97,15 +102,18 @@ def evaluate_cost(model: nn.Module, images: Tensor) -> dict[str, Any]:
         pace()
         return run(tokens, inputs)
 
+    def evaluate_all() -> fastfg.Scores:
+        return fastfg.evaluate(model, images, maps, target=1, keys=range(len(images)))
+
     with patch.object(Tokens, "run", in_turn):
         start = now(images)
-        scores = fastfg.evaluate(model, images, maps, target=1, keys=range(len(images)))
+        scores = evaluate_all()
         seconds = now(images) - start - pace.spent
-    one, once = counted(model, images)
+    one, once, operations = counted(model, images)
     B = len(images)
     work = (scores.forwards["run"] - B) * one + B * (1 + once)  # the unperturbed images go through whole
     rate = statistics.mean(pace.seconds)  # not the median: what disturbs the machine disturbs both
-    return {
+    found = {
         "path": scores.path,
         **scores.forwards,
         "work": work / scores.forwards["asked"],
@@ -113,6 +121,10 @@ def evaluate_cost(model: nn.Module, images: Tensor) -> dict[str, Any]:
         "model_seconds": rate,
         "time_over_work": seconds / (work * rate),
     }
+    if images.is_cuda:  # once more, undisturbed: the device lags behind the program, and being timed it may not
+        found["flops_per_second"] = work * operations / seconds_of(evaluate_all, images)
+        found["ceiling"] = measure("cuda").flops_per_second
+    return found
 
 
 def compare_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
@@ -148,7 +160,8 @@ def quantus_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
 def loop_difference(model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Scores of fastfg and of the loop that makes and runs one perturbed image at a time: the largest difference."""
     maps = fastfg.attribute(model, images, target=TARGET).maps
-    scores = fastfg.evaluate(model, images, maps, target=TARGET, baseline=FILL, keys=keys(images))
+    options = {"target": TARGET, "baseline": FILL, "precision": "float32"}  # the loop's, on any device
+    scores = fastfg.evaluate(model, images, maps, keys=keys(images), **options)
     impact, drop, curve = one_at_a_time(model, images, maps[None], list(scores))
     details = scores.details
     subsets = details["faithfulness_correlation"]["subsets"].flatten(1)

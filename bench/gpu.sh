@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA device and no network: build, check, and time everything that there is.
 #   bench/gpu.sh [FOLDER]     lines go to FOLDER/<device>/ (default: bench/results), logs to FOLDER/<device>/logs/
-# Every part takes less than ten minutes; one that fails doesn't stop the others. Started again, it goes on with the
-# parts that have not succeeded yet (FORCE=1: with all of them). ONLY="attribute memory" runs these parts alone.
+# Every part takes less than ten minutes; one that fails doesn't stop the others. What matters most comes first: is it
+# right, then the shapes that have a target, then all the rest. Started again, it goes on with the parts that have not
+# come to their end yet, and names those that failed (FORCE=1: with all of them). ONLY="attribute memory" runs these
+# parts alone. LIMIT=570 stops after so many seconds, in the middle of a part too: where a command may not take longer.
 # Nothing is fetched: fastfg is built and installed from this checkout, with whatever torch, timm and pytest are there.
 # FASTFG_COMMIT names the commit in the lines where the checkout came without its history.
 set -uo pipefail
@@ -15,41 +17,68 @@ mkdir -p "$logs"
 failed=0
 
 part() { # NAME COMMAND...
-  local name=$1 log=$logs/$1.log; shift
+  local name=$1 log=$logs/$1.log left=$((${LIMIT:-86400} - SECONDS)) start=$SECONDS seconds code; shift
   [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $name "* ]] || return 0
-  if [ -z "${FORCE:-}" ] && [ "$(tail -n 1 "$log" 2>/dev/null)" = "== done" ]; then
-    echo "== $name: done before"
-    return 0
+  if [ -z "${FORCE:-}" ]; then
+    case $(tail -n 1 "$log" 2>/dev/null) in
+      "== done") echo "== $name: done before"; return 0 ;;
+      "== failed") echo "== $name: FAILED before ($log; FORCE=1 runs it again)"; failed=1; return 1 ;;
+    esac
+  fi
+  if ((left < 20)); then
+    echo "== $name: not started, no time is left"; failed=1; return 1
   fi
   echo "== $name"
-  if timeout 590 "$@" >"$log" 2>&1; then
-    tail -n 5 "$log"
-    echo "== done" >>"$log"
-  else
-    echo "FAILED: $name (exit code $?; $log)" && tail -n 30 "$log"
-    failed=1
+  seconds=$((left < 590 ? left : 590))
+  timeout --kill-after 5 $seconds "$@" >"$log" 2>&1; code=$?
+  if [ $code = 0 ]; then
+    tail -n 5 "$log"; echo "   in $((SECONDS - start)) s"
+    printf '\n== done\n' >>"$log"
+    return 0
   fi
+  failed=1
+  echo "FAILED: $name (exit code $code after $((SECONDS - start)) s; $log)"; tail -n 30 "$log"
+  # stopped for the whole's limit, it has yet to come to its end
+  [ $seconds -lt 590 ] && [[ $code = 124 || $code = 137 ]] || printf '\n== failed\n' >>"$log"
+  return 1
 }
 
-part build "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+install() { # MODE, of the native ops
+  env FASTFG_BUILD="$1" "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+}
+export -f install; export python out
+# where no compiler serves, all but the native ops can go on without them
+part build bash -c 'install require' || part build-without-native bash -c 'install skip'
 part info "$python" -m fastfg.cli info
-part parity "$python" -m pytest -q tests/ops tests/kernels
+
+# a kernel is compiled by the CPU for each kind of shape, which is most of the time that these take
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(--numprocesses 8)
+part parity "$python" -m pytest -q "${workers[@]}" tests/ops tests/kernels --ignore tests/kernels/test_ahead_of_time.py
 part tests "$python" -m pytest -q -m gpu tests
-for file in bench/bench_*.py; do
-  suite=${file#bench/bench_}
-  part "${suite%.py}" "$python" -m pytest -q "$file" --size full --results "$out"
-done
-# what a whole evaluation costs beside the model alone, and 3 variants of 512 images, for 10,000 by extrapolation
+
+suites() { "$python" -m pytest -q --size full --results "$out" "$@"; }
 engine() { "$python" -m bench.engine --device cuda --results "$out" "$@"; }
-export -f engine; export python out
-part engine-16 bash -c 'engine --images 64 --gates 1 3 10'
+export -f suites engine
+targets="B64-P196 or B64-H12-N197 or B64-H12-N1370 or C1-B256-patch16 or C1-B1-patch16-grid14 or B16-N4097 or metricall"
+part targets bash -c "suites bench -k 'bfloat16 and ($targets)'"
+# what a whole evaluation costs beside the model alone, and 3 variants of 512 images, for 10,000 by extrapolation
 part engine-32 bash -c 'engine --model vit_base_patch32_224 --images 512 --gates 1 3'
+part engine-16 bash -c 'engine --images 64 --gates 1 3 10'
 part engine-loop bash -c 'engine --loop'
 if command -v compute-sanitizer >/dev/null; then
-  part sanitizer compute-sanitizer --error-exitcode 9 "$python" -m pytest -q tests/kernels/parity.py tests/kernels/parity_gated.py \
-    --noconftest -p no:cacheprovider -k "real_length or narrow or strided or configurations or run_to_run"
+  # without torch's own cache of memory each tensor has a place of its own, past whose end it is seen
+  part sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
+    tests/kernels/parity.py tests/kernels/parity_gated.py --noconftest -p no:cacheprovider \
+    -k "real_length or narrow or strided or configurations or run_to_run"
 else
   echo "== sanitizer: skipped, compute-sanitizer is not there"
 fi
-"$python" -m fastfg.cli bench report --results "$out/$device" | tee "$out/$device/report.md" || failed=1
+for suite in encode_topk attribute relevancy gated_relevancy project encode_project evaluate memory gate; do
+  # torch.compile takes seconds a shape: at 64 images alone
+  part "$suite" bash -c "suites bench/bench_$suite.py -k 'not compile or B64'"
+done
+
+"$python" -m fastfg.cli bench report --results "$out/$device" --out "$out/$device/report.md" || failed=1
+"$python" -m fastfg.cli bench report --results "$out/$device" --short || failed=1
 exit $failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import fastfg
@@ -50,6 +51,14 @@ def random_sae(d, F, activation, seed=0, normalize="none", subtract_b_dec=True, 
         subtract_b_dec=subtract_b_dec,
         **options,
     )
+
+
+def installed(load):
+    """What ``load`` reads from a wheel; where that is not installed the test is skipped, and names it."""
+    try:
+        return load()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def record(model, images, target=None):

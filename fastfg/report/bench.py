@@ -60,6 +60,27 @@ def report(lines: Iterable[Line]) -> str:
     return "\n".join(f"## {name}, {device}\n\n{tables(group)}" for (name, device), group in sorted(sections.items()))
 
 
+def summary(lines: Iterable[Line]) -> str:
+    """One table, a row a case: the fastest that is no bar, beside the best bar that does the same work."""
+    cases: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        cases.setdefault((line["name"], line["device"], _title(line)), []).append(line)
+    rows = [
+        "| suite | case | fastest | median | times as fast as | times its floor |",
+        "| --- | --- | --- |" + " ---: |" * 3,
+    ]
+    for (name, _, case), group in cases.items():
+        timed = sorted((line for line in group if line.get("median")), key=lambda line: line["median"])
+        ours = next((line for line in timed if not line.get("bar")), None)
+        if ours is None:
+            continue
+        best = next((line for line in timed if line.get("bar") == "whole"), None)
+        faster = "" if best is None else f"{_digits(best['median'] / ours['median'])}x {best['provider']}"
+        floor = "" if ours.get("floor_ratio") is None else f"{_digits(ours['floor_ratio'])}x"
+        rows.append(f"| {name} | {case} | {ours['provider']} | {_seconds(ours['median'])} | {faster} | {floor} |")
+    return "\n".join(rows) + "\n"
+
+
 def tables(lines: list[Line]) -> str:
     """One suite on one device: a table for each shape and dtype, with the providers that any of them has."""
     providers = list(dict.fromkeys(line["provider"] for line in lines))

@@ -68,6 +68,17 @@ def test_tables(results, tmp_path, capsys):
     assert "| bag | 16 ms" in capsys.readouterr().out
 
 
+def test_short(results, capsys):
+    """Bars and older lines have no rows of their own; a case that no one has timed has none at all."""
+    write(results, {"median": None, "peak_bytes": 1}, suite="memory")
+    assert main(["bench", "report", "--short", "--results", str(results)]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[2:] == [
+        "| project | B=2, P=196, float32 | cpp | 30 µs |  | 1.25x |",
+        "| project | B=2, P=196, float32 | cpp | 8 ms | 2x bag | 1.25x |",
+        "| project | B=8, P=196, float32 | cpp | 1.5 s |  | 1.25x |",
+    ]
+
+
 def test_into_markdown(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from bench.ceilings import Ceilings
 from bench.clock import Clock, StandIn
-from bench.runner import Benchmark, Session
+from bench.runner import Benchmark, Session, error
 from bench.suite import Case, Provider, Suite, Work, direct
 from fastfg.dispatch import BackendError
 from fastfg.report.bench import read_lines, report
@@ -48,8 +49,29 @@ def test_one_suite_as_a_process(tmp_path, plugin):
     assert "| reference |" in report(read_lines(tmp_path))
 
 
+def test_the_shapes_that_have_a_target_are_found():
+    """``gpu.sh`` names them in words of pytest's -k: of every suite but ``gate``, which has none."""
+    targets = re.search(r'^targets="(.+)"$', (ROOT / "bench" / "gpu.sh").read_text(), re.MULTILINE)[1]
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--size", "full", "--collect-only", "-k"]
+    done = subprocess.run(
+        [*command, f"bfloat16 and ({targets})", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = set(re.findall(r"::test_(\w+)\[", done.stdout))
+    assert found == {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")} - {"gate"}
+    for word in targets.split(" or "):
+        assert f"{word}-" in done.stdout, word
+
+
 def refuse(x):
     raise BackendError("backend: not on Sundays")
+
+
+def exhaust(x):
+    raise torch.OutOfMemoryError("not even one more byte")
 
 
 def doubled():
@@ -64,6 +86,7 @@ def doubled():
             "NaN": Provider(direct(lambda x: x * torch.nan)),
             "a part": Provider(direct(lambda x: x), bar="part"),
             "refusing": Provider(direct(refuse)),
+            "too large": Provider(direct(exhaust)),
             "absent": Provider(direct(refuse), why_not=lambda case, device: f"nothing for {case.T} on a {device}"),
         },
         arguments=lambda case, device: (case.generator(device)(case.T, 3),),
@@ -116,6 +139,19 @@ def test_a_part_is_not_checked_and_has_no_floor(bench):
 def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
     with pytest.raises(pytest.skip.Exception, match=f"{provider}: {reason}"):
         bench(provider)
+
+
+def test_what_does_not_fit_is_let_go_of_before_it_is_skipped(bench):
+    with pytest.raises(pytest.skip.Exception, match="too large: out of memory") as skipped:
+        bench("too large")
+    assert skipped.value.__context__ is None  # the error, whose frames hold what had been made
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_result_on_the_cpu_is_compared_too():
+    x = torch.randn(3)
+    assert error((x,), (x.double().cuda(),)) == 0
 
 
 def test_no_line_without_a_folder(tmp_path, monkeypatch):

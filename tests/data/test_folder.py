@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from fastfg.data import batches, find_images, load_cells, load_digits
+from tests.tools import installed
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_only_broken_files(folder):
 
 
 def test_the_digits():
-    pixels, labels = load_digits()
+    pixels, labels = installed(load_digits)
     assert pixels.shape == (5000, 1, 28, 28)
     assert labels.bincount().tolist() == [500] * 10
     assert pixels.amin() == 0
@@ -59,7 +60,7 @@ def test_the_digits():
 
 
 def test_the_cells():
-    cells = load_cells()
+    cells = installed(load_cells)
     assert len(cells.paths) == len(cells.probability) == 2624
     assert set(cells.kind) == {"mono", "poly"}
     assert min(cells.probability) == 0

