@@ -150,6 +150,8 @@ def test_gate_of_several_configurations():
     kappa, c_max = draw(4, 1, 1).exp(), draw(4, 1, 1, seed=1).exp()
     check(gate.gate, reference.gate, draw(2, 50), kappa, c_max)
     check(gate.gate, reference.gate, draw(4, 2, 50).transpose(0, 1), 0.7, draw(2, 1, 1, seed=1).exp())
+    one = torch.full((1, 1, 1), 0.7, device=DEVICE)  # for all images, as one number in memory
+    check(gate.gate, reference.gate, draw(1, 3, 50), one, one.expand(1, 3, 1))
 
 
 @pytest.mark.parametrize(
