@@ -307,8 +307,8 @@ def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Conf
     tensors, strides = (x, W_enc, b_enc, keys, count, threshold), (*x.stride(), *W_enc.stride(), *b_enc.stride())
     BLOCK = triton.next_power_of_2(capacity)
     num_warps = 1 if BLOCK <= 1024 else min(16, BLOCK // 512)  # one warp needs no barriers
+    order = (spread(tiles), tiles)
     for first, last in panels(F, k, capacity, BLOCK_F):
-        order = (spread(tiles), tiles)
         grid = (triton.cdiv(T, config["BLOCK_T"]), last - first)
         filter_kernel[grid](*tensors, T, d, F, capacity, first, *order, *strides, FILL=first == 0, **config)
         select_kernel[(T,)](
