@@ -5,7 +5,7 @@
         --size small|full            other than by device
         --save                       append a line a benchmark to bench/results/<device>/<suite>.jsonl
         --results DIR                ... to DIR/<device>/<suite>.jsonl
-    fastfg bench report              tables from these lines
+    python -m bench.report           tables from these lines
 
 A provider is timed only after its result has been compared with the reference in float64.
 """

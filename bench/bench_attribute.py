@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import fastfg
 from bench.eager import TARGET, authors_way, kept_maps, own
 from bench.suite import DTYPES, Case, Provider, Suite, Work, direct
-from fastfg.dispatch import BACKENDS
+from fastfg.ops.dispatch import BACKENDS
 from fastfg.models.timm import import_timm
 
 LAYERS = (2, 3, 4)

@@ -35,8 +35,8 @@ from fastfg import metrics
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
-from fastfg.models.tokens import Tokens
-from fastfg.path import BATCH_ON_CPU, BATCH_ON_GPU
+from fastfg.perturb.tokens import Tokens
+from fastfg.perturb.choose import BATCH_ON_CPU, BATCH_ON_GPU
 from fastfg.perturb import Precision
 
 

@@ -79,6 +79,6 @@ for suite in encode_topk attribute relevancy gated_relevancy project encode_proj
   part "$suite" bash -c "suites bench/bench_$suite.py -k 'not compile or B64'"
 done
 
-"$python" -m fastfg.cli bench report --results "$out/$device" --out "$out/$device/report.md" || failed=1
-"$python" -m fastfg.cli bench report --results "$out/$device" --short || failed=1
+"$python" -m bench.report --results "$out/$device" --out "$out/$device/report.md" || failed=1
+"$python" -m bench.report --results "$out/$device" --short || failed=1
 exit $failed

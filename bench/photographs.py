@@ -9,7 +9,7 @@ from torch import Tensor
 def photographs(n: int, side: int) -> Tensor:
     """[n, 3, side, side], normalised."""
     try:
-        from fastfg.data import load_cells
+        from fastfg.study.demo.cells import load_cells
 
         paths = load_cells().paths[:n]
     except FileNotFoundError:

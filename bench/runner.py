@@ -17,7 +17,7 @@ from bench import results
 from bench.ceilings import Ceilings, measure
 from bench.clock import Clock, peak
 from bench.suite import Case, Suite, cast
-from fastfg.dispatch import BackendError
+from fastfg.ops.dispatch import BackendError
 
 
 class WrongResultError(AssertionError):

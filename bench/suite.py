@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfg import ops, reference
-from fastfg.dispatch import BACKENDS, why_not
+from fastfg.ops.dispatch import BACKENDS, why_not
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-decoder": torch.float32}
 Arguments = tuple[Any, ...]

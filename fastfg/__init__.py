@@ -9,15 +9,15 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Attribution": "fastfg.types",
-    "FeatureGradient": "fastfg.feature_gradient",
+    "FeatureGradient": "fastfg.attribution.feature_gradient",
     "Gate": "fastfg.types",
     "Scores": "fastfg.types",
     "SparseAutoencoder": "fastfg.sae.model",
-    "attribute": "fastfg.attribution",
+    "attribute": "fastfg.attribution.attribute",
     "compare": "fastfg.study.comparison",
-    "evaluate": "fastfg.evaluation",
+    "evaluate": "fastfg.metrics.evaluate",
     "load_saes": "fastfg.sae.checkpoints",
-    "residuals": "fastfg.activations",
+    "residuals": "fastfg.attribution.residuals",
     "train_sae": "fastfg.sae.train",
 }
 _MODULES = ("data", "metrics", "models", "ops", "perturb", "reference", "report", "sae", "study")
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastfg.activations import residuals
-    from fastfg.attribution import attribute
-    from fastfg.evaluation import evaluate
-    from fastfg.feature_gradient import FeatureGradient
+    from fastfg.attribution.residuals import residuals
+    from fastfg.attribution.attribute import attribute
+    from fastfg.metrics.evaluate import evaluate
+    from fastfg.attribution.feature_gradient import FeatureGradient
     from fastfg.sae.checkpoints import load_saes
     from fastfg.sae.model import SparseAutoencoder
     from fastfg.sae.train import train_sae

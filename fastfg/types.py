@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BASELINES = ("rollout", "last_attention", "gradient_x_input")
-SCORES = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual")
+METHODS = ("rollout", "last_attention", "gradient_x_input")
+SCORE_KINDS = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Gate:
             raise ValueError(f"kappa: expected a number > 0, got {self.kappa}")
         if not 1 < self.c_max < float("inf"):
             raise ValueError(f"c_max: expected a number > 1, got {self.c_max}")
-        if self.score not in SCORES:
-            raise ValueError(f"score: expected one of {SCORES}, got {self.score!r}")
+        if self.score not in SCORE_KINDS:
+            raise ValueError(f"score: expected one of {SCORE_KINDS}, got {self.score!r}")
         if self.shuffle_seed is not None and self.score != "combined":
             raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
         if self.rescale and not self.needs_sae:
@@ -84,7 +84,7 @@ class Attribution:
             that does not gate that block: it has no score there.
         gates: {block: [B, P]} the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
         features: {block: Features}, empty unless ``features=n`` was asked for.
-        baselines: {name: [B, gh, gw]}, other ways of explaining that were asked for, from the same pass.
+        methods: {name: [B, gh, gw]}, other ways of explaining that were asked for, from the same pass.
     """
 
     maps: Tensor
@@ -93,7 +93,7 @@ class Attribution:
     scores: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Features] = field(default_factory=dict)
-    baselines: dict[str, Tensor] = field(default_factory=dict)
+    methods: dict[str, Tensor] = field(default_factory=dict)
 
     def heatmap(self, size: tuple[int, int]) -> Tensor:
         """The maps upsampled to ``size`` (height, width) bilinearly and scaled to 0..1 an image: [..., H, W].

@@ -33,7 +33,7 @@ def digits_model(request):
     """A ViT trained on real digits, its test images and their labels; trained once, then taken from the cache."""
     from safetensors.torch import load_file, save_file
 
-    from fastfg.data import load_digits
+    from tests.digits import load_digits
 
     pixels, labels = installed(load_digits)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,9 @@ from fastfg.models.timm import import_timm
 import_timm()
 
 MODULES = [
-    "fastfg.activations",
-    "fastfg.attribution",
-    "fastfg.evaluation",
+    "fastfg.attribution.residuals",
+    "fastfg.attribution.attribute",
+    "fastfg.metrics.evaluate",
     "fastfg.metrics.faithfulness_correlation",
     "fastfg.metrics.pixel_flipping",
     "fastfg.metrics.saco",

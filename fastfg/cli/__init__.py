@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from fastfg import __version__
-from fastfg.cli import attribute, bench, demo, evaluate, info
+from fastfg.cli import attribute, demo, evaluate, info
 from fastfg.cli.console import USER_ERRORS, complain
 
-COMMANDS = (demo, attribute, evaluate, info, bench)
+COMMANDS = (demo, attribute, evaluate, info)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
     import pandas as pd
 
-    from fastfg.attribution import attribute
+    from fastfg.attribution.attribute import attribute
     from fastfg.cli.model import Job
     from fastfg.models import adapt
     from fastfg.report.overlay import displayed, save_overlay

@@ -11,12 +11,12 @@ from fastfg.cli.console import add_command, console, say, tracker
 
 def add(commands: Any) -> None:
     from fastfg.cli.model import add_model_arguments
-    from fastfg.perturb.baselines import BASELINES
+    from fastfg.perturb.fills import FILLS
 
     command = add_command(commands, "evaluate", run, "Judge the maps of a folder's images by three metrics.")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="a folder of images, searched to the bottom")
     add_model_arguments(command)
-    command.add_argument("--baseline", choices=BASELINES, default="mean", help="what removed patches are filled with")
+    command.add_argument("--baseline", choices=FILLS, default="mean", help="what removed patches are filled with")
     command.add_argument("--patches-per-step", type=int, default=1, help="of Pixel Flipping")
     command.add_argument("--seed", type=int, default=0, help="of all that is random")
 

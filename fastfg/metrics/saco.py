@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastfg.metrics.metric import Metric, Outcome, as_float64, descending
 from fastfg.metrics.subjects import Subjects
-from fastfg.perturb.baselines import Baseline
+from fastfg.perturb.fills import Baseline
 
 IMPACTS = ("target", "max")
 

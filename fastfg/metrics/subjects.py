@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfg.perturb import Engine, PatchGrid, Readings, generator, make_fill
-from fastfg.perturb.baselines import Baseline
+from fastfg.perturb.fills import Baseline
 
 Answer = Callable[[], Readings]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fastfg.capture import Capture
+    from fastfg.attribution.capture import Capture
 
 CLASS_TOKEN = slice(0, 1)
 

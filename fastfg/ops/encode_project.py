@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.dispatch import run
+from fastfg.ops.dispatch import run
 from fastfg.ops.check import check_shapes
 
 

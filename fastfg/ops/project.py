@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.dispatch import run
+from fastfg.ops.dispatch import run
 from fastfg.ops.check import check_shapes
 
 

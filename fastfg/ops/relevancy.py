@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfg.dispatch import run
+from fastfg.ops.dispatch import run
 from fastfg.ops.check import check_identity, check_shapes
 
 

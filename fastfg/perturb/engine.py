@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfg.perturb.pixels import Path
+from fastfg.perturb.forward_path import ForwardPath
 from fastfg.perturb.readings import Readings
 
 VIEWS_AT_ONCE = 8  # views prepared in one go: what is prepared of them is in memory together
@@ -18,7 +18,7 @@ log = logging.getLogger("fastfg")
 
 
 @dataclass
-class Job:
+class Pending:
     """Masks of some views, waiting for their forwards."""
 
     images: Tensor  # [V, C, H, W]
@@ -40,10 +40,10 @@ class Engine:
         path: how perturbed images reach the model. batch_size: perturbed images a forward.
     """
 
-    def __init__(self, path: Path, batch_size: int) -> None:
+    def __init__(self, path: ForwardPath, batch_size: int) -> None:
         self.path, self.batch_size = path, batch_size
-        self.run = 0  # forwards run, an image each
-        self._jobs: list[Job] = []
+        self.forwards = 0  # forwards run, an image each
+        self._jobs: list[Pending] = []
         self._waiting = 0
 
     def logits(self, images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Engine:
                 self._halve(len(part), error)
                 continue
             start += len(part)
-        self.run += len(images)
+        self.forwards += len(images)
         return torch.cat(parts)
 
     def submit(self, images: Tensor, fills: list[Tensor], view: Tensor, target: Tensor, masks: Tensor) -> Readings:
@@ -76,7 +76,7 @@ class Engine:
             if low == high:
                 continue
             rows = slice(low, high)
-            part = Job(
+            part = Pending(
                 images[first:stop], fills[first:stop], view[rows] - first, target[rows], masks[rows], readings[rows]
             )
             self._jobs.append(part)
@@ -106,9 +106,9 @@ class Engine:
             start, job.done = stop, rows.stop
         self._jobs = [job for job in self._jobs if job.done < len(job.masks)]
         self._waiting -= n
-        self.run += n
+        self.forwards += n
 
-    def _take(self) -> list[tuple[Job, slice]]:
+    def _take(self) -> list[tuple[Pending, slice]]:
         """The rows of the next batch; nothing is counted as done before it is."""
         taken, room = [], self.batch_size
         for job in self._jobs:
@@ -119,7 +119,7 @@ class Engine:
                 break
         return taken
 
-    def _place(self, taken: list[tuple[Job, slice]], n: int) -> tuple[Tensor, ...]:
+    def _place(self, taken: list[tuple[Pending, slice]], n: int) -> tuple[Tensor, ...]:
         """The batch's perturbed inputs."""
         inputs: tuple[Tensor, ...] | None = None
         start = 0

@@ -140,9 +140,9 @@ class SparseAutoencoder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``sae.safetensors`` into ``folder`` (made if need be)."""
-        from fastfg.sae.checkpoints import fastfg
+        from fastfg.sae.checkpoints import own
 
-        fastfg.write(self, Path(folder))
+        own.write(self, Path(folder))
 
     @classmethod
     def load(cls, path: str | Path) -> SparseAutoencoder:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastfg.attribution import attribute
+from fastfg.attribution.attribute import attribute
 from fastfg.checks import Target
-from fastfg.evaluation import evaluate
+from fastfg.metrics.evaluate import evaluate
 from fastfg.models import Adapter
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Attribution, Gate, Scores

@@ -1,10 +1,10 @@
-"""``fastfg bench report`` on a made-up folder of results."""
+"""``python -m bench.report`` on a made-up folder of results."""
 
 import json
 
 import pytest
 
-from fastfg.cli import main
+from bench.report import main
 
 LINE = {
     "name": "project",
@@ -50,7 +50,7 @@ def results(tmp_path):
 
 def test_tables(results, tmp_path, capsys):
     out = tmp_path / "new" / "report.md"
-    assert main(["bench", "report", "--results", str(results), "--out", str(out)]) == 0
+    assert main(["--results", str(results), "--out", str(out)]) == 0
     text = out.read_text()
     assert text.index("## project, Card-1") < text.index("## project, cpu")
     assert "B=2, P=196, float32:" in text
@@ -64,14 +64,14 @@ def test_tables(results, tmp_path, capsys):
     assert "| cpp | 30 µs | 1.25x | 2 |" in text
     assert "cpu, commit abc1234, 2026-01-02, torch 2.13.0." in text
     assert "older" not in text
-    assert main(["bench", "report", "--results", str(results / "cpu")]) == 0  # one device's own folder
+    assert main(["--results", str(results / "cpu")]) == 0  # one device's own folder
     assert "| bag | 16 ms" in capsys.readouterr().out
 
 
 def test_short(results, capsys):
     """Bars and older lines have no rows of their own; a case that no one has timed has none at all."""
     write(results, {"median": None, "peak_bytes": 1}, suite="memory")
-    assert main(["bench", "report", "--short", "--results", str(results)]) == 0
+    assert main(["--short", "--results", str(results)]) == 0
     assert capsys.readouterr().out.strip().splitlines()[2:] == [
         "| project | B=2, P=196, float32 | cpp | 30 µs |  | 1.25x |",
         "| project | B=2, P=196, float32 | cpp | 8 ms | 2x bag | 1.25x |",
@@ -86,7 +86,7 @@ def test_into_markdown(results, tmp_path):
         "<!-- bench:cpu/project B=8 dtype=float32 -->\n<!-- /bench -->\nafter\n"
     )
     for _ in range(2):  # a second time changes nothing
-        assert main(["bench", "report", "--results", str(results), "--into", str(page)]) == 0
+        assert main(["--results", str(results), "--into", str(page)]) == 0
         text = page.read_text()
         everything, one = text.split("between")
         assert "old" not in everything
@@ -108,7 +108,7 @@ def test_into_markdown(results, tmp_path):
 def test_markers_that_find_nothing(results, tmp_path, capsys, page, message):
     file = tmp_path / "page.md"
     file.write_text(page)
-    assert main(["bench", "report", "--results", str(results), "--into", str(file)]) == 1
+    assert main(["--results", str(results), "--into", str(file)]) == 1
     assert message in capsys.readouterr().err
     assert file.read_text() == page
 
@@ -126,10 +126,10 @@ def test_markers_that_find_nothing(results, tmp_path, capsys, page, message):
 )
 def test_a_malformed_line_is_named(tmp_path, capsys, line, message):
     write(tmp_path, {}, line)
-    assert main(["bench", "report", "--results", str(tmp_path)]) == 1
+    assert main(["--results", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_an_empty_folder(tmp_path, capsys):
-    assert main(["bench", "report", "--results", str(tmp_path)]) == 1
+    assert main(["--results", str(tmp_path)]) == 1
     assert "error: results: expected lines of `pytest bench/ --save` in" in capsys.readouterr().err

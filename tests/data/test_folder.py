@@ -4,7 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastfg.data import batches, find_images, load_cells, load_digits
+from fastfg.data import batches, find_images
+from fastfg.study.demo.cells import load_cells
+from tests.digits import load_digits
 from tests.tools import installed
 
 

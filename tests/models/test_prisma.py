@@ -48,7 +48,7 @@ def recorded(hooked, images, target):
 
 @pytest.mark.parametrize("options", [{}, {"layer_norm_pre": True}, {"activation_name": "gelu_new"}], ids=str)
 def test_relevancy_of_hookedvits_own_patterns(options):
-    from fastfg.models.prisma import to_timm
+    from tests.models.to_timm import to_timm
 
     hooked = hooked_vit(**options)
     model = to_timm(hooked)
@@ -73,7 +73,7 @@ def test_relevancy_of_hookedvits_own_patterns(options):
 
 
 def test_variants_without_a_counterpart_are_refused():
-    from fastfg.models.prisma import to_timm
+    from tests.models.to_timm import to_timm
 
     with pytest.raises(ValueError, match=r"hooked.cfg.attn_only: expected False, got True"):
         to_timm(hooked_vit(attn_only=True))

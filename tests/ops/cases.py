@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from fastfg import ops
-from fastfg.dispatch import BACKENDS, why_not
+from fastfg.ops.dispatch import BACKENDS, why_not
 from fastfg.reference.encode import ACTIVATIONS, Activation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

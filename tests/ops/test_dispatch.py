@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from fastfg import dispatch, launch, native, ops
-from fastfg.dispatch import BACKENDS, OPS, BackendError, choose, why_not
+from fastfg import ops
+from fastfg.ops import dispatch, launch, native
+from fastfg.ops.dispatch import BACKENDS, OPS, BackendError, choose, why_not
 
 
 @pytest.fixture(autouse=True)

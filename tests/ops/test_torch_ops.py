@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastfg import launch, native, ops, reference
-from fastfg.dispatch import NAMESPACES, choose
-from fastfg.schema import as_reference, call, schema
+from fastfg import ops, reference
+from fastfg.ops import launch, native
+from fastfg.ops.dispatch import NAMESPACES, choose
+from fastfg.ops.schema import as_reference, call, schema
 from tests.ops.cases import LIVE, TYPICAL, cast, each, outputs, turned
 
 NATIVE = [(op, backend) for op, backend in LIVE if backend != "reference"]

@@ -47,7 +47,7 @@ def test_readings_belong_to_their_masks_and_batches_are_full(batch_size):
 
     engine = Engine(Pixels(forward, GRID), batch_size)
     check(submit_some(engine))
-    assert sum(sizes) == engine.run == 42
+    assert sum(sizes) == engine.forwards == 42
     assert all(size == batch_size for size in sizes[:-1])
 
 
@@ -62,7 +62,7 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
 
     engine = Engine(Pixels(forward, GRID), 15)
     check(submit_some(engine))
-    assert sum(sizes) == engine.run == 42
+    assert sum(sizes) == engine.forwards == 42
     assert set(sizes) <= {3, 1, 2}
     assert engine.batch_size == 3
     assert "7 perturbed images did not fit into memory: going on with 3" in caplog.text

@@ -8,7 +8,7 @@ import torch
 
 import fastfg
 from fastfg import ops
-from fastfg.types import BASELINES, SCORES
+from fastfg.types import METHODS, SCORE_KINDS
 from tests.models.families import FAMILIES, build
 from tests.rehearsal.card import OnCard
 from tests.test_attribution import assert_unchanged, state_of
@@ -20,7 +20,7 @@ ALL_GATES = [
     fastfg.Gate((1,), kappa=1.0, c_max=50.0),
     fastfg.Gate((1,), kappa=0.5, c_max=10.0),
     fastfg.Gate((1,), shuffle_seed=12345),
-    *(fastfg.Gate((1,), score=score) for score in SCORES[1:]),
+    *(fastfg.Gate((1,), score=score) for score in SCORE_KINDS[1:]),
 ]
 
 
@@ -60,8 +60,8 @@ def same_result(found, expected, rtol=1e-9):
     for block, features in expected.features.items():
         same(found.features[block].values, features.values, rtol)
         assert found.features[block].indices.tolist() == features.indices.tolist()
-    for name, baseline in expected.baselines.items():
-        same(found.baselines[name], baseline, rtol)
+    for name, baseline in expected.methods.items():
+        same(found.methods[name], baseline, rtol)
 
 
 MODELS = {
@@ -75,7 +75,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, identity):
     model, images, saes = given(**MODELS[name])
-    options = {"gate": [None, fastfg.Gate((1, 2))], "identity": identity, "baselines": BASELINES, "features": 3}
+    options = {"gate": [None, fastfg.Gate((1, 2))], "identity": identity, "methods": METHODS, "features": 3}
     expected = fastfg.attribute(model, images, saes=saes, **options)
     model, images, saes = to_card(model, images, saes)
     same_result(fastfg.attribute(model, images, saes=saes, **options), expected)
@@ -207,7 +207,7 @@ def test_all_is_left_as_it_was(fails):
         with pytest.raises(ValueError, match=r"saes\[1\]: expected width 32"):
             fastfg.attribute(model, images, saes={1: wrong}, gate=fastfg.Gate((1,)))
     else:
-        fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 2)), baselines=BASELINES)
+        fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 2)), methods=METHODS)
     assert_unchanged(before, state_of(model))
     assert all(p is q for p, q in zip(objects, model.parameters(), strict=True))
     assert torch.equal(images, kept)

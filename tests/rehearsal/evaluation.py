@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.perturb import BASELINES
+from fastfg.perturb import FILLS
 from tests.rehearsal import card
 from tests.test_attribution import assert_unchanged, state_of
 from tests.tools import random_sae, tiny_vit
@@ -48,7 +48,7 @@ def test_scores(path, pool):
 
 
 @pytest.mark.parametrize("path", ["tokens", "pixels"])
-@pytest.mark.parametrize("baseline", [*BASELINES, 0.3])
+@pytest.mark.parametrize("baseline", [*FILLS, 0.3])
 def test_baselines(baseline, path):
     model, images, maps = given()
     expected = judged(model, images, maps, baseline=baseline, path=path)

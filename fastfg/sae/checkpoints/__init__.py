@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastfg.sae.checkpoints import fastfg, prisma
+from fastfg.sae.checkpoints import own, prisma
 from fastfg.sae.model import SparseAutoencoder
 
-FORMATS = (fastfg, prisma)  # each: reads(folder) -> bool, read(folder) -> SparseAutoencoder, layer(config)
+FORMATS = (own, prisma)  # each: reads(folder) -> bool, read(folder) -> SparseAutoencoder, layer(config)
 BLOCK_IN_NAME = (r"(?:layers?|blocks?)[._-]?(\d+)", r"(\d+)")
 
 

@@ -1,10 +1,15 @@
-"""Tables from the benchmarks' JSON lines: a table a shape, a row a provider."""
+"""Markdown tables from the lines that ``pytest bench/ --save`` has written: one table per shape, one row per provider.
+
+``python -m bench.report`` prints them; ``--into docs/kernels.md`` rewrites the tables of a page.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +177,44 @@ def update(file: Path, lines: list[Line]) -> int:
     if updated != text:
         file.write_text(updated, encoding="utf-8")
     return count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m bench.report``; returns the exit code. A bad argument is one line, without a traceback."""
+    parser = argparse.ArgumentParser("python -m bench.report", description="Markdown tables from the benchmarks' lines.")
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of <device>/<suite>.jsonl")
+    parser.add_argument("--out", type=Path, help="file for the tables; they are printed where none is given")
+    parser.add_argument("--short", action="store_true", help="one table for all of it, one row per case")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="Markdown files whose tables between <!-- bench:[DEVICE/]SUITE [KEY=VALUE ...] --> and <!-- /bench --> "
+        "are rewritten",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        _write(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    lines = read_lines(arguments.results)
+    text = summary(lines) if arguments.short else report(lines)
+    for file in arguments.into:
+        print(f"{file}: {update(file, lines)} places up to date")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text, encoding="utf-8")
+        print(f"Wrote {arguments.out}")
+    elif not arguments.into:
+        print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from fastfg.data.wheels import wheel_file
+from fastfg.study.demo.wheels import wheel_file
 
 WHEEL = "elpv-dataset==1.0.0.post1"
 LICENCE = "ELPV solar cells (Deitsch et al. 2019), CC-BY-NC-SA 4.0: used here, not redistributed"

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from fastfg.schema import FAKES, schema
+from fastfg.ops.schema import FAKES, schema
 
 
 @functools.cache

@@ -114,7 +114,7 @@ def test_ties_are_broken_by_patch_index():
     np.testing.assert_allclose(scores.details["pixel_flipping"]["curve"][0], steps, rtol=1e-12)
 
 
-@pytest.mark.parametrize("baseline", [*fastfg.perturb.BASELINES, 0.3])
+@pytest.mark.parametrize("baseline", [*fastfg.perturb.FILLS, 0.3])
 def test_an_image_scores_the_same_in_any_batch(baseline):
     model = tiny_vit()
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}

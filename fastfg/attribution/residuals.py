@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from fastfg.checks import check_images
 from fastfg.models import Adapter, adapt
 from fastfg.models.adapter import resid_post
 from fastfg.models.hold import hold
+from fastfg.models.hooks import in_this_thread
 
 
 def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
@@ -29,14 +29,12 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     if missing:
         raise ValueError(f"layers: expected blocks from 0 to {len(adapter.blocks) - 1}, got {missing}")
     found: dict[int, Tensor] = {}
-    thread = threading.get_ident()  # another may run the same model
 
     def keep(block: int) -> None:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if threading.get_ident() == thread:
-                found[block] = resid_post(output)[:, adapter.num_prefix_tokens :].clone()
+            found[block] = resid_post(output)[:, adapter.num_prefix_tokens :].clone()
 
-        handles.append(adapter.blocks[block].register_forward_hook(hook))
+        handles.append(adapter.blocks[block].register_forward_hook(in_this_thread(hook)))
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfg.schema import FAKES, as_reference, schema
+from fastfg.ops.schema import FAKES, as_reference, schema
 
 LIBRARY = torch.library.Library("fastfg_triton", "DEF")
 

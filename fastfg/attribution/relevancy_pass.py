@@ -13,14 +13,14 @@ from fastfg.checks import check_width
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import attend, pooling_row, rollout
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.score import LayerScores
+from fastfg.attribution.patch_scores import PatchScores
 from fastfg.types import Attribution, Features, Gate
 
 
-class Stream:
+class RelevancyPass:
     """Relevancy's rows, and what goes into them, while the backward pass goes by.
 
-    :class:`fastfg.capture.Capture` calls ``on_residual`` and ``on_attention`` from the last block to the first.
+    :class:`fastfg.attribution.capture.Capture` calls ``on_residual`` and ``on_attention`` from the last block to the first.
     """
 
     def __init__(
@@ -32,15 +32,15 @@ class Stream:
         identity: str,
         backend: str,
         features: int,
-        baselines: Sequence[str],
+        methods: Sequence[str],
     ) -> None:
         self.adapter, self.grid, self.configs, self.saes = adapter, grid, configs, saes
         self.identity, self.backend, self.n_features = identity, backend, features
         self.layers = sorted({layer for config in configs if config is not None for layer in config.layers})
-        self.wanted = baselines
+        self.wanted = methods
         self.n_tokens = adapter.num_prefix_tokens + grid[0] * grid[1]
         self.rows: Tensor | None = None  # [C, B, N]
-        self.baselines: dict[str, Tensor] = {}  # each [B, N], or [B, P] of the pixels
+        self.methods: dict[str, Tensor] = {}  # each [B, N], or [B, P] of the pixels
         self.scores: dict[int, Tensor] = {}  # each [C, B, P]
         self.gates: dict[int, Tensor] = {}
         self.features: dict[int, Features] = {}
@@ -51,7 +51,7 @@ class Stream:
             if block in self.saes:
                 check_width(self.saes[block], x, block)
             first = self.adapter.num_prefix_tokens
-            source = LayerScores(x[:, first:], g[:, first:], self.saes.get(block), self.backend)
+            source = PatchScores(x[:, first:], g[:, first:], self.saes.get(block), self.backend)
             dtype = _working_dtype(x)
             shape = source.shape
             none, ones = torch.full(shape, torch.nan).to(x.device, dtype), torch.ones(shape).to(x.device, dtype)
@@ -87,7 +87,7 @@ class Stream:
                 self._on_last_block(q, k, scale)
             assert self.rows is not None
             if "rollout" in self.wanted:
-                self.baselines["rollout"] = rollout(self.baselines["rollout"].unsqueeze(0), q, k, scale)[0]
+                self.methods["rollout"] = rollout(self.methods["rollout"].unsqueeze(0), q, k, scale)[0]
             gates = None
             if number in self.gates:
                 gates = torch.ones_like(self.rows)
@@ -105,9 +105,9 @@ class Stream:
         row = self.adapter.first_row(self.n_tokens, _working_dtype(q), q.device).expand(q.shape[0], -1)
         self._start(row)
         if "rollout" in self.wanted:
-            self.baselines["rollout"] = row
+            self.methods["rollout"] = row
         if "last_attention" in self.wanted:
-            self.baselines["last_attention"] = attend(row.unsqueeze(0), q, k, scale)[0]
+            self.methods["last_attention"] = attend(row.unsqueeze(0), q, k, scale)[0]
 
     def _on_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """An attention-pooling head is met first: relevancy starts from its own row."""
@@ -116,7 +116,7 @@ class Stream:
         every_query = q.new_ones(1, q.shape[0], q.shape[2]) / q.shape[2]
         for name in ("rollout", "last_attention"):
             if name in self.wanted:
-                self.baselines[name] = self._with_prefix(attend(every_query, q, k, scale)[0])
+                self.methods[name] = self._with_prefix(attend(every_query, q, k, scale)[0])
 
     def _with_prefix(self, row: Tensor) -> Tensor:
         """``row`` [B, P or N] over all tokens: a pooling head may look at the patches alone."""
@@ -127,7 +127,7 @@ class Stream:
         gh, gw = self.grid
         product = (images * gradient).to(_working_dtype(images)).sum(1)
         patches = product.unflatten(-1, (gw, -1)).unflatten(1, (gh, -1)).sum((2, 4))
-        self.baselines["gradient_x_input"] = patches.flatten(1)
+        self.methods["gradient_x_input"] = patches.flatten(1)
 
     def result(self, target: Tensor, logits: Tensor, single: bool) -> Attribution:
         """What was asked for; ``single``: without the leading dimension of configurations."""
@@ -144,7 +144,7 @@ class Stream:
             scores={block: pick(t) for block, t in sorted(self.scores.items())},
             gates={block: pick(t) for block, t in sorted(self.gates.items())},
             features={block: Features(*map(pick, t)) for block, t in sorted(self.features.items())},
-            baselines={name: t[..., -P:].unflatten(-1, self.grid).contiguous() for name, t in self.baselines.items()},
+            methods={name: t[..., -P:].unflatten(-1, self.grid).contiguous() for name, t in self.methods.items()},
         )
 
 

@@ -13,14 +13,14 @@ from tests.tools import record, tiny_vit
 
 def test_baselines_of_the_same_pass(model, images):
     _, _, attn, _, _, _ = record(model, images)
-    found = fastfg.attribute(model, images, baselines=["rollout", "last_attention"]).baselines
+    found = fastfg.attribute(model, images, methods=["rollout", "last_attention"]).methods
     R = torch.eye(25, dtype=torch.float64).expand(3, -1, -1)
     for A in attn:
         R = (A.mean(1) + torch.eye(25)) / 2 @ R
     torch.testing.assert_close(found["rollout"].flatten(1), R[:, 0, 1:], rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(found["last_attention"].flatten(1), attn[-1].mean(1)[:, 0, 1:], rtol=1e-10, atol=1e-14)
-    with pytest.raises(ValueError, match="baselines: expected names among .* got \\['lime'\\]"):
-        fastfg.attribute(model, images, baselines=["lime"])
+    with pytest.raises(ValueError, match="methods: expected names among .* got \\['lime'\\]"):
+        fastfg.attribute(model, images, methods=["lime"])
 
 
 def test_baselines_under_a_pooling_head():
@@ -36,7 +36,7 @@ def test_baselines_under_a_pooling_head():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", keep)
         model(images)
-    found = fastfg.attribute(model, images, baselines=["rollout", "last_attention"]).baselines
+    found = fastfg.attribute(model, images, methods=["rollout", "last_attention"]).methods
     torch.testing.assert_close(found["last_attention"].flatten(1), maps[-1][:, 0])
     row = maps[-1]
     for A in reversed(maps[:-1]):
@@ -124,11 +124,11 @@ def test_two_threads_with_two_models_do_not_mix(names):
 def test_a_large_tile_and_a_small_one_are_the_same(model, images, monkeypatch):
     import sys
 
-    expected = fastfg.attribute(model, images, baselines=["rollout"])
+    expected = fastfg.attribute(model, images, methods=["rollout"])
     monkeypatch.setattr(sys.modules["fastfg.reference.relevancy"], "TILE", 3 * 4 * 25 * 4)  # four queries at a time
-    found = fastfg.attribute(model, images, baselines=["rollout"])
+    found = fastfg.attribute(model, images, methods=["rollout"])
     torch.testing.assert_close(found.maps, expected.maps, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found.baselines["rollout"], expected.baselines["rollout"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.methods["rollout"], expected.methods["rollout"], rtol=1e-12, atol=0)
 
 
 def test_masked_attention_is_refused(model, images):

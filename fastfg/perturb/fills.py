@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fastfg.perturb.masks import PatchGrid
 
-BASELINES = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean")
+FILLS = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean")
 Baseline = str | float | Tensor
 
 
 def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised: bool) -> None:
     """Raise ValueError where ``baseline`` is none that is known, or one that these images can't have."""
     if isinstance(baseline, str):
-        if baseline not in BASELINES:
-            raise ValueError(f"baseline: expected one of {BASELINES}, a number or a tensor, got {baseline!r}")
+        if baseline not in FILLS:
+            raise ValueError(f"baseline: expected one of {FILLS}, a number or a tensor, got {baseline!r}")
         if baseline in ("black", "white") and not normalised:
             raise ValueError(
                 f"baseline: {baseline!r} is a colour in pixel space, and this model does not tell its normalisation; "
@@ -72,7 +72,7 @@ def make_fill(
         return (mean + std * noise).to(image.dtype)
     if baseline == "blur":
         return blur(image, max(grid.ph, grid.pw))
-    raise ValueError(f"baseline: expected one of {BASELINES}, got {baseline!r}")
+    raise ValueError(f"baseline: expected one of {FILLS}, got {baseline!r}")
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:

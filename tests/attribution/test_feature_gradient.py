@@ -45,8 +45,8 @@ def test_gradient_x_input_is_captums(model, images):
 
     expected = InputXGradient(model).attribute(images, target=1).sum(1)
     expected = expected.unflatten(-1, (6, 8)).unflatten(1, (4, 8)).sum((2, 4))
-    found = fastfg.attribute(model, images, target=1, baselines=["gradient_x_input"])
-    torch.testing.assert_close(found.baselines["gradient_x_input"], expected, rtol=1e-9, atol=1e-12)
+    found = fastfg.attribute(model, images, target=1, methods=["gradient_x_input"])
+    torch.testing.assert_close(found.methods["gradient_x_input"], expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.maps, fastfg.attribute(model, images, target=1).maps, rtol=1e-12, atol=0)
 
 

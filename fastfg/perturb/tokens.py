@@ -11,7 +11,6 @@ logits with those of the perturbed pixels before it is used.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfg.models.adapter import Adapter, resid_post
+from fastfg.models.hooks import in_this_thread
 
 
 class Tokens:
-    """The path of a known family (see ``fastfg.perturb.Path``).
+    """The path of a known family (see ``fastfg.perturb.ForwardPath``).
 
     Args:
         adapter: the model. It must be held still, with the adapter's flags set, while this is used.
@@ -115,7 +115,7 @@ class Tokens:
             wide = stream.to(images.dtype)
             return wide if output is stream else (wide, *output[1:])
 
-        stack.callback(self.last.register_forward_hook(_mine(leave)).remove)
+        stack.callback(self.last.register_forward_hook(in_this_thread(leave)).remove)
         return self.adapter.forward(images)
 
 
@@ -125,12 +125,6 @@ def _rows_read(adapter: Adapter) -> int | None:
     if not adapter.pooled or any(s.stop is None or s.start < 0 or s.stop > prefix for s in adapter.pooled):
         return None
     return max(s.stop for s in adapter.pooled)
-
-
-def _mine(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook`` in this thread alone: another one may be running the same model."""
-    owner = threading.get_ident()
-    return lambda *given: hook(*given) if threading.get_ident() == owner else None
 
 
 class _Enough(Exception):  # noqa: N818
@@ -150,9 +144,9 @@ class _Before(TorchFunctionMode):
 
     def __enter__(self) -> _Before:
         self.handles = [
-            self.block.register_forward_pre_hook(_mine(self._enter), with_kwargs=True),
-            self.block.register_forward_hook(_mine(self._leave)),
-            *(m.register_forward_hook(_mine(self._linear)) for m in self.block.modules() if isinstance(m, nn.Linear)),
+            self.block.register_forward_pre_hook(in_this_thread(self._enter), with_kwargs=True),
+            self.block.register_forward_hook(in_this_thread(self._leave)),
+            *(m.register_forward_hook(in_this_thread(self._linear)) for m in self.block.modules() if isinstance(m, nn.Linear)),
         ]
         return super().__enter__()
 
@@ -188,7 +182,7 @@ def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
             return (stream, *args[1:]), kwargs
         return args, kwargs | {next(iter(kwargs)): stream}
 
-    handle = block.register_forward_pre_hook(_mine(replace), with_kwargs=True)
+    handle = block.register_forward_pre_hook(in_this_thread(replace), with_kwargs=True)
     try:
         yield
     finally:
@@ -199,8 +193,8 @@ def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
 def _given(linear: nn.Module, output: Tensor) -> Iterator[None]:
     """``linear`` gives ``output``, and computes one token for the form's sake."""
     handles = [
-        linear.register_forward_pre_hook(_mine(lambda module, args: args[0][:1, :1])),
-        linear.register_forward_hook(_mine(lambda module, args, computed: output)),
+        linear.register_forward_pre_hook(in_this_thread(lambda module, args: args[0][:1, :1])),
+        linear.register_forward_hook(in_this_thread(lambda module, args, computed: output)),
     ]
     try:
         yield
@@ -223,13 +217,13 @@ class _RowsRead(TorchFunctionMode):
 
     def __enter__(self) -> _RowsRead:
         self.handles = [
-            self.block.register_forward_pre_hook(_mine(self._enter)),
-            self.block.register_forward_hook(_mine(self._leave)),
+            self.block.register_forward_pre_hook(in_this_thread(self._enter)),
+            self.block.register_forward_hook(in_this_thread(self._leave)),
         ]
         for module in self.block.modules():
             if isinstance(module, nn.Linear):
-                self.handles.append(module.register_forward_pre_hook(_mine(self._cut)))
-                self.handles.append(module.register_forward_hook(_mine(self._fill_up)))
+                self.handles.append(module.register_forward_pre_hook(in_this_thread(self._cut)))
+                self.handles.append(module.register_forward_hook(in_this_thread(self._fill_up)))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfg.capture import Capture
+from fastfg.attribution.capture import Capture
 from fastfg.checks import Target, check_gates, check_images, check_saes, resolve_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.stream import Stream
-from fastfg.types import BASELINES, Attribution, Gate
+from fastfg.attribution.relevancy_pass import RelevancyPass
+from fastfg.types import METHODS, Attribution, Gate
 
 
 def attribute(
@@ -31,7 +31,7 @@ def attribute(
     identity: str = "transmm",
     backend: str = "auto",
     features: int = 0,
-    baselines: Sequence[str] = (),
+    methods: Sequence[str] = (),
 ) -> Attribution:
     """Feature-Gradient Attribution maps of ``images`` (Šula), or TransMM's (Chefer et al.) without a gate.
 
@@ -44,7 +44,7 @@ def attribute(
         identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` reads eq. 1 by the letter.
         backend: ``auto``, or the one that must serve every op (see ``fastfg info``).
         features: how many of each patch's strongest feature contributions to return, per gated block.
-        baselines: other ways of explaining to return beside the maps: ``rollout`` (attention rollout),
+        methods: other ways of explaining to return beside the maps: ``rollout`` (attention rollout),
             ``last_attention`` (the raw attention of the last block, or of the pooling head, heads averaged) and
             ``gradient_x_input`` (summed over each patch; the backward pass then goes down to the pixels).
 
@@ -58,17 +58,17 @@ def attribute(
     """
     adapter = adapt(model)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
-    _check(adapter, images, saes, configs, identity, features, baselines)
+    _check(adapter, images, saes, configs, identity, features, methods)
     grid = adapter.grid((images.shape[-2], images.shape[-1]))
-    stream = Stream(adapter, grid, configs, saes or {}, identity, backend, features, baselines)
+    relevancy = RelevancyPass(adapter, grid, configs, saes or {}, identity, backend, features, methods)
     with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
-        root = images.detach().clone().requires_grad_() if "gradient_x_input" in baselines else None
-        with Capture(adapter, stream.layers, stream.on_residual, stream.on_attention, root) as capture:
-            chosen, logits = _run(adapter, images.detach() if root is None else root, target, capture, stream)
-    return stream.result(chosen, logits, single=not isinstance(gate, Sequence))
+        root = images.detach().clone().requires_grad_() if "gradient_x_input" in methods else None
+        with Capture(adapter, relevancy.layers, relevancy.on_residual, relevancy.on_attention, root) as capture:
+            chosen, logits = _run(adapter, images.detach() if root is None else root, target, capture, relevancy)
+    return relevancy.result(chosen, logits, single=not isinstance(gate, Sequence))
 
 
-def _run(adapter: Adapter, images: Tensor, target: Target, capture: Capture, stream: Stream) -> tuple[Tensor, Tensor]:
+def _run(adapter: Adapter, images: Tensor, target: Target, capture: Capture, relevancy: RelevancyPass) -> tuple[Tensor, Tensor]:
     """The forward and the backward pass; the targets and the logits."""
     logits = adapter.forward(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -77,7 +77,7 @@ def _run(adapter: Adapter, images: Tensor, target: Target, capture: Capture, str
     chosen = resolve_target(target, logits)
     gradient = capture.backward(logits.gather(1, chosen[:, None]).sum())
     if images.requires_grad:
-        stream.on_input(images.detach(), gradient)
+        relevancy.on_input(images.detach(), gradient)
     return chosen, logits.detach()
 
 
@@ -88,7 +88,7 @@ def _check(
     configs: list[Gate | None],
     identity: str,
     features: int,
-    baselines: Sequence[str],
+    methods: Sequence[str],
 ) -> None:
     parameter = adapter.parameter
     check_images(images, adapter.in_chans, parameter)
@@ -101,6 +101,6 @@ def _check(
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
     if features < 0:
         raise ValueError(f"features: expected a number >= 0, got {features}")
-    unknown = [name for name in baselines if name not in BASELINES]
+    unknown = [name for name in methods if name not in METHODS]
     if unknown:
-        raise ValueError(f"baselines: expected names among {BASELINES}, got {unknown}")
+        raise ValueError(f"methods: expected names among {METHODS}, got {unknown}")

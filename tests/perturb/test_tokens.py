@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastfg
 from fastfg.models import adapt
 from fastfg.models.hold import hold
-from fastfg.models.tokens import Tokens
+from fastfg.perturb.tokens import Tokens
 from fastfg.perturb import PatchGrid, Pixels
 from tests.models.families import FAMILIES, build
 from tests.tools import tiny_vit

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from fastfg.data.wheels import wheel_file
+from fastfg.study.demo.wheels import wheel_file
 from fastfg.models.timm import import_timm
 
 if TYPE_CHECKING:

