@@ -12,8 +12,6 @@ from fastfg.models.adapter import Adapter
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Gate
 
-Target = int | Sequence[int] | Tensor | None
-
 
 def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) -> None:
     """``images`` are a finite floating tensor [B, in_chans, H, W], of the dtype and on the device of ``parameter``."""
@@ -33,29 +31,11 @@ def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) ->
         raise ValueError(f"images: expected finite pixels, got NaN or infinity in image(s) {bad[:8]}")
 
 
-def resolve_target(target: Target, logits: Tensor) -> Tensor:
-    """``target`` as int64 [B] on the logits' device; None is the predicted class."""
-    B, n = logits.shape
-    if target is None:
-        return logits.argmax(1)
-    if isinstance(target, bool) or (isinstance(target, Tensor) and (target.is_floating_point() or target.ndim > 1)):
-        raise TypeError(f"target: expected None, an int, a sequence of ints or a LongTensor [{B}], got {target!r}")
-    try:
-        resolved = torch.as_tensor(target, device=logits.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"target: expected None, an int, a sequence of ints or a LongTensor [{B}], got {target!r}"
-        ) from None
-    if resolved.is_floating_point() or resolved.dtype == torch.bool:
-        raise TypeError(f"target: expected integers, got {resolved.dtype}")
-    if resolved.ndim == 0:
-        resolved = resolved.expand(B)
-    if list(resolved.shape) != [B]:
-        raise ValueError(f"target: expected one class or {B} of them, one an image, got {list(resolved.shape)}")
-    wrong = resolved[(resolved < 0) | (resolved >= n)]
-    if wrong.numel():
-        raise ValueError(f"target: expected classes from 0 to {n - 1}, got {wrong.tolist()[:8]}")
-    return resolved.long()
+def check_layers(name: str, layers: Sequence[int], n_blocks: int) -> None:
+    """Every one of ``layers`` is a 0-based block of the model; ``name`` is the argument that they came in."""
+    missing = [layer for layer in layers if not 0 <= layer < n_blocks]
+    if missing:
+        raise ValueError(f"{name}: expected blocks from 0 to {n_blocks - 1}, as the model has, got {missing}")
 
 
 def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
@@ -63,11 +43,8 @@ def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
     for gate in gates:
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate: expected a fastfg.Gate, None or a list of them, got {type(gate).__name__}")
-        missing = [layer for layer in gate.layers if layer >= len(adapter.blocks)] if gate else []
-        if missing:
-            raise ValueError(
-                f"gate.layers: expected blocks from 0 to {len(adapter.blocks) - 1}, as the model has, got {missing}"
-            )
+        if gate is not None:
+            check_layers("gate.layers", gate.layers, len(adapter.blocks))
 
 
 def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device) -> None:

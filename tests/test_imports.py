@@ -28,17 +28,18 @@ HEAVY = (
 # Each room and what it may import of fastfg (its own files besides). Rooms lower down import less.
 ALLOWED = {
     "types": set(),
+    "targets": set(),
     "reference": set(),
     "ops": {"reference"},
     "models": {"attribution"},  # attribution: for Capture's type alone
     "sae": {"reference"},
     "checks": {"models", "sae", "types"},
     "data": set(),
-    "attribution": {"checks", "models", "ops", "reference", "sae", "types"},
-    "perturb": {"models"},
-    "metrics": {"checks", "models", "perturb", "types"},
+    "attribution": {"checks", "models", "ops", "reference", "sae", "targets", "types"},
+    "perturb": {"models", "targets"},
+    "metrics": {"checks", "models", "perturb", "targets", "types"},
     "report": {"metrics", "types"},
-    "study": {"attribution", "checks", "data", "metrics", "models", "report", "sae", "types"},
+    "study": {"attribution", "checks", "data", "metrics", "models", "report", "sae", "targets", "types"},
     "cli": {"attribution", "data", "metrics", "models", "ops", "perturb", "report", "sae", "study", "types"},
 }
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.capture import Capture
-from fastfg.checks import Target, check_gates, check_images, check_saes, resolve_target
+from fastfg.checks import check_gates, check_images, check_saes
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.attribution.relevancy_pass import RelevancyPass
+from fastfg.targets import Target, resolve_target
 from fastfg.types import METHODS, Attribution, Gate
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import check_images
+from fastfg.checks import check_images, check_layers
 from fastfg.models import Adapter, adapt
 from fastfg.models.adapter import resid_post
 from fastfg.models.hold import hold
@@ -25,9 +25,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     adapter = adapt(model)
     check_images(images, adapter.in_chans, adapter.parameter)
     adapter.grid((images.shape[-2], images.shape[-1]))
-    missing = [layer for layer in layers if not 0 <= layer < len(adapter.blocks)]
-    if missing:
-        raise ValueError(f"layers: expected blocks from 0 to {len(adapter.blocks) - 1}, got {missing}")
+    check_layers("layers", layers, len(adapter.blocks))
     found: dict[int, Tensor] = {}
 
     def keep(block: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import Target, check_images, resolve_target
+from fastfg.checks import check_images
 from fastfg.metrics import METRICS, Metric, Subjects
 from fastfg.metrics.metric import Outcome
 from fastfg.models import Adapter, find_adapter
@@ -18,6 +18,7 @@ from fastfg.models.hold import hold
 from fastfg.perturb.choose import BATCH_ON_CPU, choose_path, fitting_batch
 from fastfg.perturb import Engine, PatchGrid, Readings, image_key
 from fastfg.perturb.fills import Baseline, check_baseline
+from fastfg.targets import Target, resolve_target
 from fastfg.types import ScoreError, Scores
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
-from fastfg.checks import Target
 from fastfg.metrics.evaluate import evaluate
 from fastfg.models import Adapter
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.targets import Target
 from fastfg.types import Attribution, Gate, Scores
 
 if TYPE_CHECKING:

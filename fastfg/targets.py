@@ -1,0 +1,86 @@
+"""What is explained and read: one class of a model's logits, or a value that a function takes from its output."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TargetFunction = Callable[[Tensor], Tensor]  # the model's output -> one value per image [B], differentiable
+Target = int | Sequence[int] | Tensor | TargetFunction | None
+
+log = logging.getLogger("fastfg")
+_logged_one_logit = False
+
+
+def n_classes(logits: Tensor) -> int:
+    """How many classes ``logits`` [B, n] stand for: ``n``, and 2 for a single logit, which is read as a sigmoid."""
+    return 2 if logits.shape[1] == 1 else logits.shape[1]
+
+
+def resolve_target(target: int | Sequence[int] | Tensor | None, logits: Tensor) -> Tensor:
+    """The target classes as int64 [B], on the device of ``logits`` [B, n]; None stands for the predicted class.
+
+    A single logit ``z`` has two classes: 1, whose probability is ``sigmoid(z)``, and 0, with ``1 - sigmoid(z)``.
+    """
+    B, n = len(logits), n_classes(logits)
+    if logits.shape[1] == 1:
+        _log_one_logit()
+    if target is None:
+        return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+    resolved = _integers(target, B, logits.device)
+    wrong = resolved[(resolved < 0) | (resolved >= n)]
+    if wrong.numel():
+        raise ValueError(f"target: expected classes from 0 to {n - 1}, got {wrong.tolist()[:8]}")
+    return resolved
+
+
+def target_logit(logits: Tensor, target: Tensor) -> Tensor:
+    """The logit of each image's target class [B]; for a single logit ``z`` it is ``z`` (class 1) or ``-z`` (class 0)."""
+    if logits.shape[1] == 1:
+        return torch.where(target == 1, logits[:, 0], -logits[:, 0])
+    return logits.gather(1, target[:, None])[:, 0]
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Class probabilities [B, classes]: the softmax, and for a single logit ``(1 - sigmoid(z), sigmoid(z))``."""
+    if logits.shape[1] == 1:
+        return torch.cat([-logits, logits], dim=1).sigmoid()
+    return logits.softmax(-1)
+
+
+def target_value(function: TargetFunction, output: Any, n_images: int) -> Tensor:
+    """``function(output)``, checked to be one value per image: floating [B]."""
+    value = function(output)
+    if not isinstance(value, Tensor) or list(value.shape) != [n_images] or not value.is_floating_point():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"target: expected a function that returns one value per image, [{n_images}], got {got}")
+    return value
+
+
+def _integers(target: Any, B: int, device: torch.device) -> Tensor:
+    expected = f"target: expected None, an int, a sequence of ints, a LongTensor [{B}] or a function, got"
+    if isinstance(target, bool) or (isinstance(target, Tensor) and (target.is_floating_point() or target.ndim > 1)):
+        raise TypeError(f"{expected} {target!r}")
+    try:
+        resolved = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{expected} {target!r}") from None
+    if resolved.dtype == torch.bool or resolved.is_floating_point() and resolved.numel():
+        raise TypeError(f"target: expected integers, got {resolved.dtype}")
+    if resolved.ndim == 0:
+        resolved = resolved.repeat(B)
+    if list(resolved.shape) != [B]:
+        raise ValueError(f"target: expected one class, or one per image ({B}), got {list(resolved.shape)}")
+    return resolved.long()
+
+
+def _log_one_logit() -> None:
+    """Say once that a single logit is read as a sigmoid."""
+    global _logged_one_logit
+    if not _logged_one_logit:
+        log.info("the model has one logit: it is read as a sigmoid, with class 1 for sigmoid(z) and class 0 for the rest")
+        _logged_one_logit = True
