@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import fastfg
 from bench.eager import TARGET, authors_way, kept_maps, own
 from bench.suite import DTYPES, Case, Provider, Suite, Work, direct
-from fastfg.ops.dispatch import BACKENDS
 from fastfg.models.timm import import_timm
+from fastfg.ops.dispatch import BACKENDS
 
 LAYERS = (2, 3, 4)
 IMAGES = 1  # compared with the reference

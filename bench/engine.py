@@ -35,9 +35,9 @@ from fastfg import metrics
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
-from fastfg.perturb.tokens import Tokens
-from fastfg.perturb.choose import BATCH_ON_CPU, BATCH_ON_GPU
 from fastfg.perturb import Precision
+from fastfg.perturb.choose import BATCH_ON_CPU, BATCH_ON_GPU
+from fastfg.perturb.tokens import Tokens
 
 
 def gates_of(n: int) -> dict[str, fastfg.Gate | None]:

@@ -181,7 +181,7 @@ def update(file: Path, lines: list[Line]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m bench.report``; returns the exit code. A bad argument is one line, without a traceback."""
-    parser = argparse.ArgumentParser("python -m bench.report", description="Markdown tables from the benchmarks' lines.")
+    parser = argparse.ArgumentParser("python -m bench.report", description="Markdown tables of the benchmarks.")
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of <device>/<suite>.jsonl")
     parser.add_argument("--out", type=Path, help="file for the tables; they are printed where none is given")
     parser.add_argument("--short", action="store_true", help="one table for all of it, one row per case")

@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastfg.attribution.residuals import residuals
     from fastfg.attribution.attribute import attribute
-    from fastfg.metrics.evaluate import evaluate
     from fastfg.attribution.feature_gradient import FeatureGradient
+    from fastfg.attribution.residuals import residuals
+    from fastfg.metrics.evaluate import evaluate
     from fastfg.sae.checkpoints import load_saes
     from fastfg.sae.model import SparseAutoencoder
     from fastfg.sae.train import train_sae

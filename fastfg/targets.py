@@ -39,7 +39,7 @@ def resolve_target(target: int | Sequence[int] | Tensor | None, logits: Tensor) 
 
 
 def target_logit(logits: Tensor, target: Tensor) -> Tensor:
-    """The logit of each image's target class [B]; for a single logit ``z`` it is ``z`` (class 1) or ``-z`` (class 0)."""
+    """The logit of each image's target class [B]; of a single logit ``z`` it is ``z`` (class 1) or ``-z`` (class 0)."""
     if logits.shape[1] == 1:
         return torch.where(target == 1, logits[:, 0], -logits[:, 0])
     return logits.gather(1, target[:, None])[:, 0]
@@ -69,7 +69,7 @@ def _integers(target: Any, B: int, device: torch.device) -> Tensor:
         resolved = torch.as_tensor(target, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{expected} {target!r}") from None
-    if resolved.dtype == torch.bool or resolved.is_floating_point() and resolved.numel():
+    if resolved.dtype == torch.bool or (resolved.is_floating_point() and resolved.numel()):
         raise TypeError(f"target: expected integers, got {resolved.dtype}")
     if resolved.ndim == 0:
         resolved = resolved.repeat(B)
@@ -82,5 +82,5 @@ def _log_one_logit() -> None:
     """Say once that a single logit is read as a sigmoid."""
     global _logged_one_logit
     if not _logged_one_logit:
-        log.info("the model has one logit: it is read as a sigmoid, with class 1 for sigmoid(z) and class 0 for the rest")
+        log.info("the model has one logit z, read as a sigmoid: class 1 is sigmoid(z), class 0 is 1 - sigmoid(z)")
         _logged_one_logit = True

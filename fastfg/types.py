@@ -132,8 +132,9 @@ class Scores(Mapping[str, Tensor]):
         details: {metric: {name: tensor}}, see each metric.
         errors: one :class:`ScoreError` for each score that is missing.
         image_keys: the images' keys, from which all that is random was drawn.
-        forwards: an image each: {"asked": what the metrics need, each of them and each map alone, "run": ..., "saved":
-            what was shared between metrics and maps}.
+        forwards: images that went through the model: {"asked": what each metric and each map alone would need, "run":
+            what was run, "saved": the difference, which metrics and maps share}. The two forwards per image that
+            compare tokens with pixels are not among them.
         path: how the model was run: ``tokens``, or ``pixels`` with the reason.
     """
 

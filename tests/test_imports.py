@@ -39,7 +39,7 @@ ALLOWED = {
     "perturb": {"models", "targets"},
     "metrics": {"checks", "models", "perturb", "targets", "types"},
     "report": {"metrics", "types"},
-    "study": {"attribution", "checks", "data", "metrics", "models", "report", "sae", "targets", "types"},
+    "study": {"attribution", "checks", "data", "metrics", "models", "perturb", "report", "sae", "targets", "types"},
     "cli": {"attribution", "data", "metrics", "models", "ops", "perturb", "report", "sae", "study", "types"},
 }
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.capture import Capture
+from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.checks import check_gates, check_images, check_saes
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.targets import Target, resolve_target
 from fastfg.types import METHODS, Attribution, Gate
 
@@ -69,7 +69,9 @@ def attribute(
     return relevancy.result(chosen, logits, single=not isinstance(gate, Sequence))
 
 
-def _run(adapter: Adapter, images: Tensor, target: Target, capture: Capture, relevancy: RelevancyPass) -> tuple[Tensor, Tensor]:
+def _run(
+    adapter: Adapter, images: Tensor, target: Target, capture: Capture, relevancy: RelevancyPass
+) -> tuple[Tensor, Tensor]:
     """The forward and the backward pass; the targets and the logits."""
     logits = adapter.forward(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:

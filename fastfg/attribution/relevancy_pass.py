@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg import ops
+from fastfg.attribution.patch_scores import PatchScores
 from fastfg.checks import check_width
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import attend, pooling_row, rollout
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.attribution.patch_scores import PatchScores
 from fastfg.types import Attribution, Features, Gate
 
 

@@ -1,25 +1,28 @@
-"""Judge attribution maps by faithfulness metrics, each image on its own whatever its batch."""
+"""Judge attribution maps by faithfulness metrics: plan the masks, read the model under each of them once, score."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfg.checks import check_images
-from fastfg.metrics import METRICS, Metric, Subjects
-from fastfg.metrics.metric import Outcome
+from fastfg.metrics.choose import METRICS, choose_metrics
+from fastfg.metrics.judge import Images, Verdict, judge
+from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb.choose import BATCH_ON_CPU, choose_path, fitting_batch
-from fastfg.perturb import Engine, PatchGrid, Readings, image_key
-from fastfg.perturb.fills import Baseline, check_baseline
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_key
+from fastfg.perturb.choose import choose_path
+from fastfg.perturb.fills import check_baseline
 from fastfg.targets import Target, resolve_target
 from fastfg.types import ScoreError, Scores
+
+IMAGES_AT_ONCE = 32  # planned, read and scored together
+BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 def evaluate(
@@ -28,7 +31,7 @@ def evaluate(
     maps: Tensor,
     *,
     target: Target,
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Sequence[str | Metric] = tuple(METRICS),
     baseline: Baseline = "mean",
     seed: int = 0,
     keys: Sequence[str | int] | None = None,
@@ -45,18 +48,20 @@ def evaluate(
     Args:
         model: a model of a known family, or any callable ``images -> logits`` [n, classes].
         images: [B, C, H, W], the model's own input, after preprocessing, on the model's device.
-        maps: [B, gh, gw], or [C, B, gh, gw] for several attributions of the same images.
-        target: the explained classes (``result.target``): an int, one an image, or None for the predicted ones.
-        metrics: names of :data:`fastfg.metrics.METRICS`.
+        maps: [B, gh, gw], or [C, B, gh, gw] for several attributions of the same images; one value per patch.
+        target: the explained classes (``result.target``): an int, one per image, None for the predicted ones, or a
+            function of the model's output that gives one value per image. The two classes of a single logit ``z`` are
+            1 with the probability ``sigmoid(z)`` and 0 with ``1 - sigmoid(z)``.
+        metrics: names of :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
-        seed, keys: all that is random comes from the seed and the image's own key (None: made of its pixels).
-        batch_size: perturbed images a forward, at most; None is 16 on the CPU, and on a GPU what its free memory
-            holds, up to 256. A batch that does not fit after all is run again in halves.
-        path: ``auto``; ``tokens`` perturbs before the first block, each image's patches being embedded once, and
-            computes the last block where the head reads it; ``pixels`` perturbs the images themselves. Both give the
-            same logits to rounding, and ``auto`` takes ``tokens`` for a model of a known family where that was found
-            to be so (once a model and image size). The one used is ``scores.path``.
+        seed, keys: all that is random comes from the seed and the image's own key (None: a hash of its pixels).
+        batch_size: perturbed images per forward, at most; None is 16 on the CPU and 256 on a GPU. A batch that does not
+            fit into memory is run again in halves.
+        path: ``tokens`` perturbs before the first block, embeds each image's patches once, and computes the last
+            block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
+            for a model of a known family if both give the same logits for these images, which is tried with two
+            forwards per image. The one used is ``scores.path``.
         precision: of the forwards: ``auto`` is bfloat16 for a float32 model of a known family on a CUDA device, else
             the model's own, as ``float32`` is; ``bfloat16`` and ``float16`` run the blocks so, the head in float32;
             ``float8`` has their linear layers in 8 bits, which shifts scores a little (emulated on a CPU).
@@ -64,8 +69,9 @@ def evaluate(
             ``correlation``, ``subsets``. pixel_flipping: ``patches_per_step``. Each may hold a ``baseline`` of its own.
         progress: called with (images done, images in all).
 
-    Returns :class:`Scores`: float64 [B], or [C, B]. An image whose score can't be computed has NaN there and an
-    entry in ``errors``.
+    Returns :class:`Scores`: float64 [B], or [C, B]. A score that can't be computed or would say nothing is NaN, and
+    ``errors`` says why: a map that is not finite or the same everywhere, a blank image, an output that is not finite or
+    that does not change when patches are removed.
 
     >>> import torch, fastfg
     >>> def model(images):  # the class is how bright the left half is
@@ -77,56 +83,33 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     options = {"saco": saco, "faithfulness_correlation": faithfulness_correlation, "pixel_flipping": pixel_flipping}
+    chosen = choose_metrics(metrics, options, baseline)
     adapter = find_adapter(model)
-    module: Any = adapter.model if adapter is not None else model
-    forward: Any = adapter.forward if adapter is not None else model
-    chosen = _metrics(metrics, options, baseline)
-    stacked = _check(adapter, module, images, maps, keys, batch_size, chosen)  # [C, B, gh, gw]
-    grid = PatchGrid.of((images.shape[-2], images.shape[-1]), (maps.shape[-2], maps.shape[-1]))
-    names = [str(key) for key in keys] if keys is not None else [image_key(image) for image in images]
-    with _still(module, adapter), torch.no_grad():
+    forward: Any = model if adapter is None else adapter.forward
+    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, target)
+    names = [image_key(image) for image in images] if keys is None else [str(key) for key in keys]
+    with _still(model, adapter), torch.no_grad():
         way, way_name = choose_path(adapter, forward, grid, images, path, precision)
-        engine = Engine(way, fitting_batch(way, images, batch_size))
-        logits = engine.logits(images)
-        classes = resolve_target(target, logits)
-        before = Readings.of(logits, classes).cpu()
-        at_once = max(1, engine.batch_size // BATCH_ON_CPU)  # one on a CPU; on a GPU enough to keep it busy
-        parts = []
-        for start in range(0, len(images), at_once):
-            rows = slice(start, min(start + at_once, len(images)))
-            subjects = Subjects(images[rows], classes[rows].cpu(), names[rows], before[rows], grid, seed, start)
-            if adapter is not None:
-                subjects.pixel_mean, subjects.pixel_std = adapter.pixel_mean, adapter.pixel_std
-            parts.append(_ask(chosen, subjects, stacked[:, rows].flatten(2)))
-            subjects.submit(engine)
-            if progress is not None:
-                progress(rows.stop, len(images))
-        engine.flush()
-    scores = _collect(chosen, parts, names, single=maps.ndim == 3)
+        engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
+        output = engine.logits(images) if len(images) else images.new_empty(0, 2)
+        targets = target if callable(target) else resolve_target(target, output)
+        subjects = Images(images, Readings.of(output, targets).cpu(), targets, names, grid, seed, adapter)
+        verdicts = []
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
+            verdicts += judge(engine, chosen, subjects, stacked, rows, progress)
+    scores = _collect(chosen, verdicts, names, len(stacked), single=maps.ndim == 3)
     scores.path = way_name
-    asked = sum(part.subjects.asked for part in parts)
+    asked = sum(verdict.asked for verdict in verdicts)
     scores.forwards = {"asked": asked, "run": engine.forwards, "saved": asked - engine.forwards}
     return scores
 
 
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
     """The model held still, where it is a module."""
-    if not isinstance(model, nn.Module):
-        return nullcontext()
-    return hold(model, adapter.flags if adapter is not None else ())
-
-
-def _metrics(names: Sequence[str], options: Mapping[str, Mapping[str, Any] | None], baseline: Baseline) -> list[Metric]:
-    """The metrics by name, each with its own options over the common baseline."""
-    made = []
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"metrics: expected names among {tuple(METRICS)}, got {name!r}")
-        try:
-            made.append(METRICS[name](**{"baseline": baseline, **(options[name] or {})}))
-        except TypeError as error:
-            raise TypeError(f"{name}: unexpected option ({error})") from None
-    return made
+    if adapter is not None:
+        return hold(adapter.model, adapter.flags)
+    return hold(model) if isinstance(model, nn.Module) else nullcontext()
 
 
 def _check(
@@ -137,72 +120,76 @@ def _check(
     keys: Sequence[str | int] | None,
     batch_size: int | None,
     metrics: Sequence[Metric],
-) -> Tensor:
-    """The maps as float64 [C, B, gh, gw] on the CPU, after all arguments were looked at."""
+    target: Target,
+) -> tuple[Tensor, PatchGrid]:
+    """The maps as float64 [C, B, P] on the CPU, and the grid of patches, after all arguments were looked at."""
     if adapter is None and not callable(model):
         raise TypeError(f"model: expected a model or a callable images -> logits, got {type(model).__name__}")
     check_images(images, adapter.in_chans if adapter else None, adapter.parameter if adapter else None)
-    B = len(images)
+    B, size = len(images), (images.shape[-2], images.shape[-1])
     if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim not in (3, 4):
         got = f"{maps.dtype} {list(maps.shape)}" if isinstance(maps, Tensor) else type(maps).__name__
         raise ValueError(f"maps: expected floating [B, gh, gw] or [C, B, gh, gw], got {got}")
+    given = (maps.shape[-2], maps.shape[-1])
+    if given == size and given != (1, 1):
+        raise ValueError(
+            f"maps: expected one value per patch, [B, gh, gw] or [C, B, gh, gw], got {list(maps.shape)}, one value per "
+            "pixel (average each map over its channels and patches)"
+        )
     if maps.shape[-3] != B:
-        raise ValueError(f"maps: expected {B} of them, one an image, got {list(maps.shape)}")
-    grid = adapter.grid((images.shape[-2], images.shape[-1])) if adapter else None
-    if grid is not None and grid != (maps.shape[-2], maps.shape[-1]):
-        raise ValueError(f"maps: expected {grid[0]} x {grid[1]} patches, as the model has, got {list(maps.shape)}")
+        raise ValueError(f"maps: expected {B} of them, one per image, got {list(maps.shape)}")
+    expected = adapter.grid(size) if adapter else None
+    if expected is not None and expected != given:
+        raise ValueError(
+            f"maps: expected {expected[0]} x {expected[1]} patches, as the model has, got {list(maps.shape)}"
+        )
+    grid = PatchGrid.of(size, given, getattr(adapter, "patch_size", None))
+    if grid.n_patches < 2:
+        raise ValueError(f"maps: expected at least 2 patches per image, got {list(maps.shape)}")
     if keys is not None and len(keys) != B:
-        raise ValueError(f"keys: expected {B} of them, one an image, got {len(keys)}")
+        raise ValueError(f"keys: expected {B} of them, one per image, got {len(keys)}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     for metric in metrics:
+        assert metric.baseline is not None  # choose_metrics
         check_baseline(metric.baseline, B, images.shape[1], bool(adapter and adapter.pixel_mean and adapter.pixel_std))
-    stacked = maps.detach().double().cpu()
-    return stacked.unsqueeze(0) if maps.ndim == 3 else stacked
+        metric.check_images(B)
+        if callable(target) and getattr(metric, "impact", None) == "max":
+            raise ValueError(f"{metric.name}: expected impact='target' for a target function, got 'max'")
+    stacked = maps.detach().double().cpu().flatten(-2)
+    return (stacked.unsqueeze(0) if maps.ndim == 3 else stacked), grid
 
 
-@dataclass
-class _Part:
-    """Some of the images: what was asked of them, and for which of their maps."""
-
-    subjects: Subjects
-    usable: Tensor  # [C, b] bool: the map is finite
-    finishes: list[Callable[[], Outcome]]  # one a metric
-
-    def outcomes(self) -> list[Outcome]:
-        """Scores [C, b] and details [C, b, ...] of each metric; NaN (-1 for indices) where a map is not usable."""
-        return [
-            (self._spread(score), {name: self._spread(values) for name, values in details.items()})
-            for score, details in (finish() for finish in self.finishes)
-        ]
-
-    def _spread(self, values: Tensor) -> Tensor:
-        missing = torch.nan if values.is_floating_point() else -1
-        spread = torch.full((*self.usable.shape, *values.shape[1:]), missing, dtype=values.dtype)
-        spread[self.usable] = values
-        return spread
-
-
-def _ask(metrics: Sequence[Metric], subjects: Subjects, maps: Tensor) -> _Part:
-    """Start the metrics on the subjects' finite ``maps`` [C, b, P]."""
-    usable = maps.isfinite().all(-1)
-    image = usable.nonzero()[:, 1]
-    return _Part(subjects, usable, [metric.start(subjects, maps[usable], image) for metric in metrics])
-
-
-def _collect(metrics: Sequence[Metric], parts: Sequence[_Part], names: list[str], single: bool) -> Scores:
+def _collect(metrics: Sequence[Metric], verdicts: Sequence[Verdict], names: list[str], C: int, single: bool) -> Scores:
     """Scores, details and errors of all images."""
     scores = Scores({}, image_keys=names)
-    usable = torch.cat([part.usable for part in parts], dim=1) if parts else torch.empty(1, 0)
-    by_part = [part.outcomes() for part in parts]
-    for m, metric in enumerate(metrics):
-        outcomes = [outcomes[m] for outcomes in by_part]
-        values = torch.cat([score for score, _ in outcomes], dim=1) if outcomes else torch.empty(1, 0).double()
-        for c, i in values.isnan().nonzero().tolist():
-            why = "the model's logits are not finite" if usable[c, i] else "the attribution is not finite"
-            scores.errors.append(ScoreError(metric.name, None if single else c, i, names[i], why))
-        detailed = outcomes[0][1] if outcomes else {}
-        details = {name: torch.cat([d[name] for _, d in outcomes], dim=1) for name in detailed}
+    for metric in metrics:
+        outcomes = [verdict.outcomes[metric.name] for verdict in verdicts]
+        values = torch.full((C, len(verdicts)), torch.nan, dtype=torch.float64, device="cpu")
+        for i, outcome in enumerate(outcomes):
+            values[:, i] = outcome.scores
+        for c in range(C):
+            for i, outcome in enumerate(outcomes):
+                reason = outcome.reasons[c]
+                if reason is not None:
+                    scores.errors.append(ScoreError(metric.name, None if single else c, i, names[i], reason))
+        details = _stack([outcome.details for outcome in outcomes])
         scores.by_metric[metric.name] = values[0] if single else values
         scores.details[metric.name] = {name: t[0] if single else t for name, t in details.items()}
     return scores
+
+
+def _stack(details: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each image's details [C, ...] as one tensor [C, B, ...]; an image without any has NaN, or -1 for indices."""
+    first: Mapping[str, Tensor] = next((found for found in details if found), {})
+    return {
+        name: torch.stack(
+            [found[name] if found else torch.full_like(like, missing_value(like)) for found in details], dim=1
+        )
+        for name, like in first.items()
+    }
+
+
+def missing_value(like: Tensor) -> float:
+    """What stands for a detail that is not there: NaN, or -1 among integers."""
+    return torch.nan if like.is_floating_point() else -1

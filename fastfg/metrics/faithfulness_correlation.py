@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Outcome, as_float64
-from fastfg.metrics.subjects import Subjects
-from fastfg.perturb import generator
-from fastfg.perturb.fills import Baseline
+from fastfg.metrics.metric import Metric, Plan, as_float64
+from fastfg.perturb import PatchGrid, Readings
 
 KINDS = ("spearman", "pearson")
 FLAT = 1e-10  # a standard deviation below this counts as no variation
@@ -20,7 +19,7 @@ def correlation(a: Tensor, b: Tensor, kind: str = "spearman") -> Tensor:
     """Correlation over the last dimension: [..., n] twice -> [...], float64.
 
     ``spearman`` (average ranks on ties) or ``pearson``. Where either side's standard deviation is below 1e-10
-    it is 0. A NaN on either side gives NaN.
+    it is 0. A NaN or an infinity on either side gives NaN.
 
     >>> import torch
     >>> float(correlation(torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 3.0, 9.0])))
@@ -31,14 +30,19 @@ def correlation(a: Tensor, b: Tensor, kind: str = "spearman") -> Tensor:
     a, b = as_float64(a), as_float64(b)
     if a.shape[-1:] != b.shape[-1:] or a.ndim == 0:
         raise ValueError(f"b: expected [..., {list(a.shape)[-1:]}], as a, got {list(b.shape)}")
-    flat = (a.std(-1, correction=0) < FLAT) | (b.std(-1, correction=0) < FLAT)
-    undefined = a.isnan().any(-1) | b.isnan().any(-1)
+    flat = is_flat(a) | is_flat(b)
+    defined = a.isfinite().all(-1) & b.isfinite().all(-1)
     x, y = (ranks(a), ranks(b)) if kind == "spearman" else (a, b)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     norm = (x.square().sum(-1) * y.square().sum(-1)).sqrt()
     result = (x * y).sum(-1) / torch.where(flat, 1.0, norm)
     result = torch.where(flat, 0.0, result.clamp(-1, 1))
-    return torch.where(undefined, torch.nan, result)
+    return torch.where(defined, result, torch.nan)
+
+
+def is_flat(values: Tensor) -> Tensor:
+    """Whether ``values`` [..., n] have a standard deviation below 1e-10: [...]."""
+    return values.std(-1, correction=0) < FLAT
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -47,6 +51,7 @@ def ranks(values: Tensor) -> Tensor:
     return (this > others).sum(-1) + ((this == others).sum(-1).double() + 1) / 2
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FaithfulnessCorrelation(Metric):
     """Random subsets removed; correlation of their summed attribution with the drop of the target's logit.
 
@@ -55,81 +60,98 @@ class FaithfulnessCorrelation(Metric):
     Details: ``drop`` [n_trials, n_runs], ``subsets`` [n_trials, n_runs, subset_size] (the same for every map).
 
     Args:
-        n_runs: subsets a trial. n_trials: averaged. subset_size: patches a subset; None is 20 where P >= 100, else
-            ``max(2, round(P / 5))``. correlation: ``spearman`` or ``pearson``.
+        n_runs: subsets per trial. n_trials: the trials whose correlations are averaged.
+        subset_size: patches per subset; None is 20 where P >= 100, else ``max(2, round(P / 5))``.
+        correlation: ``spearman`` or ``pearson``.
         subsets: [n_trials, n_runs, B, subset_size] patch indices, in place of drawn ones.
     """
 
-    name, title, short = "faithfulness_correlation", "Faithfulness Correlation", "FC"
-    higher_is_better = True
+    name: ClassVar[str] = "faithfulness_correlation"
+    title: ClassVar[str] = "Faithfulness Correlation"
+    short: ClassVar[str] = "FC"
+    higher_is_better: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        n_runs: int = 20,
-        n_trials: int = 3,
-        subset_size: int | None = None,
-        correlation: str = "spearman",
-        subsets: Tensor | None = None,
-        baseline: Baseline = "mean",
-    ) -> None:
-        super().__init__(baseline)
-        if correlation not in KINDS:
-            raise ValueError(f"faithfulness_correlation: expected correlation in {KINDS}, got {correlation!r}")
-        if n_runs < 2 or n_trials < 1:
+    n_runs: int = 20
+    n_trials: int = 3
+    subset_size: int | None = None
+    correlation: str = "spearman"
+    subsets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.correlation not in KINDS:
+            raise ValueError(f"{self.name}: expected correlation in {KINDS}, got {self.correlation!r}")
+        if self.n_runs < 2 or self.n_trials < 1:
             raise ValueError(
-                f"faithfulness_correlation: expected n_runs >= 2 and n_trials >= 1, got {n_runs} and {n_trials}"
+                f"{self.name}: expected n_runs >= 2 and n_trials >= 1, got {self.n_runs} and {self.n_trials}"
             )
-        self.n_runs, self.n_trials, self.subset_size, self.kind = n_runs, n_trials, subset_size, correlation
-        self.subsets = None if subsets is None else torch.as_tensor(subsets)
+        if self.subsets is not None:
+            given = torch.as_tensor(self.subsets, device="cpu")
+            if given.ndim != 4 or given.is_floating_point() or given.dtype == torch.bool:
+                raise ValueError(
+                    f"{self.name}: expected subsets [n_trials, n_runs, B, subset_size] of patch indices, got "
+                    f"{given.dtype} {list(given.shape)}"
+                )
+            object.__setattr__(self, "subsets", given.long())
 
-    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
-        U, P = maps.shape
-        judged, of = image.unique(return_inverse=True)
-        drawn = [self._subsets(subjects, int(i), P) for i in judged]
-        subsets = torch.stack(drawn) if drawn else torch.empty(0, 1, 2, 1, dtype=torch.long)  # [n, trials, runs, size]
+    def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
+        C, P = maps.shape
+        subsets = self._drawn(P, random) if self.subsets is None else self._given(P)  # [n_trials, n_runs, size]
+        n_trials, n_runs, _ = subsets.shape
+        masks = torch.zeros(n_trials * n_runs, P, dtype=torch.bool, device="cpu")
+        masks.scatter_(1, subsets.flatten(0, 1), True)
+        details = {"subsets": subsets.expand(C, -1, -1, -1)}
+        return Plan(masks.expand(C, -1, -1), details=details, n_unperturbed=n_trials)
+
+    def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
+        subsets = plan.details["subsets"]
+        summed, drop = self._both_sides(maps, subsets, readings)
+        score = correlation(summed, drop, self.correlation).mean(-1)
+        return score, {"drop": drop, "subsets": subsets}
+
+    def reading(self, readings: Readings) -> Tensor:
+        return readings.logit
+
+    def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
+        reasons = super().says_nothing(maps, plan, readings, eps)
+        sides = zip(self._both_sides(maps, plan.details["subsets"], readings), ("attribution", "drop"), strict=True)
+        for side, what in sides:
+            for c, flat in enumerate(is_flat(side).all(-1).tolist()):
+                if reasons[c] is None and flat:
+                    reasons[c] = f"every subset has the same {what}, in each trial"
+        return reasons
+
+    def per_image(self) -> dict[str, int]:
+        return super().per_image() | ({} if self.subsets is None else {"subsets": 2})
+
+    def _both_sides(self, maps: Tensor, subsets: Tensor, readings: Readings) -> tuple[Tensor, Tensor]:
+        """Summed attribution and drop of each subset, both [C, n_trials, n_runs]."""
         n_trials, n_runs = subsets.shape[1:3]
-        masks = torch.zeros(len(judged), n_trials * n_runs, P, dtype=torch.bool).scatter_(
-            2, subsets.flatten(1, 2), True
-        )
-        answer = subjects.ask(subjects.views(self.baseline, judged), masks)
-        subjects.asked += U * n_trials * (n_runs + 1)
+        summed = maps.gather(1, subsets.flatten(1)).reshape(*subsets.shape).sum(-1)
+        drop = readings.logit[:, :1] - readings.logit[:, 1:]
+        return summed, drop.reshape(-1, n_trials, n_runs)
 
-        def finish() -> Outcome:
-            drop = subjects.unperturbed.logit[judged, None] - answer().logit
-            drop = drop.reshape(-1, n_trials, n_runs)[of]
-            summed = maps.gather(1, subsets[of].flatten(1)).reshape(U, n_trials, n_runs, -1).sum(-1)
-            score = correlation(summed, drop, self.kind).mean(-1)
-            return score, {"drop": drop, "subsets": subsets[of]}
+    def _drawn(self, P: int, random: torch.Generator) -> Tensor:
+        size = default_subset_size(P) if self.subset_size is None else self.subset_size
+        if not 1 <= size <= P:
+            raise ValueError(f"{self.name}: expected subset_size from 1 to {P}, got {size}")
+        return draw_subsets(P, self.n_trials, self.n_runs, size, random)
 
-        return finish
-
-    def _subsets(self, subjects: Subjects, image: int, P: int) -> Tensor:
-        if self.subsets is None:
-            size = default_subset_size(P) if self.subset_size is None else self.subset_size
-            if not 1 <= size <= P:
-                raise ValueError(f"faithfulness_correlation: expected subset_size from 1 to {P}, got {size}")
-            random = generator(subjects.seed, subjects.keys[image], self.name)
-            return draw_subsets(P, self.n_trials, self.n_runs, size, random)
-        given, index = self.subsets, subjects.first + image
-        if given.ndim != 4 or given.is_floating_point() or index >= given.shape[2]:
-            raise ValueError(
-                "faithfulness_correlation: expected subsets [n_trials, n_runs, B, subset_size] of patch indices, got "
-                f"{given.dtype} {list(given.shape)}"
-            )
-        if given.numel() and (int(given.min()) < 0 or int(given.max()) >= P):
-            raise ValueError(
-                f"faithfulness_correlation: expected subsets of patches 0 to {P - 1}, got {int(given.min())} to "
-                f"{int(given.max())}"
-            )
-        return given[:, :, index].long().cpu()
+    def _given(self, P: int) -> Tensor:
+        """The subsets of the one image that :meth:`for_images` has cut out."""
+        assert self.subsets is not None
+        self.check_images(1)
+        if self.subsets.numel() and (int(self.subsets.min()) < 0 or int(self.subsets.max()) >= P):
+            low, high = int(self.subsets.min()), int(self.subsets.max())
+            raise ValueError(f"{self.name}: expected subsets of patches 0 to {P - 1}, got {low} to {high}")
+        return self.subsets[:, :, 0]
 
 
 def default_subset_size(n_patches: int) -> int:
-    """Patches in a subset: 20, or a fifth of a small grid's."""
-    return 20 if n_patches >= 100 else max(2, round(n_patches / 5))
+    """Patches per subset: 20, or a fifth of a small grid's; never all of them."""
+    return 20 if n_patches >= 100 else max(1, min(max(2, round(n_patches / 5)), n_patches - 1))
 
 
 def draw_subsets(n_patches: int, n_trials: int, n_runs: int, size: int, random: torch.Generator) -> Tensor:
     """Subsets [n_trials, n_runs, size] of patches, each drawn without replacement."""
-    chance = torch.rand(n_trials, n_runs, n_patches, generator=random, dtype=torch.float64)
+    chance = torch.rand(n_trials, n_runs, n_patches, generator=random, dtype=torch.float64, device="cpu")
     return chance.argsort(dim=-1, stable=True)[..., :size]

@@ -1,37 +1,115 @@
-"""What a metric is: it asks for masks of some images, and turns the readings into scores when they are there."""
+"""A metric is two pure functions: which patches to remove, and what the readings say about a map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastfg.metrics.subjects import Subjects
-from fastfg.perturb.fills import Baseline
+from fastfg.perturb import Baseline, PatchGrid, Readings
+from fastfg.perturb.fills import is_per_image
 
-Outcome = tuple[Tensor, dict[str, Tensor]]  # scores [U], details by name
+Self = TypeVar("Self", bound="Metric")
+ROUNDING = 4  # changes of a logit below so many units of its rounding are no change
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one metric asks about the ``C`` maps of one image.
+
+    Attributes:
+        masks: [C, m, P] bool, True where a patch is removed.
+        order: [C, P] patches in the order of their removal, ``patches_per_step`` at a time: only needed for
+            ``baseline="running_mean"``, whose fill drifts along it. None: each mask stands alone.
+        details: {name: tensor [C, ...]}, whatever ``score`` needs besides the readings.
+        n_unperturbed: how often the metric on its own would read the image as it is; fastfg reads it once.
+    """
+
+    masks: Tensor
+    order: Tensor | None = None
+    patches_per_step: int = 1
+    details: dict[str, Tensor] = field(default_factory=dict)
+    n_unperturbed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Metric:
-    """Base of the metrics. ``baseline`` is what removed patches are filled with."""
+    """Base of the metrics. A subclass sets the four names and gives ``plan`` and ``score``, both pure functions.
 
-    name: str
-    title: str  # as a table shows it
-    short: str  # as a figure shows it
-    higher_is_better: bool
+    Args:
+        baseline: what fills removed patches; None: the ``baseline`` of the evaluation.
+    """
 
-    def __init__(self, baseline: Baseline = "mean") -> None:
-        self.baseline = baseline
+    name: ClassVar[str]  # the key in Scores
+    title: ClassVar[str]  # as a table shows it
+    short: ClassVar[str]  # as a figure shows it
+    higher_is_better: ClassVar[bool]
 
-    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
-        """Ask for all that is needed to judge ``maps`` [U, P], each of one of the subjects: ``image`` [U].
+    baseline: Baseline | None = None
 
-        Returns a function to call once the engine has run what was asked for: it gives the scores [U] and the
-        details, each [U, ...].
+    def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
+        """The masks for ``maps`` [C, P], float64, finite, all of one image.
+
+        ``random`` is a CPU generator that depends on the seed, the image's key and the metric's name alone.
         """
         raise NotImplementedError
+
+    def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores [C] and details {name: [C, ...]} from ``readings`` [C, 1 + m]: the image as it is, then each mask."""
+        raise NotImplementedError
+
+    def reading(self, readings: Readings) -> Tensor:
+        """The reading that this metric looks at, [C, 1 + m]."""
+        return readings.prob
+
+    def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
+        """For each map, why its score would say nothing, or None. ``eps`` is the rounding of the model's dtype."""
+        return unchanged(self.reading(readings), readings.logit, eps)
+
+    def per_image(self) -> dict[str, int]:
+        """The arguments that hold one entry per image, and the dimension along which they do."""
+        return {"baseline": 0} if is_per_image(self.baseline) else {}
+
+    def check_images(self, n_images: int) -> None:
+        """Raise ValueError where an argument does not hold one entry for each of ``n_images`` images."""
+        for name, dim in self.per_image().items():
+            shape = list(getattr(self, name).shape)
+            if shape[dim] != n_images:
+                raise ValueError(f"{self.name}: expected {name} for {n_images} images in dimension {dim}, got {shape}")
+
+    def for_images(self: Self, rows: slice) -> Self:
+        """This metric for ``rows`` of the images: arguments that hold one entry per image are cut."""
+        cut = {}
+        for name, dim in self.per_image().items():
+            values = getattr(self, name)
+            if values.shape[dim] < rows.stop:
+                raise ValueError(
+                    f"{self.name}: expected {name} for {rows.stop} images or more in dimension {dim}, got "
+                    f"{list(values.shape)}"
+                )
+            cut[name] = values.narrow(dim, rows.start, rows.stop - rows.start)
+        return self.changed(**cut)
+
+    def changed(self: Self, **arguments: Any) -> Self:
+        """This metric with other arguments."""
+        if not arguments:
+            return self
+        other = copy.copy(self)
+        for name, value in arguments.items():
+            object.__setattr__(other, name, value)
+        return other
+
+
+def unchanged(values: Tensor, logit: Tensor, eps: float) -> list[str | None]:
+    """A reason for each row of ``values`` [C, 1 + m] that no mask changes beyond rounding; ``logit``: its logits."""
+    change, logit_change = ((t - t[:, :1]).abs().amax(1) for t in (values, logit))
+    rounding = ROUNDING * eps
+    still = (logit_change <= rounding * logit.abs().amax(1)) & (change <= rounding * values.abs().amax(1).clamp(min=1))
+    message = "removing patches does not change the model's output"
+    return [message if flat else None for flat in ((change == 0) | still).tolist()]
 
 
 def descending(maps: Tensor) -> Tensor:
@@ -41,4 +119,5 @@ def descending(maps: Tensor) -> Tensor:
 
 def as_float64(values: Any) -> Tensor:
     """Arrays or tensors, of any dtype, as float64."""
-    return torch.as_tensor(values).to(torch.float64)
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    return tensor.to(torch.float64)

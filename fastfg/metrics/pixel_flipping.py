@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Outcome, as_float64, descending
-from fastfg.metrics.subjects import Subjects
-from fastfg.perturb import running_mean_fill
-from fastfg.perturb.fills import Baseline
+from fastfg.metrics.metric import Metric, Plan, as_float64, descending
+from fastfg.perturb import PatchGrid, Readings
 
 
 def area(curve: Tensor) -> Tensor:
@@ -26,44 +25,32 @@ def area(curve: Tensor) -> Tensor:
     return torch.trapezoid(curve, dim=-1)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PixelFlipping(Metric):
     """Patches removed in descending order of attribution until none is left; lower is better.
 
-    Details: ``curve`` [steps + 1], the target's softmax probability after each step, the unperturbed first.
+    Details: ``curve`` [steps + 1], the target's probability after each step, the image as it is first.
 
     Args:
         patches_per_step: how many patches each step removes.
     """
 
-    name, title, short = "pixel_flipping", "Pixel Flipping", "PF"
-    higher_is_better = False
+    name: ClassVar[str] = "pixel_flipping"
+    title: ClassVar[str] = "Pixel Flipping"
+    short: ClassVar[str] = "PF"
+    higher_is_better: ClassVar[bool] = False
 
-    def __init__(self, patches_per_step: int = 1, baseline: Baseline = "mean") -> None:
-        super().__init__(baseline)
-        if patches_per_step < 1:
-            raise ValueError(f"pixel_flipping: expected patches_per_step >= 1, got {patches_per_step}")
-        self.patches_per_step = patches_per_step
+    patches_per_step: int = 1
 
-    def start(self, subjects: Subjects, maps: Tensor, image: Tensor) -> Callable[[], Outcome]:
-        U, P = maps.shape
-        order = descending(maps)
-        steps = -(-P // self.patches_per_step)
-        rank = order.argsort(dim=-1)
-        masks = rank[:, None, :] < torch.arange(1, steps + 1)[:, None] * self.patches_per_step  # [U, steps, P]
-        answer = subjects.ask(self._views(subjects, order, image), masks)
-        subjects.asked += U * (steps + 1)
+    def __post_init__(self) -> None:
+        if self.patches_per_step < 1:
+            raise ValueError(f"pixel_flipping: expected patches_per_step >= 1, got {self.patches_per_step}")
 
-        def finish() -> Outcome:
-            curve = torch.cat([subjects.unperturbed.prob[image, None], answer().prob], dim=1)
-            return area(curve), {"curve": curve}
+    def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
+        order, step = descending(maps), self.patches_per_step
+        removed = torch.arange(step, maps.shape[1] + step, step, device="cpu")  # after each step, P or more at the end
+        masks = order.argsort(dim=-1)[:, None, :] < removed[:, None]
+        return Plan(masks, order=order, patches_per_step=step)
 
-        return finish
-
-    def _views(self, subjects: Subjects, order: Tensor, image: Tensor) -> Tensor:
-        if not (isinstance(self.baseline, str) and self.baseline == "running_mean"):
-            return subjects.views(self.baseline, image)
-        views = []
-        for i, patches in zip(image.tolist(), order.to(subjects.images.device), strict=True):
-            fill = running_mean_fill(subjects.images[i], patches, self.patches_per_step, subjects.grid)
-            views.append(subjects.add_view(i, fill))
-        return torch.tensor(views, dtype=torch.long)
+    def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
+        return area(readings.prob), {"curve": readings.prob}

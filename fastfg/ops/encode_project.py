@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.ops.dispatch import run
 from fastfg.ops.check import check_shapes
+from fastfg.ops.dispatch import run
 
 
 def encode_project(

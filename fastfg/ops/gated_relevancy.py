@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.ops.dispatch import run
 from fastfg.ops.check import check_identity, check_shapes
+from fastfg.ops.dispatch import run
 from fastfg.ops.relevancy import widest
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfg.ops.dispatch import run
 from fastfg.ops.check import check_identity, check_shapes
+from fastfg.ops.dispatch import run
 
 
 def relevancy(

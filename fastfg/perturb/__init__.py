@@ -1,25 +1,32 @@
-"""The perturbation engine: masks over patches in, readings of the model's output back.
+"""Perturb images patch by patch and read what the model makes of them, in full batches.
 
-It sees a callable ``images -> logits``, or another :class:`ForwardPath`, and nothing of any model library.
+A metric asks for masks; the engine gives back readings. It reaches the model through a :class:`ForwardPath`: the pixels
+of any callable ``images -> logits``, or the tokens of a known family.
 """
 
-from fastfg.perturb.fills import FILLS, make_fill, running_mean_fill
-from fastfg.perturb.engine import Engine
-from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.batches import Batches
+from fastfg.perturb.engine import Engine, View
+from fastfg.perturb.fills import FILLS, Baseline, make_fill, running_mean_fill
 from fastfg.perturb.forward_path import ForwardPath
+from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.readings import Readings
 from fastfg.perturb.seeds import generator, image_key
+from fastfg.perturb.tokens import Tokens
 
 __all__ = [
     "FILLS",
+    "Baseline",
+    "Batches",
     "Engine",
-    "PatchGrid",
     "ForwardPath",
+    "PatchGrid",
     "Pixels",
     "Precision",
     "Readings",
+    "Tokens",
+    "View",
     "generator",
     "image_key",
     "make_fill",

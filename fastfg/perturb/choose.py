@@ -1,16 +1,15 @@
-"""How a model is run under perturbation: by its tokens where that gives the same logits, else by its pixels."""
+"""Choose how perturbed images reach the model: as tokens where that gives the same logits, else as pixels."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fastfg.models import Adapter
+from fastfg.perturb.batches import Batches
 from fastfg.perturb.forward_path import ForwardPath
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import Pixels
@@ -18,11 +17,14 @@ from fastfg.perturb.precision import Precision
 from fastfg.perturb.tokens import Tokens
 
 PATHS = ("auto", "tokens", "pixels")
-BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
-PROBE = 8  # images that tell how much memory one takes
+TF32_EPS = 2.0**-10
+CHECKED_AT_ONCE = 8
 
 log = logging.getLogger("fastfg")
-_why_not: WeakKeyDictionary[Any, dict[object, str | None]] = WeakKeyDictionary()
+
+
+class Differs(Exception):  # noqa: N818
+    """Perturbing tokens does not do what perturbing pixels does; the message says how."""
 
 
 def choose_path(
@@ -33,12 +35,14 @@ def choose_path(
     path: str,
     precision: str,
 ) -> tuple[ForwardPath, str]:
-    """The path, and its name with the reason where it isn't the fast one.
+    """The path for these images, and its name, with the reason where it is not the fast one.
 
     Args:
-        path: ``auto``, ``tokens`` (raises ValueError where these can't be perturbed) or ``pixels``.
+        path: ``auto``, ``tokens`` (raises ValueError where tokens can't be perturbed) or ``pixels``.
         precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
             a name of :class:`fastfg.perturb.Precision`.
+
+    ``auto`` and ``tokens`` compare both paths on every one of ``images``: two forwards per image.
     """
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
@@ -48,25 +52,14 @@ def choose_path(
         return pixels, "pixels"
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
-    tokens = Tokens(adapter, how)
-    known = _why_not.setdefault(adapter.model, {})
-    key = (tuple(images.shape[1:]), images.dtype, images.device.type, how.name)
-    if key not in known:
-        known[key] = tokens.why_not(_any_image(images), images.new_full((1, 1, 1), 0.1), pixels)
-        if known[key] is not None:
-            log.warning("perturbing pixels: %s", known[key])
-    reason = known[key]
-    if reason is None:
-        return tokens, "tokens"
-    if path == "tokens":
-        raise ValueError(f"path: expected 'pixels' for this model, as {reason}")
-    return pixels, f"pixels ({reason})"
-
-
-def _any_image(like: Tensor) -> Tensor:
-    """One of noise [1, C, H, W]: what is true of a model does not depend on the user's images."""
-    random = torch.Generator().manual_seed(0)
-    return torch.randn(1, *like.shape[1:], generator=random, dtype=torch.float64).to(like)
+    try:
+        _compare(adapter, pixels, images, how)
+    except Differs as reason:
+        if path == "tokens":
+            raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
+        log.warning("perturbing pixels: %s", reason)
+        return pixels, f"pixels ({reason})"
+    return Tokens(adapter, how), "tokens"
 
 
 def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
@@ -76,20 +69,63 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
     return Precision(name, images.device)
 
 
-def fitting_batch(path: ForwardPath, images: Tensor, limit: int | None) -> int:
-    """Perturbed images a forward: as many as the device's free memory holds, ``limit`` at most."""
-    if images.device.type != "cuda":
-        return limit or BATCH_ON_CPU
-    limit = limit or BATCH_ON_GPU
-    if limit <= PROBE or not len(images):
-        return limit
-    torch.cuda.reset_peak_memory_stats(images.device)
-    before = torch.cuda.memory_allocated(images.device)
+def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, how: Precision) -> None:
+    """Perturb every one of ``images`` both ways. Raises Differs where the results are not the same.
+
+    The tokens before the first block are compared in the model's own dtype, token by token: that finds patches that
+    overlap. The logits are compared in the precision of the evaluation: that finds a model which looks at its input
+    elsewhere too.
+    """
+    mask = _checked_mask(pixels.grid.n_patches, images.device)
+    own = Pixels(pixels.forward, pixels.grid), Tokens(adapter)
+    asked = pixels, Tokens(adapter, how)
+
+    def work(rows: slice) -> None:
+        some = images[rows]
+        _compare_tokens(*own, some, mask)
+        _compare_logits(*asked, some, mask, how.eps(images.dtype))
+
     try:
-        path.whole(images[:1].expand(PROBE, -1, -1, -1))
+        Batches(CHECKED_AT_ONCE).run(len(images), work)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return PROBE // 2  # and the engine goes on from there
-    each = (torch.cuda.max_memory_allocated(images.device) - before) / PROBE
-    free = torch.cuda.mem_get_info(images.device)[0] + torch.cuda.memory_reserved(images.device) - before
-    return max(1, min(limit, int(0.8 * free / max(each, 1))))  # 0 from an allocator that keeps no statistics
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise Differs(f"its tokens can't be perturbed before the first block ({error})") from error
+
+
+def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
+    """Masks of both kinds in one [P]: every other patch of the first half, and all of the third quarter."""
+    patch = torch.arange(n_patches, device=device)
+    scattered = (patch < n_patches / 2) & (patch % 2 == 0)
+    return scattered | ((patch >= n_patches / 2) & (patch < n_patches * 3 / 4))
+
+
+def _perturbed(path: ForwardPath, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """``images``, each under ``mask`` [P], filled with its mean."""
+    prepared = path.prepare(images, [image.double().mean().to(image.dtype).reshape(1, 1, 1) for image in images])
+    inputs = path.buffers(prepared, len(images))
+    for view in range(len(images)):
+        path.place(prepared, view, mask[None], tuple(t[view : view + 1] for t in inputs))
+    return inputs
+
+
+def _compare_tokens(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor) -> None:
+    expected = tokens.stream(_perturbed(pixels, images, mask)[0]).double()
+    found = _perturbed(tokens, images, mask)[0].double()
+    if found.shape != expected.shape:
+        raise Differs(f"perturbed pixels make other tokens: {list(expected.shape)} in place of {list(found.shape)}")
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    eps = torch.finfo(images.dtype).eps
+    if images.is_cuda and images.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        eps = TF32_EPS
+    if not float(error.max()) <= (100 if eps < 1e-5 else 8) * eps:
+        raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
+
+
+def _compare_logits(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor, eps: float) -> None:
+    found, expected = (path.run(_perturbed(path, images, mask)).double() for path in (tokens, pixels))
+    error = (found - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-30)
+    if not float(error.max()) <= eps**0.6:  # rounding grows through the blocks; what is wrong differs by more
+        raise Differs(
+            f"perturbing its tokens gives logits that differ from those of the pixels by {float(error.max()):.1e}"
+        )

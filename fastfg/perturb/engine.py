@@ -1,146 +1,115 @@
-"""Run perturbed images in full batches, whatever mix of images, metrics and attributions they come from."""
+"""The perturbation engine: masks over patches in, readings of the model's output back, in full batches."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastfg.perturb.batches import Batches
 from fastfg.perturb.forward_path import ForwardPath
 from fastfg.perturb.readings import Readings
+from fastfg.targets import TargetFunction
 
-VIEWS_AT_ONCE = 8  # views prepared in one go: what is prepared of them is in memory together
-
-log = logging.getLogger("fastfg")
+VIEWS_AT_ONCE = 8  # views prepared in one go: their states are in memory together
 
 
-@dataclass
-class Pending:
-    """Masks of some views, waiting for their forwards."""
+class View(NamedTuple):
+    """An image [C, H, W], and what fills its removed patches: a tensor that broadcasts against it."""
 
-    images: Tensor  # [V, C, H, W]
-    fills: list[Tensor]  # V of them, each broadcasts against [C, H, W]
-    view: Tensor  # [n], ascending
-    target: Tensor  # [n]
-    masks: Tensor  # [n, P] bool
-    readings: Readings  # [n], filled in as the forwards are run
-    done: int = 0  # rows already run
-    prepared: Any = field(default=None, repr=False)
+    image: Tensor
+    fill: Tensor
 
 
 class Engine:
-    """Collects masks and runs them ``batch_size`` at a time.
-
-    A batch that does not fit into the device's memory is run again in halves, and so are all after it.
+    """Reads a model under many masks, whatever mix of images, metrics and attributions they come from.
 
     Args:
-        path: how perturbed images reach the model. batch_size: perturbed images a forward.
+        path: how perturbed images reach the model. batches: how many of them per forward.
+
+    Attributes:
+        forwards: how many images went through the model so far.
     """
 
-    def __init__(self, path: ForwardPath, batch_size: int) -> None:
-        self.path, self.batch_size = path, batch_size
-        self.forwards = 0  # forwards run, an image each
-        self._jobs: list[Pending] = []
-        self._waiting = 0
+    def __init__(self, path: ForwardPath, batches: Batches) -> None:
+        self.path, self.batches = path, batches
+        self.forwards = 0
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits of whole images, in batches."""
+        """The model's output [B, n] for ``images`` [B, C, H, W] as they are."""
         parts: list[Tensor] = []
-        start = 0
-        while start < len(images) or not parts:
-            part = images[start : start + self.batch_size]
-            try:
-                parts.append(self.path.whole(part))
-            except torch.OutOfMemoryError as error:
-                self._halve(len(part), error)
-                continue
-            start += len(part)
-        self.forwards += len(images)
+
+        def work(rows: slice) -> None:
+            # Copies on both sides: a model may change its input in place, and may use its output's memory again.
+            parts.append(self.path.whole(images[rows].clone()).clone())
+            self.forwards += len(parts[-1])
+
+        self.batches.run(len(images), work)
         return torch.cat(parts)
 
-    def submit(self, images: Tensor, fills: list[Tensor], view: Tensor, target: Tensor, masks: Tensor) -> Readings:
-        """Ask for the views ``images`` [V, C, H, W] with ``fills``, each under its masks; full batches run at once.
+    def read(
+        self,
+        views: Sequence[View],
+        view: Tensor,
+        masks: Tensor,
+        target: Tensor | TargetFunction,
+        progress: Callable[[int], None] | None = None,
+    ) -> Readings:
+        """Readings [n] of ``views`` with patches removed.
 
         Args:
-            view: [n], the view of each mask, ascending. target: [n], its class. masks: [n, P] bool.
-
-        Returns readings [n], on the images' device, complete after :meth:`flush`.
+            view: [n] int64 on the CPU, the view of each mask, ascending. masks: [n, P] bool, True: removed.
+            target: [n] classes, or a function of the model's output.
+            progress: called with the number of masks that have been read.
         """
-        readings = Readings.empty(len(masks), images.device)
-        for first in range(0, len(fills), VIEWS_AT_ONCE):
-            stop = min(first + VIEWS_AT_ONCE, len(fills))
-            low, high = torch.searchsorted(view, torch.tensor([first, stop], device=view.device)).tolist()
-            if low == high:
-                continue
-            rows = slice(low, high)
-            part = Pending(
-                images[first:stop], fills[first:stop], view[rows] - first, target[rows], masks[rows], readings[rows]
-            )
-            self._jobs.append(part)
-            self._waiting += high - low
-            while self._waiting >= self.batch_size:
-                self._run_batch()
+        readings = Readings.empty(len(masks), masks.device)
+        prepared = _Prepared(self.path, views)
+
+        def work(rows: slice) -> None:
+            prepared.at_once = min(VIEWS_AT_ONCE, self.batches.size)
+            output = self.path.run(self._inputs(prepared, view[rows], masks[rows]))
+            readings.put(rows, Readings.of(output, target if callable(target) else target[rows]))
+            self.forwards += rows.stop - rows.start
+            if progress is not None:
+                progress(rows.stop)
+
+        self.batches.run(len(masks), work)
         return readings
 
-    def flush(self) -> None:
-        """Run what is still waiting."""
-        while self._waiting:
-            self._run_batch()
-
-    def _run_batch(self) -> None:
-        taken = self._take()
-        n = sum(rows.stop - rows.start for _, rows in taken)
-        try:
-            target = torch.cat([job.target[rows] for job, rows in taken])
-            read = Readings.of(self.path.run(self._place(taken, n)), target)
-        except torch.OutOfMemoryError as error:
-            self._halve(n, error)
-            return
-        start = 0
-        for job, rows in taken:
-            stop = start + rows.stop - rows.start
-            job.readings.put(rows, read[slice(start, stop)])
-            start, job.done = stop, rows.stop
-        self._jobs = [job for job in self._jobs if job.done < len(job.masks)]
-        self._waiting -= n
-        self.forwards += n
-
-    def _take(self) -> list[tuple[Pending, slice]]:
-        """The rows of the next batch; nothing is counted as done before it is."""
-        taken, room = [], self.batch_size
-        for job in self._jobs:
-            rows = slice(job.done, min(job.done + room, len(job.masks)))
-            taken.append((job, rows))
-            room -= rows.stop - rows.start
-            if not room:
-                break
-        return taken
-
-    def _place(self, taken: list[tuple[Pending, slice]], n: int) -> tuple[Tensor, ...]:
-        """The batch's perturbed inputs."""
+    def _inputs(self, prepared: _Prepared, view: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+        """The perturbed inputs of one batch."""
+        views, counts = view.unique_consecutive(return_counts=True)
+        prepared.forget_before(int(views[0]))
         inputs: tuple[Tensor, ...] | None = None
         start = 0
-        for job, rows in taken:
-            if job.prepared is None:
-                job.prepared = self.path.prepare(job.images, job.fills)
+        for v, count in zip(views.tolist(), counts.tolist(), strict=True):
+            states, place = prepared.of(v)
             if inputs is None:
-                inputs = self.path.buffers(job.prepared, n)
-            views, counts = job.view[rows].unique_consecutive(return_counts=True)
-            row = rows.start
-            for view, count in zip(views.tolist(), counts.tolist(), strict=True):
-                out = tuple(t[start : start + count] for t in inputs)
-                self.path.place(job.prepared, view, job.masks[row : row + count], out)
-                start, row = start + count, row + count
+                inputs = self.path.buffers(states, len(masks))
+            rows = slice(start, start + count)
+            self.path.place(states, place, masks[rows], tuple(t[rows] for t in inputs))
+            start = rows.stop
         assert inputs is not None  # a batch has rows
         return inputs
 
-    def _halve(self, n: int, error: torch.OutOfMemoryError) -> None:
-        """After ``n`` images did not fit; raises the device's own error where one alone does not."""
-        if n == 1:
-            raise error
-        self.batch_size = n // 2
-        torch.cuda.empty_cache()
-        log.warning("%d perturbed images did not fit into memory: going on with %d", n, self.batch_size)
+
+class _Prepared:
+    """What is computed once per view, a few views at a time, and let go once no later batch needs it."""
+
+    def __init__(self, path: ForwardPath, views: Sequence[View]) -> None:
+        self.path, self.views, self.at_once = path, views, VIEWS_AT_ONCE
+        self._states: dict[int, tuple[Any, int]] = {}  # view: the states of its group, and its place among them
+
+    def of(self, v: int) -> tuple[Any, int]:
+        if v not in self._states:
+            group = self.views[v : v + self.at_once]
+            states = self.path.prepare(torch.stack([view.image for view in group]), [view.fill for view in group])
+            for place in range(len(group)):
+                self._states[v + place] = (states, place)
+        return self._states[v]
+
+    def forget_before(self, v: int) -> None:
+        for old in [known for known in self._states if known < v]:
+            del self._states[old]

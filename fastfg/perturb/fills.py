@@ -18,6 +18,11 @@ FILLS = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "run
 Baseline = str | float | Tensor
 
 
+def is_per_image(baseline: Baseline | None) -> bool:
+    """Whether ``baseline`` is a tensor with one entry per image."""
+    return isinstance(baseline, Tensor) and baseline.ndim > 0
+
+
 def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised: bool) -> None:
     """Raise ValueError where ``baseline`` is none that is known, or one that these images can't have."""
     if isinstance(baseline, str):
@@ -28,7 +33,8 @@ def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised:
                 f"baseline: {baseline!r} is a colour in pixel space, and this model does not tell its normalisation; "
                 "give the normalised values as a tensor [B, C]"
             )
-    elif isinstance(baseline, Tensor) and baseline.ndim:
+    elif is_per_image(baseline):
+        assert isinstance(baseline, Tensor)
         if list(baseline.shape) not in ([n_images], [n_images, in_chans]):
             shapes = f"[{n_images}] or [{n_images}, {in_chans}]"
             raise ValueError(f"baseline: expected a tensor {shapes}, got {list(baseline.shape)}")
@@ -62,13 +68,15 @@ def make_fill(
         return image.double().mean((1, 2)).to(image.dtype).reshape(-1, 1, 1)
     if baseline in ("black", "white"):
         assert pixel_mean is not None and pixel_std is not None  # check_baseline
-        mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (pixel_mean, pixel_std))
+        mean, std = (
+            torch.tensor(v, dtype=torch.float64, device="cpu").reshape(-1, 1, 1) for v in (pixel_mean, pixel_std)
+        )
         return ((float(baseline == "white") - mean) / std).to(image)
     if baseline == "zero":
         return image.new_zeros(1, 1, 1)
     if baseline == "noise":
         mean, std = (f(image.double(), dim=(1, 2), keepdim=True) for f in (torch.mean, torch.std))
-        noise = torch.randn(image.shape, generator=random, dtype=torch.float64).to(image.device)
+        noise = torch.randn(image.shape, generator=random, dtype=torch.float64, device="cpu").to(image.device)
         return (mean + std * noise).to(image.dtype)
     if baseline == "blur":
         return blur(image, max(grid.ph, grid.pw))
@@ -98,9 +106,10 @@ def running_mean_fill(image: Tensor, order: Tensor, patches_per_step: int, grid:
     """
     sums = grid.sum_pixels(image.double())
     pixels = image.shape[0] * grid.ph * grid.pw
-    total, fill = sums.sum(), torch.empty_like(sums)
+    covered = grid.n_patches * pixels == image.numel()
+    total, fill = sums.sum() if covered else image.double().sum(), torch.empty_like(sums)
     for patches in order.split(patches_per_step):
-        mean = total / (pixels * grid.n_patches)
+        mean = total / image.numel()
         fill[patches] = mean
         total = total + (mean * pixels * len(patches) - sums[patches].sum())
     return grid.to_pixels(fill).unsqueeze(0).to(image.dtype)

@@ -4,35 +4,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """``gh x gw`` patches of ``ph x pw`` pixels; patch ``i`` is at row ``i // gw``, column ``i % gw``."""
+    """``gh x gw`` patches of ``ph x pw`` pixels; patch ``i`` is at row ``i // gw``, column ``i % gw``.
+
+    ``bottom`` and ``right`` are the pixels beyond the last patch, which belong to none: a model whose image size is
+    no multiple of its patch size does not look at them.
+    """
 
     gh: int
     gw: int
     ph: int
     pw: int
+    bottom: int = 0
+    right: int = 0
 
     @classmethod
-    def of(cls, image_size: tuple[int, int], grid: tuple[int, int]) -> PatchGrid:
-        """The patches of an image of (height, width) pixels under ``grid`` = (gh, gw), which must divide it."""
+    def of(
+        cls, image_size: tuple[int, int], grid: tuple[int, int], patch_size: tuple[int, int] | None = None
+    ) -> PatchGrid:
+        """The patches of an image of (height, width) pixels under ``grid`` = (gh, gw).
+
+        ``patch_size``: (height, width) in pixels; None: the grid divides the image.
+        """
         (H, W), (gh, gw) = image_size, grid
-        if H % gh or W % gw:
+        if patch_size is None and (min(gh, gw) < 1 or H % gh or W % gw):
             raise ValueError(f"maps: expected a grid that divides the images' {H} x {W} pixels, got {gh} x {gw}")
-        return cls(gh, gw, H // gh, W // gw)
+        ph, pw = (H // gh, W // gw) if patch_size is None else patch_size
+        if gh * ph > H or gw * pw > W:
+            raise ValueError(f"maps: expected {gh} x {gw} patches of {ph} x {pw} pixels inside {H} x {W} pixels")
+        return cls(gh, gw, ph, pw, H - gh * ph, W - gw * pw)
 
     @property
     def n_patches(self) -> int:
         return self.gh * self.gw
 
     def to_pixels(self, per_patch: Tensor) -> Tensor:
-        """Values of patches [..., P] -> values of pixels [..., H, W]."""
+        """Values of patches [..., P] -> values of pixels [..., H, W]; 0 (False) beyond the last patch."""
         grid = per_patch.unflatten(-1, (self.gh, self.gw))
-        return grid.repeat_interleave(self.ph, dim=-2).repeat_interleave(self.pw, dim=-1)
+        pixels = grid.repeat_interleave(self.ph, dim=-2).repeat_interleave(self.pw, dim=-1)
+        return F.pad(pixels, (0, self.right, 0, self.bottom)) if self.bottom or self.right else pixels
 
     def sum_pixels(self, image: Tensor) -> Tensor:
         """Sums over each patch's pixels and channels: ``image`` [C, H, W] -> [P]."""
-        return image.unflatten(-1, (self.gw, self.pw)).unflatten(-3, (self.gh, self.ph)).sum((0, 2, 4)).flatten()
+        covered = image[..., : self.gh * self.ph, : self.gw * self.pw]
+        return covered.unflatten(-1, (self.gw, self.pw)).unflatten(-3, (self.gh, self.ph)).sum((0, 2, 4)).flatten()

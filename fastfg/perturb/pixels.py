@@ -15,7 +15,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Pixels:
-    """The reference path, and the one for models that nothing is known of.
+    """The reference path, and the only one for models of no known family.
 
     Args:
         forward: images [n, C, H, W] -> logits [n, classes]. grid: where the patches lie.

@@ -1,4 +1,4 @@
-"""In what precision perturbed forwards are run."""
+"""The precision of perturbed forwards."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Precision:
         self.name, self.device, self.dtype = name, device, PRECISIONS[name]
         self._linear = float8.Float8Linear() if name == "float8" else None  # keeps the weights that it has rounded
         if self._linear is not None and (reason := float8.why_not(device)) is not None:
-            raise ValueError(f"precision: expected another than 'float8': {reason}")
+            raise ValueError(f"precision: 'float8' is not available on {device}: {reason}")
 
     def eps(self, own: torch.dtype) -> float:
-        """The precision's relative rounding, of a model in ``own``."""
+        """The relative rounding of this precision, for a model whose dtype is ``own``."""
         return torch.finfo(self.dtype or own).eps
 
     def __call__(self) -> AbstractContextManager[Any]:
-        """Within this, forwards are run so."""
+        """A context for forwards in this precision."""
         stack = ExitStack()
         if self.dtype is not None:
             stack.enter_context(

@@ -1,4 +1,4 @@
-"""What is kept of each perturbed forward."""
+"""What is kept of each forward: a few numbers about the target."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.targets import TargetFunction, probabilities, target_logit, target_value
+
 
 @dataclass
 class Readings:
-    """``logit`` and ``prob`` (softmax) of the target class, ``max_prob`` of whichever class has the largest.
+    """Three numbers per forward, float64, of one shape.
 
-    float64, of one shape: one number a forward.
+    Attributes:
+        logit: the target class's logit; for a target function, its value.
+        prob: the target class's probability; for a target function, its value.
+        max_prob: the largest probability of any class; NaN for a target function.
     """
 
     logit: Tensor
@@ -22,21 +27,30 @@ class Readings:
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> Readings:
-        """Room for ``n``, NaN until they are there."""
+        """Room for ``n`` readings, NaN until they are there."""
         return cls(*(torch.full((n,), torch.nan, dtype=torch.float64, device=device) for _ in range(3)))
 
     @classmethod
-    def of(cls, logits: Tensor, target: Tensor) -> Readings:
-        """From logits [n, classes] and the target class of each [n]."""
-        logits = logits.double()
-        prob, at = logits.softmax(-1), target.to(logits.device)[:, None]
-        return cls(logits.gather(1, at)[:, 0], prob.gather(1, at)[:, 0], prob.amax(-1))
+    def of(cls, output: Tensor, target: Tensor | TargetFunction) -> Readings:
+        """From the model's output [n, classes] and the target class of each row [n], or a target function."""
+        if callable(target):
+            value = target_value(target, output, len(output)).double()
+            return cls(value, value, torch.full_like(value, torch.nan))
+        logits, target = output.double(), target.to(output.device)
+        prob = probabilities(logits)
+        return cls(target_logit(logits, target), prob.gather(1, target[:, None])[:, 0], prob.amax(-1))
 
     def __getitem__(self, rows: Any) -> Readings:
         return Readings(self.logit[rows], self.prob[rows], self.max_prob[rows])
 
     def put(self, rows: Any, other: Readings) -> None:
+        """Fill in the readings of ``rows``."""
         self.logit[rows], self.prob[rows], self.max_prob[rows] = other.logit, other.prob, other.max_prob
+
+    def after(self, first: Readings) -> Readings:
+        """These [C, m] behind one reading per row of ``first`` [C]: [C, 1 + m]."""
+        pairs = ((first.logit, self.logit), (first.prob, self.prob), (first.max_prob, self.max_prob))
+        return Readings(*(torch.cat([one[:, None], many], dim=1) for one, many in pairs))
 
     def cpu(self) -> Readings:
         return Readings(self.logit.cpu(), self.prob.cpu(), self.max_prob.cpu())

@@ -17,4 +17,4 @@ def image_key(image: Tensor) -> str:
 def generator(seed: int, key: str, purpose: str) -> torch.Generator:
     """A CPU generator for one ``purpose`` on the image called ``key``."""
     digest = hashlib.sha256(f"{seed}\n{purpose}\n{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -5,8 +5,8 @@ patches) has two states of each token, whole and filled. They are computed once:
 outputs of the linear layers before its attention (q, k, v). A perturbed image is a choice between them, token by
 token. In the last block, what comes after the attention is computed for the tokens that the head reads alone.
 
-All of it is done by hooks on the model as it is, so it serves every family; :meth:`Tokens.why_not` compares the
-logits with those of the perturbed pixels before it is used.
+All of it is done by hooks on the model as it is, so it serves every family. ``fastfg.perturb.choose`` compares the
+tokens and the logits with those of the perturbed pixels before it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastfg.models.hooks import in_this_thread
 
 
 class Tokens:
-    """The path of a known family (see ``fastfg.perturb.ForwardPath``).
+    """The path of a known family (see :class:`fastfg.perturb.ForwardPath`).
 
     Args:
         adapter: the model. It must be held still, with the adapter's flags set, while this is used.
@@ -44,15 +44,25 @@ class Tokens:
     def prepare(self, images: Tensor, fills: list[Tensor]) -> list[Tensor]:
         """The states [V, 2, N, width] of the views' tokens, whole and filled: of the stream, then of ``early``."""
         filled = torch.stack([fill.expand(images.shape[1:]) for fill in fills])
+        whole, other = self._states(images), self._states(filled)  # in turn, so that either fits on its own
+        self._blank = torch.zeros_like(images[:1])
+        return [torch.stack(pair, dim=1) for pair in zip(whole, other, strict=True)]
+
+    def stream(self, images: Tensor) -> Tensor:
+        """The first block's input [n, N, width] for ``images`` as they are."""
+        return self._states(images)[0]
+
+    def _states(self, images: Tensor) -> list[Tensor]:
+        """The first block's input, and the outputs of the linear layers before its attention, each [n, N, width]."""
         seen = _Before(self.first)
         with ExitStack() as stack:
             stack.enter_context(seen)
             if self.precision is not None:
                 stack.enter_context(self.precision())
             with suppress(_Enough):
-                self.adapter.forward(torch.cat([images, filled]))
-        self.early, self.n_tokens, self._blank = seen.linears, seen.stream.shape[1], torch.zeros_like(images[:1])
-        return [torch.stack(state.chunk(2), dim=1) for state in (seen.stream, *seen.outputs)]
+                self.adapter.forward(images)
+        self.early, self.n_tokens = seen.linears, seen.stream.shape[1]
+        return [seen.stream, *seen.outputs]
 
     def buffers(self, prepared: list[Tensor], n: int) -> tuple[Tensor, ...]:
         return tuple(state.new_empty(n, *state.shape[2:]) for state in prepared)
@@ -76,32 +86,6 @@ class Tokens:
     def whole(self, images: Tensor) -> Tensor:
         with ExitStack() as stack:
             return self._forward(images, stack)
-
-    def why_not(self, images: Tensor, fill: Tensor, pixels: Any) -> str | None:
-        """None where a perturbed image's logits are those of its pixels, else what differs.
-
-        ``pixels``: a ``fastfg.perturb.Pixels`` of the same model; ``images``: [1, C, H, W].
-        """
-        removed = torch.zeros(2, pixels.grid.n_patches, dtype=torch.bool, device=images.device)
-        removed[0, ::2], removed[1, : removed.shape[1] // 3] = True, True
-        logits = []
-        for path in (self, pixels):
-            try:
-                prepared = path.prepare(images, [fill])
-                inputs = path.buffers(prepared, len(removed))
-                path.place(prepared, 0, removed, inputs)
-                logits.append(path.run(inputs).double())
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                if path is pixels:
-                    raise
-                return f"its tokens can't be perturbed before the first block ({error})"
-        difference = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max().clamp(min=1e-30))
-        eps = torch.finfo(images.dtype).eps if self.precision is None else self.precision.eps(images.dtype)
-        if not difference <= eps**0.6:  # rounding grows through the blocks; what is wrong differs by more
-            return f"perturbing its tokens gives logits that differ from those of the pixels by {difference:.1e}"
-        return None
 
     def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
         """The model's forward; precision is left at the last block's output."""
@@ -128,7 +112,7 @@ def _rows_read(adapter: Adapter) -> int | None:
 
 
 class _Enough(Exception):  # noqa: N818
-    """Thrown through the model's forward once all that is wanted of it was seen."""
+    """Ends the model's forward once everything that is needed has been seen."""
 
 
 class _Before(TorchFunctionMode):
@@ -146,7 +130,11 @@ class _Before(TorchFunctionMode):
         self.handles = [
             self.block.register_forward_pre_hook(in_this_thread(self._enter), with_kwargs=True),
             self.block.register_forward_hook(in_this_thread(self._leave)),
-            *(m.register_forward_hook(in_this_thread(self._linear)) for m in self.block.modules() if isinstance(m, nn.Linear)),
+            *(
+                m.register_forward_hook(in_this_thread(self._linear))
+                for m in self.block.modules()
+                if isinstance(m, nn.Linear)
+            ),
         ]
         return super().__enter__()
 
@@ -191,7 +179,7 @@ def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _given(linear: nn.Module, output: Tensor) -> Iterator[None]:
-    """``linear`` gives ``output``, and computes one token for the form's sake."""
+    """``linear`` gives ``output``; it still runs, on one token, so that its other hooks are called."""
     handles = [
         linear.register_forward_pre_hook(in_this_thread(lambda module, args: args[0][:1, :1])),
         linear.register_forward_hook(in_this_thread(lambda module, args, computed: output)),

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
+from fastfg.metrics import METRICS, Metric
+from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
 from fastfg.models import Adapter
+from fastfg.perturb import Baseline
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.targets import Target
 from fastfg.types import Attribution, Gate, Scores
@@ -22,8 +25,13 @@ IMAGES_ON_CPU, IMAGES_ON_GPU = 8, 64  # attributed at a time
 
 
 class Comparison(NamedTuple):
-    """``scores``: a row an image x variant (image, variant, target, and a column a metric). ``errors``: a row for
-    each score that could not be computed. ``attribution``: of all variants, with a leading ``C``.
+    """One batch of images under several gates.
+
+    Attributes:
+        scores: one row per image and variant: ``index`` (the image's place in the batch), ``image`` (its key),
+            ``variant``, ``target``, and one column per metric.
+        errors: one row per score that is missing: ``index``, ``image``, ``variant``, ``metric``, ``message``.
+        attribution: of all variants, with a leading ``C``.
     """
 
     scores: pd.DataFrame
@@ -33,32 +41,39 @@ class Comparison(NamedTuple):
 
 def compare(
     model: nn.Module | Adapter,
-    images: Tensor | Iterable[Tensor],
+    images: Tensor | Iterable[Tensor | Sequence[Any]],
     *,
     gates: Mapping[str, Gate | None],
     saes: Mapping[int, SparseAutoencoder] | None = None,
     target: Target = None,
     keys: Sequence[str | int] | None = None,
+    metrics: Sequence[str | Metric] = tuple(METRICS),
+    baseline: Baseline = "mean",
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Attribute images under each of ``gates`` and judge every map, all that can be shared being shared.
+    """Attribute images under each of ``gates`` and judge every map; what several maps need is computed once.
 
     One forward and one backward pass serve all gates; a perturbed forward that several maps or metrics need is run
-    once. What is in memory does not grow with the number of images, but for the table.
+    once. Apart from the table, memory does not grow with the number of images.
 
     Args:
-        model: of a known family. images: [B, C, H, W], or an iterable of such batches (a DataLoader of tensors).
+        model: of a known family.
+        images: [B, C, H, W], or an iterable of batches: tensors, or tuples whose first entry is the tensor, as a
+            DataLoader of (image, label) gives them; labels are not used.
         gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all of the gates.
-        target: None (the predicted class), an int, or one an image. keys: the images' names, one an image.
+        target: None (the predicted class), an int, one per image, or a function of the model's output.
+        keys: the images' names, one per image. metrics, baseline: as for :func:`fastfg.evaluate`; what holds one entry
+            per image (``subsets``, a tensor ``baseline``) holds one for each of all the images.
         progress: called with (images done, images in all, or None where that is not known).
-        options: for :func:`fastfg.evaluate`.
+        options: more arguments of :func:`fastfg.evaluate`.
 
-    Returns a table, a row an image x variant: ``image`` (its key), ``variant``, ``target``, a column a metric, and
-    ``error``: why a score is missing (NaN), or None. Raises ValueError where keys or targets are not one an image.
+    Returns a table with one row per image and variant: ``index`` (the image's place), ``image`` (its key),
+    ``variant``, ``target``, one column per metric, and ``error``: why a score is missing (NaN), or None. Raises
+    ValueError where there are not as many keys, targets or other per-image arguments as images.
 
-    >>> import timm, torch, fastfg
-    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=5).eval()
+    >>> import torch, fastfg
+    >>> model = fastfg.models.timm.import_timm().create_model("vit_tiny_patch16_224", img_size=64, num_classes=5).eval()
     >>> gates = {"vanilla": None, "gated": fastfg.Gate((1,), score="gradient_x_residual")}
     >>> table = fastfg.compare(model, torch.randn(2, 3, 64, 64), gates=gates)
     >>> list(table["variant"])
@@ -66,6 +81,8 @@ def compare(
     """
     import pandas as pd
 
+    by_metric = {name: options.pop(name) for name in METRICS if name in options}
+    chosen = choose_metrics(metrics, by_metric, baseline)
     total = len(images) if isinstance(images, Tensor) else None
     tables, done = [], 0
     for batch in _batches(images):
@@ -77,15 +94,18 @@ def compare(
             saes=saes,
             target=_part("target", target, rows),
             keys=_part("keys", keys, rows),
+            metrics=[metric.for_images(rows) for metric in chosen],
             **options,
         )
-        tables.append(_with_errors(found))
+        tables.append(_with_errors(found, first=done))
         done = rows.stop
         if progress is not None:
             progress(done, total)
     for name, values in (("target", target), ("keys", keys)):
         if _is_per_image(values) and len(values) != done:  # type: ignore[arg-type]
-            raise ValueError(f"{name}: expected {done} of them, one an image, got {len(values)}")  # type: ignore[arg-type]
+            raise ValueError(f"{name}: expected {done} of them, one per image, got {len(values)}")  # type: ignore[arg-type]
+    for metric in chosen:
+        metric.check_images(done)
     if not tables:
         raise ValueError("images: expected at least one batch, got none")
     return pd.concat(tables, ignore_index=True)
@@ -107,54 +127,60 @@ def compare_batch(
     return Comparison(*tidy(scores, list(gates), attribution.target), attribution)
 
 
-def tidy(scores: Scores, variants: Sequence[str], target: Tensor) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores [C, B] as a table with a row an image x variant, and their errors as another."""
+def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores [C, B] as a table with one row per image and variant, and their errors as another."""
     import pandas as pd
 
     rows = [
-        {"image": key, "variant": variant, "target": int(target[i])}
+        {"index": i, "image": key, "variant": variant, "target": int(target[i]) if isinstance(target, Tensor) else None}
         | {metric: float(values[c, i]) for metric, values in scores.items()}
         for i, key in enumerate(scores.image_keys)
         for c, variant in enumerate(variants)
     ]
     errors = [
-        {"image": e.key, "variant": variants[e.config or 0], "metric": e.metric, "message": e.message}
+        {"index": e.image, "image": e.key, "variant": variants[e.config or 0], "metric": e.metric, "message": e.message}
         for e in scores.errors
     ]
     return (
-        pd.DataFrame(rows, columns=["image", "variant", "target", *scores]),
-        pd.DataFrame(errors, columns=["image", "variant", "metric", "message"]),
+        pd.DataFrame(rows, columns=["index", "image", "variant", "target", *scores]),
+        pd.DataFrame(errors, columns=["index", "image", "variant", "metric", "message"]),
     )
 
 
-def _with_errors(found: Comparison) -> pd.DataFrame:
-    """The scores with a column ``error``."""
-    messages: dict[tuple[Any, Any], str] = {}
-    for error in found.errors.itertuples():
-        at, text = (error.image, error.variant), f"{error.metric}: {error.message}"
-        messages[at] = f"{messages[at]}; {text}" if at in messages else text
-    pairs = zip(found.scores["image"], found.scores["variant"], strict=True)
+def _with_errors(found: Comparison, first: int) -> pd.DataFrame:
+    """The scores with a column ``error``; ``first`` is the place of the batch's first image among all of them."""
     import pandas as pd
 
-    return found.scores.assign(error=pd.Series([messages.get(pair) for pair in pairs], dtype=object))
+    messages: dict[tuple[Any, Any], str] = {}  # by place, not by key: two images may have the same key
+    for error in found.errors.itertuples(index=False):
+        at, text = (error[0], error.variant), f"{error.metric}: {error.message}"
+        messages[at] = f"{messages[at]}; {text}" if at in messages else text
+    pairs = zip(found.scores["index"], found.scores["variant"], strict=True)
+    reasons = pd.Series([messages.get(pair) for pair in pairs], dtype=object)
+    return found.scores.assign(index=found.scores["index"] + first, error=reasons)
 
 
-def _batches(images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+def _batches(images: Tensor | Iterable[Tensor | Sequence[Any]]) -> Iterator[Tensor]:
     """At most as many images at a time as one attribution takes."""
-    for number, batch in zip(count(), [images] if isinstance(images, Tensor) else images):
+    for number, given in zip(count(), [images] if isinstance(images, Tensor) else images):
+        batch = given[0] if isinstance(given, (tuple, list)) and given else given
         if not isinstance(batch, Tensor):
-            raise TypeError(f"images: expected tensors [B, C, H, W], got {type(batch).__name__} in batch {number}")
+            raise TypeError(
+                f"images: expected tensors [B, C, H, W], or tuples that begin with one, got {type(given).__name__} in "
+                f"batch {number}"
+            )
         yield from batch.split(IMAGES_ON_CPU if batch.device.type == "cpu" else IMAGES_ON_GPU)
 
 
 def _is_per_image(values: Any) -> bool:
-    return values is not None and not isinstance(values, int) and not (isinstance(values, Tensor) and values.ndim == 0)
+    one_for_all = values is None or isinstance(values, int) or callable(values)
+    return not one_for_all and not (isinstance(values, Tensor) and values.ndim == 0)
 
 
 def _part(name: str, values: Any, rows: slice) -> Any:
-    """Of ``values`` that are one an image, those of ``rows``."""
+    """The entries of ``rows`` where there is one entry per image; else ``values`` as they are."""
     if not _is_per_image(values):
         return values
     if len(values) < rows.stop:
-        raise ValueError(f"{name}: expected one an image, got {len(values)} for {rows.stop} images or more")
+        raise ValueError(f"{name}: expected one per image, got {len(values)} for {rows.stop} images or more")
     return values[rows]

@@ -13,10 +13,10 @@ import torch
 
 from bench.ceilings import Ceilings
 from bench.clock import Clock, StandIn
+from bench.report import read_lines, report
 from bench.runner import Benchmark, Session, error
 from bench.suite import Case, Provider, Suite, Work, direct
 from fastfg.ops.dispatch import BackendError
-from bench.report import read_lines, report
 
 ROOT = Path(__file__).parents[2]
 

@@ -87,9 +87,12 @@ def linear_toy(weights):
     return model
 
 
+STRIPES = torch.tensor([0.5, 1.5]).repeat(1, 1, 4, 2)  # the mean of each 2 x 2 patch is 1
+
+
 def test_toy_with_a_known_answer():
     weights = torch.tensor([8.0, 4.0, 2.0, 1.0]).double()
-    model, image = linear_toy(weights), torch.ones(1, 1, 4, 4)
+    model, image = linear_toy(weights), STRIPES
     best, worst = weights.reshape(1, 2, 2), -weights.reshape(1, 2, 2)
     options = {"target": 0, "baseline": "zero", "saco": {"n_bins": 4}}
     scores = fastfg.evaluate(model, image, torch.stack([best, worst]), **options)
@@ -107,11 +110,14 @@ def test_toy_with_a_known_answer():
 
 
 def test_ties_are_broken_by_patch_index():
-    model, image = linear_toy(torch.tensor([1.0, 2.0, 4.0, 8.0]).double()), torch.ones(1, 1, 4, 4)
-    scores = fastfg.evaluate(model, image, torch.zeros(1, 2, 2), target=0, baseline="zero", saco={"n_bins": 2})
-    assert scores["saco"].item() == 0.0
-    steps = [1 / (1 + np.exp(-logit)) for logit in (15, 14, 12, 8, 0)]
+    model = linear_toy(torch.tensor([1.0, 2.0, 4.0, 8.0]).double())
+    maps = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
+    scores = fastfg.evaluate(model, STRIPES, maps, target=0, baseline="zero", saco={"n_bins": 2})
+    assert scores.details["saco"]["group_attribution"].tolist() == [[1.0, 0.0]]
+    steps = [1 / (1 + np.exp(-logit)) for logit in (15, 7, 6, 4, 0)]
     np.testing.assert_allclose(scores.details["pixel_flipping"]["curve"][0], steps, rtol=1e-12)
+    impact = [steps[0] - 1 / (1 + np.exp(-logit)) for logit in (6, 9)]  # without patches 3 and 0, without 1 and 2
+    np.testing.assert_allclose(scores.details["saco"]["impact"][0], impact, rtol=1e-9)
 
 
 @pytest.mark.parametrize("baseline", [*fastfg.perturb.FILLS, 0.3])
@@ -221,6 +227,7 @@ def test_digits_and_progress(digits_model):
     scores = fastfg.evaluate(
         vit, pixels[:3], result.maps, target=result.target, progress=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == sorted(seen)
+    assert {done for done, _ in seen} == {0, 1, 2, 3}
     assert all(values.isfinite().all() for values in scores.values())
     assert scores.summary()["saco"].shape == ()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastfg.perturb import Engine, PatchGrid, Pixels, generator, image_key
+from fastfg.perturb import Batches, Engine, PatchGrid, Pixels, View, generator, image_key
 
 GRID = PatchGrid(1, 4, 1, 1)
+COUNTS = [4, 1, 6, 0, 9, *[2] * 11]  # masks of each view
 
 
 def halves(images):
@@ -13,28 +14,21 @@ def halves(images):
     return torch.stack([images[..., :2].sum((1, 2, 3)), images[..., 2:].sum((1, 2, 3))], 1)
 
 
-def submit_some(engine):
-    """Two submissions of several views, and what the readings should be, by the images themselves."""
-    asked = []
-    for seed, counts in enumerate([[4, 1, 6, 0, 9], [2] * 11]):
-        random = torch.Generator().manual_seed(seed)
-        images = torch.rand(len(counts), 1, 1, 4, dtype=torch.float64, generator=random)
-        fills = list(torch.rand(len(counts), 1, 1, 1, dtype=torch.float64, generator=random))
-        view = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        masks, target = torch.rand(len(view), 4, generator=random) > 0.5, view % 2
-        perturbed = torch.stack(
-            [torch.where(mask, fills[v], images[v]) for v, mask in zip(view.tolist(), masks, strict=True)]
-        )
-        asked.append((engine.submit(images, fills, view, target, masks), halves(perturbed), target))
-    engine.flush()
-    return asked
-
-
-def check(asked):
-    for readings, logits, target in asked:
-        torch.testing.assert_close(readings.logit, logits.gather(1, target[:, None])[:, 0])
-        torch.testing.assert_close(readings.prob, logits.softmax(1).gather(1, target[:, None])[:, 0])
-        torch.testing.assert_close(readings.max_prob, logits.softmax(1).amax(1))
+def read_some(engine):
+    """Read several views, and hold the readings against the images made one by one; what progress was told."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(len(COUNTS), 1, 1, 4, dtype=torch.float64, generator=random)
+    fills = torch.rand(len(COUNTS), 1, 1, 1, dtype=torch.float64, generator=random)
+    view = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+    masks, target, seen = torch.rand(len(view), 4, generator=random) > 0.5, view % 2, []
+    views = [View(image, fill) for image, fill in zip(images, fills, strict=True)]
+    readings = engine.read(views, view, masks, target, seen.append)
+    perturbed = [torch.where(mask, fills[v], images[v]) for v, mask in zip(view.tolist(), masks, strict=True)]
+    logits = halves(torch.stack(perturbed))
+    torch.testing.assert_close(readings.logit, logits.gather(1, target[:, None])[:, 0])
+    torch.testing.assert_close(readings.prob, logits.softmax(1).gather(1, target[:, None])[:, 0])
+    torch.testing.assert_close(readings.max_prob, logits.softmax(1).amax(1))
+    return seen
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
@@ -45,9 +39,10 @@ def test_readings_belong_to_their_masks_and_batches_are_full(batch_size):
         sizes.append(len(images))
         return halves(images)
 
-    engine = Engine(Pixels(forward, GRID), batch_size)
-    check(submit_some(engine))
-    assert sum(sizes) == engine.forwards == 42
+    engine = Engine(Pixels(forward, GRID), Batches(batch_size))
+    seen = read_some(engine)
+    assert sum(sizes) == engine.forwards == seen[-1] == 42
+    assert seen == torch.tensor(sizes).cumsum(0).tolist()
     assert all(size == batch_size for size in sizes[:-1])
 
 
@@ -60,22 +55,37 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
         sizes.append(len(images))
         return halves(images)
 
-    engine = Engine(Pixels(forward, GRID), 15)
-    check(submit_some(engine))
+    engine = Engine(Pixels(forward, GRID), Batches(15))
+    read_some(engine)
     assert sum(sizes) == engine.forwards == 42
-    assert set(sizes) <= {3, 1, 2}
-    assert engine.batch_size == 3
-    assert "7 perturbed images did not fit into memory: going on with 3" in caplog.text
+    assert set(sizes) == {3}
+    assert engine.batches.size == 3
+    assert "7 images did not fit into memory: going on with 3" in caplog.text
     assert len(engine.logits(torch.rand(5, 1, 1, 4))) == 5
+
+
+def test_views_are_prepared_no_more_at_a_time_than_fit():
+    class Narrow(Pixels):
+        def prepare(self, images, fills):
+            prepared.append(len(images))
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("of memory for two")
+            return super().prepare(images, fills)
+
+    prepared = []
+    engine = Engine(Narrow(halves, GRID), Batches(100))
+    read_some(engine)
+    assert engine.batches.size == 2
+    assert prepared[-1] <= 2
 
 
 def test_one_image_that_does_not_fit_is_the_devices_own_error():
     def forward(images):
         raise torch.OutOfMemoryError("16 GiB wanted")
 
-    engine = Engine(Pixels(forward, GRID), 4)
+    engine = Engine(Pixels(forward, GRID), Batches(4))
     with pytest.raises(torch.OutOfMemoryError, match="16 GiB wanted"):
-        submit_some(engine)
+        read_some(engine)
 
 
 def test_keys_and_generators():

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastfg
 from fastfg.models import adapt
 from fastfg.models.hold import hold
-from fastfg.perturb.tokens import Tokens
-from fastfg.perturb import PatchGrid, Pixels
+from fastfg.perturb import PatchGrid, Pixels, Tokens
+from fastfg.perturb.choose import choose_path
 from tests.models.families import FAMILIES, build
 from tests.tools import tiny_vit
 
@@ -49,7 +49,7 @@ def test_the_logits_are_those_of_the_pixels(name):
     masks[1], masks[2] = False, True
     with hold(model, adapter.flags), torch.no_grad():
         pixels, tokens = Pixels(adapter.forward, grid), Tokens(adapter)
-        assert tokens.why_not(images[:1], fills[0], pixels) is None
+        assert choose_path(adapter, adapter.forward, grid, images, "tokens", "float32")[1] == "tokens"
         expected, whole = run(pixels, images, fills, view, masks)
         found, less = run(tokens, images, fills, view, masks)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
@@ -69,21 +69,20 @@ def test_work_that_is_left_out_of_a_class_token_model():
     block = 12 * N * d * d  # multiply-adds of its linear layers
     attention = 2 * N * N * d
     first, middle, last = 9 * N * d * d + attention, block + attention, 3 * N * d * d + 9 * d * d + attention // N
-    for_form = 16 * 3 * 8 * 8 * d + 3 * d * d  # one image is embedded, one token goes through q, k, v
+    left = 16 * 3 * 8 * 8 * d + 3 * d * d  # one image is embedded, one token goes through q, k, v
     assert depth == 3
-    assert flops == pytest.approx(2 * (4 * (first + middle + last + d * 7) + for_form), rel=0.02)
+    assert flops == pytest.approx(2 * (4 * (first + middle + last + d * 7) + left), rel=0.02)
 
 
 def test_a_model_whose_patches_overlap_is_perturbed_by_pixels(caplog):
     model = tiny_vit()
     stem = model.patch_embed.proj
-    wide = torch.nn.Conv2d(3, stem.out_channels, 12, stride=8, padding=2).double()
-    model.patch_embed.proj = wide
+    model.patch_embed.proj = torch.nn.Conv2d(3, stem.out_channels, 12, stride=8, padding=2).double()
     images, maps = torch.randn(2, 3, 32, 48, dtype=torch.float64), torch.rand(2, 4, 6)
     scores = fastfg.evaluate(model, images, maps, target=1, metrics=["saco"])
-    assert scores.path.startswith("pixels (perturbing its tokens gives logits that differ from those of the pixels by")
+    assert scores.path.startswith("pixels (perturbing pixels changes tokens of patches that are not removed, by ")
     assert "perturbing pixels" in caplog.text
-    with pytest.raises(ValueError, match="path: expected 'pixels' for this model, as perturbing its tokens gives"):
+    with pytest.raises(ValueError, match="path: expected 'pixels' for this model, as perturbing pixels changes tokens"):
         fastfg.evaluate(model, images, maps, target=1, metrics=["saco"], path="tokens")
 
 

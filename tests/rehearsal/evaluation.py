@@ -5,8 +5,7 @@ import torch
 
 import fastfg
 from fastfg.perturb import FILLS
-from tests.rehearsal import card
-from tests.test_attribution import assert_unchanged, state_of
+from tests.attribution.test_attribute import assert_unchanged, state_of
 from tests.tools import random_sae, tiny_vit
 
 SIZE = (32, 48)  # 4 x 6 patches
@@ -167,39 +166,24 @@ def test_compare():
 class Small:
     """A card on which a forward of ``most`` images fits, and of more does not; what is asked for is counted."""
 
-    def __init__(self, monkeypatch, model, most, each=2**20, free=card.TOTAL):
-        self.most, self.each, self.sizes = most, each, []
-        monkeypatch.setitem(card.memory, "free", free)
-        monkeypatch.setitem(card.memory, "peak", 0)
+    def __init__(self, model, most):
+        self.most, self.sizes = most, []
         self.handle = model.blocks[1].register_forward_pre_hook(self.forward)
 
     def forward(self, module, args):
-        n = len(args[0])
-        self.sizes.append(n)
-        if n > self.most:
+        self.sizes.append(len(args[0]))
+        if self.sizes[-1] > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        card.memory["peak"] = max(card.memory["peak"], n * self.each)
-
-
-@pytest.mark.parametrize("path", ["tokens", "pixels"])
-def test_as_many_at_once_as_memory_holds(path, monkeypatch):
-    model, images, maps = given()
-    expected = judged(model, images, maps, path=path)
-    small = Small(monkeypatch, model.cuda(), most=1000, free=20 * 2**20 / 0.8)
-    same(judged(model, images.cuda(), maps, path=path), expected)
-    assert max(small.sizes) == 20
 
 
 @pytest.mark.parametrize("path", ["tokens", "pixels"])
 @pytest.mark.parametrize("most", [2, 11])
-def test_what_does_not_fit_is_halved(most, path, monkeypatch, caplog):
-    """Also where the images that tell how much memory one takes do not fit."""
+def test_what_does_not_fit_is_halved(most, path, caplog):
     model, images, maps = given()
     expected = judged(model, images, maps, path=path)
     model = model.cuda()
-    judged(model, images.cuda(), maps, path=path)  # which path may be taken is known
     before = state_of(model)
-    small = Small(monkeypatch, model, most)
+    small = Small(model, most)
     same(judged(model, images.cuda(), maps, path=path), expected)
     assert "did not fit into memory" in caplog.text
     assert max(small.sizes) > most
@@ -208,9 +192,9 @@ def test_what_does_not_fit_is_halved(most, path, monkeypatch, caplog):
     assert_unchanged(before, state_of(model))
 
 
-def test_one_image_that_does_not_fit_raises_the_devices_error(monkeypatch):
+def test_one_image_that_does_not_fit_raises_the_devices_error():
     model, images, maps = given()
-    Small(monkeypatch, model.cuda(), most=0)
+    Small(model.cuda(), most=0)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         judged(model, images.cuda(), maps, path="pixels")
 

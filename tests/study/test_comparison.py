@@ -7,10 +7,10 @@ import fastfg
 from fastfg.study import compare_batch
 
 GATES = {"vanilla": None, "real": fastfg.Gate((1, 2)), "shuffled": fastfg.Gate((1, 2), shuffle_seed=12345)}
-COLUMNS = ["image", "variant", "target", "saco", "faithfulness_correlation", "pixel_flipping"]
+COLUMNS = ["index", "image", "variant", "target", "saco", "faithfulness_correlation", "pixel_flipping"]
 
 
-def test_a_row_an_image_and_variant(model, images, saes):
+def test_one_row_per_image_and_variant(model, images, saes):
     found = compare_batch(model, images, saes=saes, gates=GATES, keys=["a", "b", "c"], saco={"n_bins": 5})
     table = found.scores
     assert list(table.columns) == COLUMNS
@@ -34,9 +34,10 @@ def test_any_number_of_images_in_one_table(model, images, saes, monkeypatch):
     assert table["error"].isna().all()
     streamed = fastfg.compare(model, (image[None] for image in images), **options)
     for found in (table, streamed):
+        assert list(found["index"]) == list(whole["index"]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert list(found["image"]) == list(whole["image"])
         assert list(found["target"]) == [1, 1, 1, 0, 0, 0, 2, 2, 2]
-        for metric in COLUMNS[3:]:
+        for metric in COLUMNS[4:]:
             torch.testing.assert_close(
                 torch.tensor(found[metric].to_numpy()), torch.tensor(whole[metric].to_numpy()), rtol=1e-9, atol=1e-12
             )
@@ -62,12 +63,12 @@ def test_what_is_missing_has_its_reason(model, images, saes, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keys": ["a", "b"]}, "keys: expected one an image, got 2 for 3 images or more"),
-        ({"keys": ["a", "b", "c", "d"]}, "keys: expected 3 of them, one an image, got 4"),
-        ({"target": [1]}, "target: expected one an image, got 1 for 3 images or more"),
+        ({"keys": ["a", "b"]}, "keys: expected one per image, got 2 for 3 images or more"),
+        ({"keys": ["a", "b", "c", "d"]}, "keys: expected 3 of them, one per image, got 4"),
+        ({"target": [1]}, "target: expected one per image, got 1 for 3 images or more"),
     ],
 )
-def test_keys_and_targets_are_one_an_image(model, images, options, message):
+def test_keys_and_targets_are_one_per_image(model, images, options, message):
     with pytest.raises(ValueError, match=message):
         fastfg.compare(model, images, gates={"vanilla": None}, metrics=["saco"], **options)
 
@@ -77,3 +78,44 @@ def test_batches_are_tensors_and_there_is_one(model):
         fastfg.compare(model, [[1, 2]], gates={"vanilla": None})
     with pytest.raises(ValueError, match="images: expected at least one batch, got none"):
         fastfg.compare(model, [], gates={"vanilla": None})
+
+
+def test_a_data_loader_of_images_and_labels(model, images, saes):
+    loader = torch.utils.data.DataLoader(list(zip(images, [0, 1, 2], strict=True)), batch_size=2)
+    options = {"saes": saes, "gates": GATES, "metrics": ["saco"]}
+    found = fastfg.compare(model, loader, **options)
+    assert found.equals(fastfg.compare(model, [images[:2], images[2:]], **options))
+    assert len(found) == 9
+
+
+def test_arguments_that_hold_one_entry_per_image_follow_the_batches(model, images, monkeypatch):
+    subsets = torch.rand(2, 5, 3, 24, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :4]
+    options = {
+        "gates": {"vanilla": None},
+        "metrics": ["faithfulness_correlation", "pixel_flipping"],
+        "faithfulness_correlation": {"subsets": subsets},
+        "pixel_flipping": {"patches_per_step": 5},
+        "baseline": torch.arange(9.0).reshape(3, 3),
+    }
+    whole = fastfg.compare(model, images, **options)
+    monkeypatch.setattr("fastfg.study.comparison.IMAGES_ON_CPU", 2)
+    parts = fastfg.compare(model, images, **options)
+    for metric in options["metrics"]:
+        assert parts[metric].tolist() == pytest.approx(whole[metric].tolist(), rel=1e-9)
+    with pytest.raises(
+        ValueError, match="faithfulness_correlation: expected subsets for 3 images .* got \\[2, 5, 4, 4"
+    ):
+        fastfg.compare(
+            model, images, **options | {"faithfulness_correlation": {"subsets": subsets[:, :, [0, 1, 2, 0]]}}
+        )
+    with pytest.raises(ValueError, match="expected baseline for 3 images or more .* got \\[2\\]"):
+        fastfg.compare(model, images, **options | {"baseline": torch.zeros(2)})
+
+
+def test_images_that_share_a_key_keep_their_own_errors(model, images):
+    images = images.clone()
+    images[1] = 0.5  # blank
+    table = fastfg.compare(model, images, gates={"vanilla": None}, keys=["a", "a", "a"], metrics=["saco"])
+    assert table["error"].isna().tolist() == [True, False, True]
+    assert table["error"][1] == "saco: the image is blank: all its pixels are the same"
+    assert table["saco"].isna().tolist() == [False, True, False]

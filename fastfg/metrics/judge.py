@@ -1,0 +1,253 @@
+"""Some images from their maps to their scores: plan, read each mask of an image once, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastfg.metrics.metric import Metric, Plan
+from fastfg.models import Adapter
+from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
+from fastfg.targets import TargetFunction
+
+NOT_FINITE_MAP = "the attribution is not finite"
+FLAT_MAP = "the attribution is the same for every patch"
+BLANK = "the image is blank: all its pixels are the same"
+NOT_FINITE_OUTPUT = "the model's logits are not finite"
+
+
+@dataclass
+class Images:
+    """The images under evaluation, and what is known of them.
+
+    Attributes:
+        images: [B, C, H, W]. whole: readings [B] of the images as they are, on the CPU.
+        target: [B] classes, or a target function. keys: one per image, from which all that is random is drawn.
+    """
+
+    images: Tensor
+    whole: Readings
+    target: Tensor | TargetFunction
+    keys: Sequence[str]
+    grid: PatchGrid
+    seed: int
+    adapter: Adapter | None
+
+    def random(self, image: int, purpose: str) -> torch.Generator:
+        return generator(self.seed, self.keys[image], purpose)
+
+    @cached_property
+    def blank(self) -> list[bool]:
+        """Whether each image has one colour all over."""
+        pixels = self.images.flatten(2)
+        return (pixels == pixels[..., :1]).all(-1).all(-1).tolist()
+
+
+@dataclass
+class Outcome:
+    """One metric on one image: scores [C], details [C, ...], and for each map why there is no score, or None."""
+
+    scores: Tensor
+    details: dict[str, Tensor]
+    reasons: list[str | None]
+
+
+@dataclass
+class Verdict:
+    """All metrics on one image; ``asked``: forwards that each metric and each map alone would need."""
+
+    outcomes: dict[str, Outcome]
+    asked: int
+
+
+@dataclass
+class _Planned:
+    """One image's plans."""
+
+    image: int
+    maps: Tensor  # [U, P], those of the C maps that can be judged
+    reasons: list[str | None]  # C of them: why a map can't be judged
+    metrics: list[Metric] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+
+
+def judge(
+    engine: Engine,
+    metrics: Sequence[Metric],
+    subjects: Images,
+    maps: Tensor,  # [C, B, P]
+    rows: slice,
+    progress: Callable[[int, int], None] | None,
+) -> list[Verdict]:
+    """Verdicts on the images of ``rows``, in order."""
+    planned = [_plan(metrics, subjects, maps[:, image], image) for image in range(rows.start, rows.stop)]
+    questions = _Questions(subjects)
+    answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
+    readings = questions.read(engine, rows, progress)
+    eps = torch.finfo(subjects.images.dtype).eps
+    return [
+        _score(metrics, subjects, p, [readings[answer] for answer in asked], eps)
+        for p, asked in zip(planned, answers, strict=True)
+    ]
+
+
+def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
+    """Every metric's masks for the maps [C, P] of one image, as far as these can be judged."""
+    blank = BLANK if subjects.blank[image] else None
+    reasons = [_unusable(one) or blank for one in maps]
+    planned = _Planned(image, maps[[reason is None for reason in reasons]], reasons)
+    if len(planned.maps):
+        for metric in metrics:
+            own = metric.for_images(slice(image, image + 1))
+            planned.metrics.append(own)
+            planned.plans.append(own.plan(planned.maps, subjects.grid, subjects.random(image, metric.name)))
+    return planned
+
+
+def _unusable(one: Tensor) -> str | None:
+    """Why a map [P] can't be judged, or None."""
+    if not bool(one.isfinite().all()):
+        return NOT_FINITE_MAP
+    return FLAT_MAP if bool((one == one[0]).all()) else None
+
+
+class _Questions:
+    """The masks asked for, each mask of a view kept once."""
+
+    def __init__(self, subjects: Images) -> None:
+        self.subjects = subjects
+        self.views: list[View] = []
+        self.image_of: list[int] = []  # of each view
+        self._fills: dict[object, int] = {}  # views that metrics share, by image and baseline
+        self._view: list[Tensor] = []  # of each mask asked for
+        self._masks: list[Tensor] = []
+        self._asked = 0
+
+    def ask(self, image: int, metric: Metric, plan: Plan) -> Tensor:
+        """Ask for ``plan``; returns the places [U, m] of its masks among all that were asked for."""
+        U, m, P = plan.masks.shape
+        self._view.append(torch.tensor(self._views_of(image, metric, plan), device="cpu").repeat_interleave(m))
+        self._masks.append(plan.masks.reshape(U * m, P))
+        places = torch.arange(self._asked, self._asked + U * m, device="cpu").reshape(U, m)
+        self._asked += U * m
+        return places
+
+    def read(self, engine: Engine, rows: slice, progress: Callable[[int, int], None] | None) -> Readings:
+        """The readings of all masks asked for, on the CPU."""
+        images, target = self.subjects.images, self.subjects.target
+        total = len(images)
+        if not self._view:
+            if progress is not None:
+                progress(rows.stop, total)
+            return Readings.empty(0, torch.device("cpu"))
+        view, masks = torch.cat(self._view), torch.cat(self._masks)
+        chosen, row = _each_once(view, masks)
+        image = torch.tensor(self.image_of, device="cpu")[view[chosen]]  # of each mask that is read, ascending
+
+        def tell(done: int) -> None:
+            """An image is done when its last mask is."""
+            if progress is not None:
+                progress(int(image[done]) if done < len(image) else rows.stop, total)
+
+        readings = engine.read(
+            self.views,
+            view[chosen],
+            masks[chosen].to(images.device),
+            target if callable(target) else target[image.to(target.device)],
+            tell,
+        )
+        return readings.cpu()[row]
+
+    def _views_of(self, image: int, metric: Metric, plan: Plan) -> list[int]:
+        """The view of each of the plan's maps."""
+        baseline = metric.baseline
+        if isinstance(baseline, str) and baseline == "running_mean" and plan.order is not None:
+            subject, grid = self.subjects.images[image], self.subjects.grid
+            orders = plan.order.to(subject.device)
+            fills = [running_mean_fill(subject, order, plan.patches_per_step, grid) for order in orders]
+            return [self._add(image, fill) for fill in fills]
+        assert baseline is not None  # choose_metrics
+        key = (image, tuple(baseline.flatten().tolist()) if isinstance(baseline, Tensor) else baseline)
+        if key not in self._fills:
+            self._fills[key] = self._add(image, self._fill(image, baseline))
+        return [self._fills[key]] * len(plan.masks)
+
+    def _fill(self, image: int, baseline: Baseline) -> Tensor:
+        adapter = self.subjects.adapter
+        mean, std = (adapter.pixel_mean, adapter.pixel_std) if adapter is not None else (None, None)
+        random = self.subjects.random(image, "baseline")
+        return make_fill(baseline, self.subjects.images[image], 0, self.subjects.grid, random, mean, std)
+
+    def _add(self, image: int, fill: Tensor) -> int:
+        self.views.append(View(self.subjects.images[image], fill))
+        self.image_of.append(image)
+        return len(self.views) - 1
+
+
+def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The masks that differ, ordered by view, and for each mask asked for its row among them."""
+    packed = np.packbits(masks.numpy(), axis=1)
+    known: dict[tuple[int, bytes], int] = {}
+    chosen: list[int] = []
+    views, rows = view.tolist(), [0] * len(view)
+    for question in view.argsort(stable=True).tolist():
+        key = (views[question], packed[question].tobytes())
+        row = known.setdefault(key, len(known))
+        if row == len(chosen):
+            chosen.append(question)
+        rows[question] = row
+    return torch.tensor(chosen, device="cpu"), torch.tensor(rows, device="cpu")
+
+
+def _score(
+    metrics: Sequence[Metric], subjects: Images, planned: _Planned, readings: Sequence[Readings], eps: float
+) -> Verdict:
+    """One image's scores; ``readings``: [U, m] of each metric's masks."""
+    whole = subjects.whole[torch.full((len(planned.maps),), planned.image, device="cpu")]
+    outcomes = {metric.name: _nothing(planned) for metric in metrics}
+    for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
+        outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), eps)
+    return Verdict(
+        outcomes, sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
+    )
+
+
+def _nothing(planned: _Planned) -> Outcome:
+    """The outcome on an image none of whose maps can be judged."""
+    scores = torch.full((len(planned.reasons),), torch.nan, dtype=torch.float64, device="cpu")
+    return Outcome(scores, {}, planned.reasons)
+
+
+def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float) -> Outcome:
+    """Scores of the judged maps in their places among all; a score that would say nothing is NaN with its reason."""
+    scores, details = metric.score(planned.maps, plan, readings)
+    if list(scores.shape) != [len(planned.maps)]:
+        raise ValueError(f"{metric.name}: expected scores [{len(planned.maps)}], one per map, got {list(scores.shape)}")
+    finite = metric.reading(readings).isfinite().all(1).tolist()
+    nothing = metric.says_nothing(planned.maps, plan, readings, eps)
+    found = [reason if ok else NOT_FINITE_OUTPUT for ok, reason in zip(finite, nothing, strict=True)]
+    undefined = scores.isnan().tolist()
+    found = [
+        f"{metric.name} is not defined here" if bad and not r else r for bad, r in zip(undefined, found, strict=True)
+    ]
+    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores.double(), torch.nan)
+
+    used = torch.tensor([reason is None for reason in planned.reasons], device="cpu")
+    reasons, rest = list(planned.reasons), iter(found)
+    for c, is_used in enumerate(used.tolist()):
+        if is_used:
+            reasons[c] = next(rest)
+    return Outcome(_spread(scores, used), {name: _spread(t, used) for name, t in details.items()}, reasons)
+
+
+def _spread(values: Tensor, used: Tensor) -> Tensor:
+    """``values`` [U, ...] in the places of the ``used`` maps: [C, ...], NaN (-1 among integers) elsewhere."""
+    missing = torch.nan if values.is_floating_point() else -1
+    spread = torch.full((len(used), *values.shape[1:]), missing, dtype=values.dtype, device="cpu")
+    spread[used] = values
+    return spread

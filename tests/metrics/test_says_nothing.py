@@ -1,0 +1,102 @@
+"""A score that would say nothing has a name and is NaN."""
+
+import pytest
+import torch
+
+import fastfg
+from fastfg.metrics import METRICS
+
+IMAGES = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
+
+
+def reasons(scores):
+    """The reasons by metric and image, where every missing score has one, and no other has."""
+    for metric, values in scores.items():
+        missing = {(e.config, e.image) for e in scores.errors if e.metric == metric}
+        nan = values.isnan().nonzero().tolist()
+        assert missing == {(None, place[0]) if len(place) == 1 else tuple(place) for place in nan}
+    return {(e.metric, e.image): e.message for e in scores.errors}
+
+
+def patch_means(images):
+    return images.unflatten(-1, (6, 8)).unflatten(-3, (4, 8)).mean((1, 3, 5)).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_does_not_look_at_the_image(dtype):
+    def model(images):
+        return torch.tensor([[1.0, 2.0]], dtype=images.dtype).expand(len(images), 2)
+
+    found = reasons(fastfg.evaluate(model, IMAGES.to(dtype), MAPS, target=1))
+    assert len(found) == 9
+    assert set(found.values()) == {"removing patches does not change the model's output"}
+
+
+def test_changes_that_are_rounding_alone_are_no_changes():
+    def model(images):
+        noise = 1e-7 * images.mean((1, 2, 3)).sin()
+        return torch.stack([1 + noise, torch.full_like(noise, 2.0)], 1)
+
+    assert len(reasons(fastfg.evaluate(model, IMAGES.float(), MAPS, target=0))) == 9
+
+
+def test_small_changes_of_a_probability_are_changes():
+    def model(images):  # of a model that is very sure
+        z = 30 + patch_means(images) @ torch.linspace(1, 2, 24, dtype=images.dtype)
+        return torch.stack([z, torch.zeros_like(z)], 1)
+
+    scores = fastfg.evaluate(model, IMAGES, MAPS, target=0)
+    assert reasons(scores) == {}
+    assert 0 < scores.details["saco"]["impact"].abs().max() < 1e-11
+
+
+def test_a_constant_map(model, images):
+    maps = torch.rand(2, 3, 4, 6)
+    maps[1, 2] = 0.25
+    scores = fastfg.evaluate(model, images, maps, target=1)
+    found = reasons(scores)
+    assert found == {(metric, 2): "the attribution is the same for every patch" for metric in METRICS}
+    assert all(values[0].isfinite().all() for values in scores.values())
+    assert scores.details["pixel_flipping"]["curve"].shape == (2, 3, 25)
+    assert scores.details["pixel_flipping"]["curve"][1, 2].isnan().all()
+    assert scores.details["faithfulness_correlation"]["subsets"][1, 2].eq(-1).all()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "zero", "noise"])
+def test_a_blank_image(model, images, baseline):
+    images = images.clone()
+    images[1] = torch.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1)
+    found = reasons(fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, baseline=baseline))
+    assert found == {(metric, 1): "the image is blank: all its pixels are the same" for metric in METRICS}
+
+
+def test_infinite_readings():
+    def model(images):
+        means = patch_means(images)
+        z = torch.where(means[:, 3].abs() < 1e-9, torch.inf, means.sum(1))
+        return torch.stack([z, torch.zeros_like(z)], 1)
+
+    scores = fastfg.evaluate(model, IMAGES, MAPS, target=0, baseline="zero")
+    assert set(reasons(scores).values()) == {"the model's logits are not finite"}
+    assert scores["faithfulness_correlation"].isnan().all()
+
+
+def test_the_same_impact_whatever_is_removed():
+    def model(images):  # sees only whether anything is missing
+        whole = (patch_means(images).abs() > 1e-12).all(1).to(images.dtype)
+        return torch.stack([whole, torch.zeros_like(whole)], 1)
+
+    found = reasons(fastfg.evaluate(model, IMAGES, MAPS, target=0, baseline="zero"))
+    for image in range(3):
+        assert found["saco", image] == "all groups of patches have the same impact"
+        assert found["faithfulness_correlation", image] == "every subset has the same drop, in each trial"
+        assert ("pixel_flipping", image) not in found
+
+
+def test_subsets_of_the_same_attribution(model, images):
+    maps = torch.tensor([1.0, -1.0]).repeat(12).reshape(1, 4, 6).expand(3, -1, -1)
+    subsets = torch.arange(24).reshape(1, 12, 1, 2).expand(-1, -1, 3, -1)  # each sums to 0
+    options = {"metrics": ["faithfulness_correlation"], "faithfulness_correlation": {"subsets": subsets}}
+    found = reasons(fastfg.evaluate(model, images, maps, target=1, **options))
+    assert set(found.values()) == {"every subset has the same attribution, in each trial"}

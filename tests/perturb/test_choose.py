@@ -1,0 +1,74 @@
+"""Tokens stand in for pixels only where that gives the same logits, on the very images that are judged."""
+
+import pytest
+import torch
+
+import fastfg
+from tests.tools import tiny_vit
+
+MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
+
+
+def same(model, images, **options):
+    """The scores by the path that is chosen are those by pixels; the path's name."""
+    found = fastfg.evaluate(model, images, MAPS, target=1, **options)
+    expected = fastfg.evaluate(model, images, MAPS, target=1, path="pixels", **options)
+    for metric in expected:
+        torch.testing.assert_close(found[metric], expected[metric], rtol=1e-6, atol=1e-6)
+    return found.path
+
+
+def widen(model, gain=1.0):
+    """Patches that overlap: each sees two pixels of its neighbours."""
+    stem = model.patch_embed.proj
+    wide = torch.nn.Conv2d(3, stem.out_channels, 12, stride=8, padding=2)
+    wide.weight.data.mul_(gain)
+    model.patch_embed.proj = wide.to(stem.weight.dtype)
+
+
+def test_a_stem_that_changes_after_the_first_evaluation(model, images):
+    assert same(model, images) == "tokens"
+    widen(model)
+    assert same(model, images).startswith(
+        "pixels (perturbing pixels changes tokens of patches that are not removed, by"
+    )
+
+
+def test_weights_that_change_after_the_first_evaluation(model, images):
+    assert same(model, images) == "tokens"
+    model.patch_embed.norm = torch.nn.Sequential(torch.nn.Flatten(1), torch.nn.LayerNorm(24 * 32).double())
+    model.patch_embed.norm.append(torch.nn.Unflatten(1, (24, 32)))  # every token depends on all of them
+    assert same(model, images).startswith("pixels (")
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.1])
+def test_an_overlapping_stem_under_bfloat16(images, gain):
+    model = tiny_vit(dtype=torch.float32)
+    widen(model, gain)
+    assert same(model, images.float(), precision="bfloat16").startswith("pixels (")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_overlapping_stem_of_a_model_in_halves(images, dtype):
+    model = tiny_vit(dtype=dtype)
+    assert fastfg.evaluate(model, images.to(dtype), MAPS, target=1, metrics=["saco"]).path == "tokens"
+    widen(model)
+    found = fastfg.evaluate(model, images.to(dtype), MAPS, target=1, metrics=["saco"])
+    assert found.path.startswith("pixels (")
+
+
+def test_a_model_that_treats_one_image_differently(images):
+    class Picky(type(tiny_vit())):
+        def forward(self, x):
+            bright = (x.amax((1, 2, 3)) > 6)[:, None]
+            logits = super().forward(x)
+            return torch.where(bright, -logits, logits)
+
+    model = tiny_vit()
+    model.__class__ = Picky
+    assert same(model, images.clamp(-3, 3)) == "tokens"
+    images = images.clamp(-3, 3)
+    images[2, :, -1, -1] = 7.0
+    assert same(model, images).startswith(
+        "pixels (perturbing its tokens gives logits that differ from those of the pixels"
+    )
