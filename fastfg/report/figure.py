@@ -65,7 +65,12 @@ def _draw(row: FigureRow, axes: Sequence[Axes]):  # type: ignore[no-untyped-def]
         axis.set_yticks([])
     for axis, heat, scores in ((axes[1], vanilla, row.vanilla_scores), (axes[2], gated, row.gated_scores)):
         axis.imshow(heat.numpy(), cmap=COLOURS, alpha=0.65, vmin=0, vmax=1)
-        axis.set_xlabel("  ".join(f"{METRICS[name].short} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
+        axis.set_xlabel("  ".join(f"{_short(name)} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
     axes[0].set_xlabel(row.name, fontsize=7.5)
     axes[3].set_xlabel(" ", fontsize=7.5)  # keeps the row level
     return axes[3].imshow(torch.as_tensor(difference / largest).numpy(), cmap="RdBu_r", alpha=0.85, vmin=-1, vmax=1)
+
+
+def _short(metric: str) -> str:
+    """A metric's name in the figure."""
+    return METRICS[metric].short if metric in METRICS else metric

@@ -1,4 +1,4 @@
-"""The comparison as a table: a row a variant, a column a metric, the best of each column in bold."""
+"""The comparison as a table: one row per variant, one column per metric, the best of each column in bold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]
     best = {}
     for metric in metrics:
         means = summary.loc[summary["metric"] == metric].set_index("variant")["mean"].dropna()
-        if len(means):
+        if len(means) and metric in METRICS:  # of a metric of the user's own, the better side is not known here
             best[metric] = means.idxmax() if METRICS[metric].higher_is_better else means.idxmin()
     rows: dict[str, list[Cell]] = {}
     for entry in summary.sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable").to_dict("records"):
@@ -48,6 +48,8 @@ def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
 
 
 def _title(metric: str) -> str:
+    if metric not in METRICS:
+        return metric
     return f"{METRICS[metric].title} {'↑' if METRICS[metric].higher_is_better else '↓'}"
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastfg.metrics import METRICS
-
 if TYPE_CHECKING:
     import pandas as pd
 
+NOT_METRICS = ("index", "image", "key", "path", "variant", "target", "error")  # the other columns of a table of scores
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
@@ -18,20 +17,21 @@ def stars(p: float) -> str:
 
 
 def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
-    """A row a variant x metric: ``mean``, ``se`` (standard error over images), ``n``, ``p`` and ``stars``.
+    """One row per variant and metric: ``mean``, ``se`` (standard error over images), ``n``, ``p`` and ``stars``.
 
     ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``; NaN for itself, and
     where fewer than two images have a score. Missing scores are left out, and ``n`` says how many were there.
 
     Args:
-        scores: columns ``image``, ``variant``, and the metrics (see :func:`fastfg.study.compare`).
+        scores: columns ``variant`` and one per metric, besides those that say which image it is (see
+            :func:`fastfg.study.compare`).
     """
     import pandas as pd
     from scipy import stats
 
     rows = []
     variants = list(dict.fromkeys(scores["variant"]))
-    for metric in (name for name in METRICS if name in scores):
+    for metric in (name for name in scores.columns if name not in NOT_METRICS):
         base = scores.loc[scores["variant"] == against, metric].dropna()
         for variant in variants:
             values = scores.loc[scores["variant"] == variant, metric].dropna()

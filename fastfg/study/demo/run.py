@@ -281,7 +281,7 @@ def _figure_rows(model: Any, images: Tensor, comparison: Comparison, shown: int)
     config = model.pretrained_cfg
     maps = comparison.attribution.maps
     names = list(dict.fromkeys(comparison.scores["image"]))
-    table = comparison.scores.set_index(["image", "variant"]).drop(columns="target")
+    table = comparison.scores.set_index(["image", "variant"]).drop(columns=["index", "target"])
     return [
         FigureRow(
             name,
