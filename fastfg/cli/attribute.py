@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fastfg.cli.console import add_command, say, tracker
+from fastfg.cli.console import add_command, count, say, tracker
 
 COLUMNS = ("path", "key", "map", "overlay", "target", "predicted", "probability", "warning")
 UNUSUAL = re.compile(r"[^\w.()\[\]+ -]")  # in a file's name
 WRITES = """Writes to --out:
   attributions.csv  one row per image: path, key, map and overlay (names of the
                     files), target, predicted (classes), probability (of the
-                    target), and warning: why a map says nothing, such as
-                    "blank image" or "constant map"
+                    target), and warning: why a map explains nothing:
+                    a blank image, a constant map, NaN or infinite values
   NNNNNN-NAME.npy   the map, one raw value per patch
   NNNNNN-NAME.png   the map as a heatmap over the image that the model sees
   errors.csv, windows.csv, fastfg.json: see below
@@ -42,27 +42,28 @@ def run(arguments: argparse.Namespace) -> None:
     from fastfg.report.overlay import displayed, save_overlay
     from fastfg.targets import probabilities
 
-    with Inputs(arguments) as inputs, tracker() as track:
+    with Inputs(arguments) as inputs:
         mean, std = inputs.adapter.pixel_mean, inputs.adapter.pixel_std
         table, warned = CSVRows(inputs.out / "attributions.csv", COLUMNS), 0
-        for batch in inputs.batches(track(f"Explaining {len(inputs.paths)} images")):
-            images = batch.images
-            result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target)
-            heat = result.heatmap((images.shape[-2], images.shape[-1]))
-            probability = probabilities(result.logits)
-            for i, path in enumerate(batch.paths):
-                name, warning = _output_name(table.count, path.stem), _warning(images[i], result.maps[i])
-                target, predicted = int(result.target[i]), int(probability[i].argmax())
-                np.save(inputs.out / f"{name}.npy", result.maps[i].cpu().numpy())
-                overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
-                if overlay:
-                    save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
-                row = (path_text(path), image_key(images[i]), f"{name}.npy", overlay, target, predicted)
-                table.add([(*row, float(probability[i, target]), warning)])
-                warned += bool(warning)
-        say(f"Wrote {table.count} maps and their overlays, listed in {table.path}")
+        with tracker() as track:
+            for batch in inputs.batches(track(f"Explaining {count(len(inputs.paths), 'image')}")):
+                images = batch.images
+                result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target)
+                heat = result.heatmap((images.shape[-2], images.shape[-1]))
+                probability = probabilities(result.logits)
+                for i, path in enumerate(batch.paths):
+                    name, warning = _output_name(table.count, path.stem), _warning(images[i], result.maps[i])
+                    target, predicted = int(result.target[i]), int(probability[i].argmax())
+                    np.save(inputs.out / f"{name}.npy", result.maps[i].cpu().numpy())
+                    overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
+                    if overlay:
+                        save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
+                    row = (path_text(path), image_key(images[i]), f"{name}.npy", overlay, target, predicted)
+                    table.add([(*row, float(probability[i, target]), warning)])
+                    warned += bool(warning)
+        say(f"Wrote {count(table.count, 'map')} with overlays, listed in {table.path}")
         if warned:
-            say(f"{warned} of them say nothing about their image: see the column `warning`")
+            say(f"Warning: {count(warned, 'map')} cannot explain anything, see the column `warning`")
 
 
 def _output_name(number: int, stem: str) -> str:
@@ -71,7 +72,7 @@ def _output_name(number: int, stem: str) -> str:
 
 
 def _warning(image: Tensor, explained: Tensor) -> str:
-    """Why the map [gh, gw] of ``image`` [C, H, W] says nothing; empty where it may say something."""
+    """Why the map [gh, gw] of ``image`` [C, H, W] explains nothing; empty where there is no reason."""
     if bool((image.flatten(1).amin(1) == image.flatten(1).amax(1)).all()):
         return "blank image: all pixels are equal"
     if not bool(explained.isfinite().all()):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastfg.cli.console import add_command, at_least_one, console, say, tracker
+from fastfg.cli.console import add_command, at_least_one, console, count, say, tracker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         errors: list[pd.DataFrame] = []
         try:
             with tracker() as track:
-                for batch in inputs.batches(track(f"Judging {len(inputs.paths)} images x {len(gates)}")):
+                for batch in inputs.batches(track(f"Judging {count(len(inputs.paths), 'image')} x {len(gates)}")):
                     found = compare_batch(
                         inputs.model,
                         batch.images,
@@ -107,4 +107,4 @@ def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFr
     say(f"Wrote {out / 'scores.parquet'} and {out / 'table.md'}")
     if len(missing):
         missing.to_csv(out / "score_errors.csv", index=False)
-        say(f"{len(missing)} scores could not be computed: see {out / 'score_errors.csv'}")
+        say(f"Not computed: {count(len(missing), 'score')}, see {out / 'score_errors.csv'}")

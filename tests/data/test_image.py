@@ -22,14 +22,14 @@ def photograph(mode="RGB", size=(8, 6)):
     return Image.fromarray(pixels).convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
-@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "bmp"])
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [(suffix, mode) for suffix in ("png", "tif", "bmp") for mode in ("RGB", "L", "P", "1")]
+    + [("jpg", "RGB"), ("jpg", "L"), ("jpg", "CMYK"), ("tif", "CMYK")],
+)
 def test_eight_bits_are_read_as_pillow_reads_them(tmp_path, mode, suffix):
     path = tmp_path / f"a.{suffix}"
-    try:
-        photograph(mode).save(path)
-    except OSError:
-        pytest.skip(f"no {mode} in {suffix}")
+    photograph(mode).save(path)
     picture = read_image(path, window=(0.0, 3.0))  # which says nothing about 8 bits
     assert picture.window is None
     for wanted in ("RGB", "L"):
@@ -84,8 +84,7 @@ def test_zero_is_white_where_the_file_says_so(tmp_path):
     image.save(tmp_path / "dark.tif")
     image.save(tmp_path / "light.tif", tiffinfo={262: 0})
     with Image.open(tmp_path / "light.tif") as opened:
-        if opened.tag_v2[262] != 0:
-            pytest.skip("this Pillow does not write the tag")
+        assert opened.tag_v2[262] == 0
     np.testing.assert_array_equal(read(tmp_path / "light.tif"), 255 - read(tmp_path / "dark.tif"))
 
 
