@@ -10,7 +10,7 @@ from fastfg.cli.console import add_command, at_least_one, console, say, tracker
 
 
 def add(commands: Any) -> None:
-    summary = "Train a head and SAEs on photographs of solar cells, and judge four explanations of them."
+    summary = "Train a head and SAEs on photographs of solar cells, judge four explanations."
     command = add_command(commands, "demo", run, summary)
     command.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("out/demo"), help="folder for the table, figure and report"

@@ -80,11 +80,13 @@ def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame,
     """
     from fastfg.data import path_text
 
-    scores = found.scores.rename(columns={"image": "key"})
+    scores, errors = (
+        table.drop(columns="index", errors="ignore").rename(columns={"image": "key"})  # index: the place in the batch
+        for table in (found.scores, found.errors)
+    )
     variants = len(scores) // len(paths)
     scores.insert(0, "path", [path_text(path) for path in paths for _ in range(variants)])
-    errors = found.errors.rename(columns={"image": "key"}).drop_duplicates()
-    return scores, scores[["path", "key"]].drop_duplicates().merge(errors, on="key")
+    return scores, scores[["path", "key"]].drop_duplicates().merge(errors.drop_duplicates(), on="key")
 
 
 def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFrame]) -> None:
@@ -100,11 +102,12 @@ def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFr
     if not scores:
         return
     table, missing = pd.concat(scores, ignore_index=True), pd.concat(errors, ignore_index=True)
-    table.to_parquet(out / "scores.parquet", index=False)
     text = markdown_table(summarize(table))
+    table.to_parquet(out / "scores.parquet", index=False)
     (out / "table.md").write_text(text, encoding="utf-8")
+    if len(missing):
+        missing.to_csv(out / "score_errors.csv", index=False)
     console.print(Markdown(text))
     say(f"Wrote {out / 'scores.parquet'} and {out / 'table.md'}")
     if len(missing):
-        missing.to_csv(out / "score_errors.csv", index=False)
         say(f"Not computed: {count(len(missing), 'score')}, see {out / 'score_errors.csv'}")

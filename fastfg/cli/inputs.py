@@ -68,7 +68,7 @@ def add_input_arguments(command: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder to write: new, empty, or earlier output of fastfg",
+        help="folder to write: new, empty, or earlier output of fastfg, whose tables are replaced",
     )
     low_high = ("LOW", "HIGH")
     add("--window", type=float, nargs=2, metavar=low_high, help="black and white, for images with more than 8 bits")
