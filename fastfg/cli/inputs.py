@@ -18,6 +18,7 @@ from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
 from fastfg.data.output import claim
 from fastfg.models import adapt
 from fastfg.models.timm import preprocessing
+from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import SCORE_KINDS, Gate
@@ -38,9 +39,9 @@ NOTES = """How images are read:
   Transparent pixels are composited over white. The EXIF orientation is applied.
   Colour profiles are ignored.
 
-Every table has the columns `path` (the file, as an absolute path) and `key` (a
-hash of the pixels that the model gets; files that were not read have none). The
-tables of different commands join by them.
+Every table of images that were read has the columns `path` (the file, as an
+absolute path) and `key` (a hash of the pixels that the model gets). The tables
+of different commands join by them. errors.csv has `path` and `error`.
 
 Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
 wrong command line; 130 interrupted (what was done until then is kept)."""
@@ -121,7 +122,7 @@ class Inputs:
         self.paths, self.out = found.paths, arguments.out
         claim(self.out, arguments.command, _settings(arguments))
         self.errors = CSVRows(self.out / "errors.csv", ("path", "error"))
-        self.windows = CSVRows(self.out / "windows.csv", ("path", "low", "high"))
+        self.windows = CSVRows(self.out / "windows.csv", ("path", "key", "low", "high"))
         self.read = 0
         self._skip(found.skipped)
 
@@ -151,7 +152,9 @@ class Inputs:
         for batch in batches(self.paths, preprocessing(self.model), self.batch_size, window=self.window, **self.limits):
             self._skip(batch.errors)
             self.windows.add(
-                (path_text(path), *window) for path, window in zip(batch.paths, batch.windows, strict=True) if window
+                (path_text(path), image_key(image), *window)
+                for path, image, window in zip(batch.paths, batch.images, batch.windows, strict=True)
+                if window is not None
             )
             done += len(batch.paths) + len(batch.errors)
             if batch.paths:

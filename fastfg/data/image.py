@@ -38,12 +38,14 @@ def read_image(
     """Read an image file with Pillow. The content of the file decides its format, not its name.
 
     - 8 bits per channel or fewer: the pixels are returned as they are, in Pillow's mode. Colour profiles are ignored.
-    - Grey with more bits (16-bit, 32-bit, float): values are mapped linearly from ``window`` to 0..255, rounded, and
-      clipped. Without a window, it is the file's own range: its smallest value becomes 0 and its largest 255, whatever
-      its bit depth declares. A constant image becomes black. A TIFF in which 0 means white is inverted.
-    - Colour with more than 8 bits per channel is refused: Pillow would keep the upper 8 bits only.
-    - Transparency is composited over white.
-    - The EXIF orientation is applied.
+    - Grey with more bits (16-bit, 32-bit, float): values are mapped linearly from ``window`` to 0..255, clipped and
+      rounded. Without a window, the file's own range is used: its smallest value becomes 0 and its largest 255,
+      whatever bit depth it declares. A constant image becomes black. A TIFF in which 0 means white is inverted.
+      Values of a PGM are first scaled to 0..65535 by its declared maximum, which is how Pillow reads them.
+    - Colour with 16 bits per channel in PNG and TIFF is refused, because Pillow would keep the upper 8 bits only.
+      AVIF, JPEG 2000 and PPM are scaled to 8 bits by the depth that they declare.
+    - Transparent pixels are composited over white.
+    - The EXIF orientation is applied, where the EXIF data can be read.
     - A file with several frames or pages is refused, because one of them would stand for all. The exception is a JPEG
       with embedded previews (MPO), whose photograph is read.
 
@@ -122,13 +124,11 @@ def _check_frames(image: Image.Image) -> None:
 
 
 def _check_depth(image: Any) -> None:
-    """Refuse colour with more than 8 bits per channel, which Pillow cuts to 8 without a word."""
+    """Refuse 16 bits per channel where Pillow keeps the upper 8 without a word: in colour, and in grey with alpha."""
     bits = _tiff_tag(image, BITS_PER_SAMPLE) or ()
-    rawmodes = [tile[3] if isinstance(tile[3], str) else "" for tile in image.tile]
-    if any(n > 8 for n in (bits if isinstance(bits, tuple) else (bits,))) or any(
-        re.search(";16[BLN]", name) for name in rawmodes
-    ):
-        raise ValueError(f"expected 8 bits per channel in a colour image ({image.mode}), got 16; convert it first")
+    rawmodes = [tile[3] for tile in image.tile if isinstance(tile[3], str)]
+    if any(n > 8 for n in bits) or any(re.search(";16[BLN]", name) for name in rawmodes):
+        raise ValueError(f"expected 8 bits per channel in {image.mode}, got 16; convert the file first")
 
 
 def _tiff_tag(image: Any, tag: int) -> Any:
