@@ -1,21 +1,23 @@
-"""The command line: one file a command, each with ``add`` (its arguments) and ``run``."""
+"""The command line: one file per command, each with ``add`` (its arguments) and ``run``."""
 
 from __future__ import annotations
 
-import argparse
+import io
 import sys
 from collections.abc import Sequence
 
 from fastfg import __version__
 from fastfg.cli import attribute, demo, evaluate, info
-from fastfg.cli.console import USER_ERRORS, complain
+from fastfg.cli.console import USER_ERRORS, Parser, complain
 
 COMMANDS = (demo, attribute, evaluate, info)
+EXIT_CODES = """Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a wrong command line;
+130 interrupted (what was done until then is kept)."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of the whole command line."""
-    top = argparse.ArgumentParser("fastfg", description="Feature-Gradient Attribution for Vision Transformers.")
+    top = Parser("fastfg", description="Feature-Gradient Attribution for Vision Transformers.", epilog=EXIT_CODES)
     top.add_argument("--version", action="version", version=f"fastfg {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -24,7 +26,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors that the input caused are one line, without a traceback."""
+    """Run the command line and return the exit code.
+
+    It is 0 when the command is done (some images may have been skipped, each with its reason), 1 for an error in the
+    input or when no image could be read, and 130 when interrupted. Wrong arguments exit with 2. Errors that the input
+    caused are one line, without a traceback.
+    """
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -32,10 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return 1
     except KeyboardInterrupt:
+        complain("interrupted; what was done until then is kept")
         return 130
     return 0
 
 
 def entry() -> None:
     """The ``fastfg`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
     sys.exit(main())

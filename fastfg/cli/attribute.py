@@ -1,48 +1,80 @@
-"""``fastfg attribute``: maps and overlays of image files."""
+"""``fastfg attribute``: one map and one overlay per image."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import re
 from typing import Any
 
-from fastfg.cli.console import add_command, say, tracker
+from torch import Tensor
+
+from fastfg.cli.console import add_command, count, say, tracker
+
+COLUMNS = ("path", "key", "map", "overlay", "target", "predicted", "probability", "warning")
+UNUSUAL = re.compile(r"[^\w.()\[\]+ -]")  # in a file's name
+WRITES = """Writes to --out:
+  attributions.csv  one row per image: path, key, map and overlay (names of the
+                    files), target, predicted (classes), probability (of the
+                    target), and warning: why a map explains nothing:
+                    a blank image, a constant map, NaN or infinite values
+  NNNNNN-NAME.npy   the map, one raw value per patch
+  NNNNNN-NAME.png   the map as a heatmap over the image that the model sees
+  errors.csv, windows.csv, fastfg.json: see below
+
+"""
 
 
 def add(commands: Any) -> None:
-    from fastfg.cli.model import add_model_arguments
+    from fastfg.cli.inputs import NOTES, add_input_arguments
 
-    command = add_command(commands, "attribute", run, "Explain images: a map and an overlay for each.")
-    command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files or folders of them")
-    add_model_arguments(command)
+    summary = "Explain images: one map and one overlay per image."
+    command = add_command(commands, "attribute", run, summary, WRITES + NOTES)
+    add_input_arguments(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
-    import pandas as pd
 
     from fastfg.attribution.attribute import attribute
-    from fastfg.cli.model import Job
-    from fastfg.models import adapt
+    from fastfg.cli.inputs import CSVRows, Inputs
+    from fastfg.data import path_text
+    from fastfg.perturb import image_key
     from fastfg.report.overlay import displayed, save_overlay
+    from fastfg.targets import probabilities
 
-    job = Job(arguments, arguments.images)
-    adapter = adapt(job.model)
-    rows: list[dict[str, object]] = []
-    with tracker() as track:
-        for batch in job.batches(track(f"Explaining {len(job.paths)} images")):
-            result = attribute(job.model, batch.images, saes=job.saes, gate=job.gate, target=job.target)
-            heat = result.heatmap((batch.images.shape[-2], batch.images.shape[-1]))
-            prob = result.logits.softmax(-1)
-            for i, path in enumerate(batch.paths):
-                name = f"{len(rows):06d}-{path.stem}"  # files of different folders may share their names
-                np.save(job.out / f"{name}.npy", result.maps[i].cpu().numpy())
-                picture = displayed(batch.images[i], adapter.pixel_mean, adapter.pixel_std)
-                save_overlay(job.out / f"{name}.png", picture, heat[i])
-                target = int(result.target[i])
-                rows.append({"file": str(path), "map": f"{name}.npy", "overlay": f"{name}.png", "target": target})
-                rows[-1] |= {"predicted": int(prob[i].argmax()), "probability": float(prob[i, target])}
-    pd.DataFrame(rows).to_csv(job.out / "attributions.csv", index=False)
-    say(f"Wrote {len(rows)} maps and overlays and their list, {job.out / 'attributions.csv'}")
-    if problem := job.write_errors():
-        say(problem)
+    with Inputs(arguments) as inputs:
+        mean, std = inputs.adapter.pixel_mean, inputs.adapter.pixel_std
+        table, warned = CSVRows(inputs.out / "attributions.csv", COLUMNS), 0
+        with tracker() as track:
+            for batch in inputs.batches(track(f"Explaining {count(len(inputs.paths), 'image')}")):
+                images = batch.images
+                result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target)
+                heat = result.heatmap((images.shape[-2], images.shape[-1]))
+                probability = probabilities(result.logits)
+                for i, path in enumerate(batch.paths):
+                    name, warning = _output_name(table.count, path.stem), _warning(images[i], result.maps[i])
+                    target, predicted = int(result.target[i]), int(probability[i].argmax())
+                    np.save(inputs.out / f"{name}.npy", result.maps[i].cpu().numpy())
+                    overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
+                    if overlay:
+                        save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
+                    row = (path_text(path), image_key(images[i]), f"{name}.npy", overlay, target, predicted)
+                    table.add([(*row, float(probability[i, target]), warning)])
+                    warned += bool(warning)
+        say(f"Wrote {count(table.count, 'map')} with overlays, listed in {table.path}")
+        if warned:
+            say(f"Warning: {count(warned, 'map')} cannot explain anything, see the column `warning`")
+
+
+def _output_name(number: int, stem: str) -> str:
+    """The name of an output without its suffix: unique by its number, and short enough for every file system."""
+    return f"{number:06d}-{UNUSUAL.sub('_', stem)[:40]}"
+
+
+def _warning(image: Tensor, explained: Tensor) -> str:
+    """Why the map [gh, gw] of ``image`` [C, H, W] explains nothing; empty where there is no reason."""
+    if bool((image.flatten(1).amin(1) == image.flatten(1).amax(1)).all()):
+        return "blank image: all pixels are equal"
+    if not bool(explained.isfinite().all()):
+        return "map with NaN or infinite values"
+    return "constant map: all patches are equal" if bool(explained.amin() == explained.amax()) else ""

@@ -1,53 +1,79 @@
-"""Progress bars and messages, the same for every command."""
+"""Arguments, progress bars and messages, the same for every command."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 # What bad input raises: shown as one line. Anything else is a bug, and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
+USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
-class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help, where there is one to show."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that shows defaults where there are any, and keeps the line breaks of descriptions."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], description: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, notes: str = ""
 ) -> argparse.ArgumentParser:
-    """A subcommand whose help shows its defaults."""
+    """A subcommand: ``summary`` is one line, ``notes`` follow its arguments in the help."""
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=description, description=description, formatter_class=_ShowDefaults
+        name, help=summary, description=summary, epilog=notes, formatter_class=_Help
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, command=name)
     return command
+
+
+def at_least_one(text: str) -> int:
+    """The type of an argument that is a positive integer."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def printable(text: str) -> str:
+    """``text`` with what a terminal would not show as one line of characters written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def say(text: str) -> None:
     """Print one line, as it is."""
-    console.print(escape(text), soft_wrap=True)
+    console.print(printable(text), soft_wrap=True, markup=False)
 
 
 def complain(text: str) -> None:
-    """Print an error to stderr."""
-    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+    """Print an error to stderr, as one line."""
+    line = escape(printable(" ".join(text.split())))
+    Console(stderr=True, highlight=False, emoji=False).print("[red]error:[/red]", line, soft_wrap=True)
 
 
 @contextmanager
 def tracker() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yields ``track(title) -> progress(done, total)``: a bar for each title."""
+    """Yields ``track(title) -> progress(done, total)``: one bar for each title."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),

@@ -1,4 +1,4 @@
-"""``fastfg demo``: the main job on real weights and real photographs."""
+"""``fastfg demo``: the method on real weights and real photographs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastfg.cli.console import add_command, console, say, tracker
+from fastfg.cli.console import add_command, at_least_one, console, say, tracker
 
 
 def add(commands: Any) -> None:
-    command = add_command(
-        commands, "demo", run, "Train a head and SAEs on solar cells and judge four ways of explaining the defects."
+    summary = "Train a head and SAEs on photographs of solar cells, judge four explanations."
+    command = add_command(commands, "demo", run, summary)
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("out/demo"), help="folder for the table, figure and report"
     )
-    command.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the table, figure and report")
-    command.add_argument("--images", type=int, default=12, help="held-out defective cells to explain and judge")
+    command.add_argument(
+        "--images", type=at_least_one, default=12, metavar="N", help="held-out defective cells to explain and judge"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from rich.markdown import Markdown
 
+    from fastfg.data.output import claim
     from fastfg.study.demo import Settings, run_demo
 
+    claim(arguments.out, "demo", {"images": arguments.images})
     with tracker() as track:
         page = run_demo(arguments.out, Settings(explained=arguments.images), say, track)
     console.print(Markdown((page.parent / "table.md").read_text(encoding="utf-8")))

@@ -1,67 +1,108 @@
-"""``fastfg evaluate``: how faithful the maps of a folder's images are, vanilla and gated side by side."""
+"""``fastfg evaluate``: how faithful the maps of images are, vanilla and gated side by side."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastfg.cli.console import add_command, console, say, tracker
+from fastfg.cli.console import add_command, at_least_one, console, count, say, tracker
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fastfg.study.comparison import Comparison
+
+WRITES = """Writes to --out:
+  scores.parquet    one row per image and variant (vanilla, and gated where
+                    --layers is given): path, key, variant, target, and one
+                    column per metric
+  score_errors.csv  one row per score that could not be computed: path, key,
+                    variant, metric, message
+  table.md          mean and standard error of each metric and variant
+  errors.csv, windows.csv, fastfg.json: see below
+
+"""
 
 
 def add(commands: Any) -> None:
-    from fastfg.cli.model import add_model_arguments
+    from fastfg.cli.inputs import NOTES, add_input_arguments
     from fastfg.perturb.fills import FILLS
 
-    command = add_command(commands, "evaluate", run, "Judge the maps of a folder's images by three metrics.")
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="a folder of images, searched to the bottom")
-    add_model_arguments(command)
-    command.add_argument("--baseline", choices=FILLS, default="mean", help="what removed patches are filled with")
-    command.add_argument("--patches-per-step", type=int, default=1, help="of Pixel Flipping")
-    command.add_argument("--seed", type=int, default=0, help="of all that is random")
+    command = add_command(
+        commands, "evaluate", run, "Judge the maps of images by three faithfulness metrics.", WRITES + NOTES
+    )
+    add_input_arguments(command)
+    add = command.add_argument_group("metrics").add_argument
+    add("--baseline", choices=FILLS, default="mean", help="what removed patches are filled with")
+    steps = "patches removed per step of Pixel Flipping"
+    add("--patches-per-step", type=at_least_one, default=1, metavar="N", help=steps)
+    add("--seed", type=int, default=0, metavar="N", help="seed of everything that is random")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from fastfg.cli.inputs import Inputs
+    from fastfg.study import compare_batch
+    from fastfg.types import Gate
+
+    with Inputs(arguments) as inputs:
+        gates: dict[str, Gate | None] = {"vanilla": None}
+        if inputs.gate is not None:
+            gates["gated"] = inputs.gate
+        scores: list[pd.DataFrame] = []
+        errors: list[pd.DataFrame] = []
+        try:
+            with tracker() as track:
+                for batch in inputs.batches(track(f"Judging {count(len(inputs.paths), 'image')} x {len(gates)}")):
+                    found = compare_batch(
+                        inputs.model,
+                        batch.images,
+                        gates=gates,
+                        saes=inputs.saes,
+                        target=inputs.target,
+                        baseline=arguments.baseline,
+                        seed=arguments.seed,
+                        pixel_flipping={"patches_per_step": arguments.patches_per_step},
+                    )
+                    named = _with_paths(found, batch.paths)
+                    scores.append(named[0])
+                    errors.append(named[1])
+        finally:  # also after Ctrl-C or an error: what was judged is kept
+            _write(inputs.out, scores, errors)
+
+
+def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores and errors of a batch with the columns ``path`` and ``key``, in place of the place in the batch."""
+    from fastfg.data import path_text
+
+    names = [path_text(path) for path in paths]
+    tables = []
+    for table in (found.scores, found.errors):
+        named = table.rename(columns={"index": "path", "image": "key"})
+        tables.append(named.assign(path=[names[i] for i in table["index"]]))
+    return tables[0], tables[1]
+
+
+def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFrame]) -> None:
+    """Write and show what was judged; files of an earlier run are removed."""
     import pandas as pd
     from rich.markdown import Markdown
 
-    from fastfg.cli.model import Job
     from fastfg.report import markdown_table
-    from fastfg.study import compare_batch, summarize
-    from fastfg.types import Gate
+    from fastfg.study import summarize
 
-    job = Job(arguments, [arguments.folder])
-    gates: dict[str, Gate | None] = {"vanilla": None}
-    if job.gate is not None:
-        gates["gated"] = job.gate
-    scores, errors = [], []
-    with tracker() as track:
-        for batch in job.batches(track(f"Judging {len(job.paths)} images x {len(gates)}")):
-            found = compare_batch(
-                job.model,
-                batch.images,
-                gates=gates,
-                saes=job.saes,
-                target=job.target,
-                keys=[str(path.relative_to(arguments.folder)) for path in batch.paths],
-                baseline=arguments.baseline,
-                seed=arguments.seed,
-                pixel_flipping={"patches_per_step": arguments.patches_per_step},
-            )
-            scores.append(found.scores)
-            errors.append(found.errors)
-    problem = job.write_errors()
+    for name in ("scores.parquet", "score_errors.csv", "table.md"):
+        (out / name).unlink(missing_ok=True)
     if not scores:
-        raise ValueError(f"FOLDER: expected at least one readable image, got none. {problem}")
-    table = pd.concat(scores, ignore_index=True)
-    table.to_parquet(job.out / "scores.parquet", index=False)
-    missing = pd.concat(errors, ignore_index=True)
-    if len(missing):
-        missing.to_csv(job.out / "score_errors.csv", index=False)
-        say(f"{len(missing)} scores could not be computed: see {job.out / 'score_errors.csv'}")
+        return
+    table, missing = pd.concat(scores, ignore_index=True), pd.concat(errors, ignore_index=True)
     text = markdown_table(summarize(table))
-    (job.out / "table.md").write_text(text, encoding="utf-8")
+    table.to_parquet(out / "scores.parquet", index=False)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    if len(missing):
+        missing.to_csv(out / "score_errors.csv", index=False)
     console.print(Markdown(text))
-    say(f"Wrote {job.out / 'scores.parquet'} and {job.out / 'table.md'}")
-    if problem:
-        say(problem)
+    say(f"Wrote {out / 'scores.parquet'} and {out / 'table.md'}")
+    if len(missing):
+        say(f"Not computed: {count(len(missing), 'score')}, see {out / 'score_errors.csv'}")

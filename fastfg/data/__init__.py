@@ -1,5 +1,6 @@
-"""Images from files and folders, in batches; a file that can't be read is named, and the rest goes on."""
+"""Images from files and folders, in batches. A file that cannot be read is named with its reason."""
 
-from fastfg.data.folder import Batch, FileError, batches, find_images
+from fastfg.data.folder import Batch, FileError, Found, batches, find_images, path_text
+from fastfg.data.image import Picture, read_image
 
-__all__ = ["Batch", "FileError", "batches", "find_images"]
+__all__ = ["Batch", "FileError", "Found", "Picture", "batches", "find_images", "path_text", "read_image"]

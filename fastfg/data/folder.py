@@ -1,7 +1,9 @@
-"""Images from files, in batches; a file that can't be read is named, and the rest goes on."""
+"""Images from files and folders, in batches. A file that cannot be read is named with its reason."""
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,60 +12,169 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+from fastfg.data.image import (
+    DICOM,
+    MAX_ASPECT,
+    MAX_PIXELS,
+    Window,
+    check_limits,
+    is_dicom,
+    read_image,
+    readable_suffixes,
+)
+from fastfg.data.output import MARKER, is_output
+
 Transform = Callable[[Image.Image], Tensor]
 
 
 class FileError(NamedTuple):
-    """A file that could not be read, and why."""
+    """A file or folder that was not read, and why."""
 
     path: Path
     message: str
 
 
+class Found(NamedTuple):
+    """The image files of a search, sorted by path in each folder, and what was skipped."""
+
+    paths: list[Path]
+    skipped: list[FileError]
+
+
 class Batch(NamedTuple):
-    """Images [b, C, H, W] with their files; ``errors`` of the files that were passed over on the way."""
+    """Images [b, C, H, W] with one path and one window each, and the errors of the files that came between them.
+
+    ``windows`` holds (low, high) for an image with more than 8 bits, and None for the others.
+    """
 
     paths: list[Path]
     images: Tensor
     errors: list[FileError]
+    windows: list[Window | None]
 
 
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The image files among ``paths``, folders searched to the bottom, in order of their names.
+def find_images(paths: Iterable[Path]) -> Found:
+    """The image files among ``paths``. Folders are searched to the bottom.
 
-    Raises FileNotFoundError for a path that does not exist, or where there is no image at all.
+    Skipped, each with its reason: files in a folder whose suffix is not that of an image (a file given by itself is
+    always tried), dangling links, links to folders, unreadable folders, what is not a regular file, DICOM files, and
+    folders that hold earlier output of fastfg. Hidden files, hidden folders and ``__MACOSX`` are left out without a
+    reason. A file that is reached twice is read once.
+
+    Raises FileNotFoundError for a path that does not exist.
     """
-    found: list[Path] = []
+    found = Found([], [])
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif path.exists():
-            found.append(path)
-        else:
+            inside = _search(path)
+            found.paths.extend(sorted(inside.paths))
+            found.skipped.extend(sorted(inside.skipped))
+        elif not os.path.lexists(path):
             raise FileNotFoundError(f"images: expected a file or folder, got {path}, which does not exist")
-    if not found:
-        raise FileNotFoundError(f"images: expected files named {', '.join(sorted(SUFFIXES))}, found none")
+        elif reason := _why_no_file(path):
+            found.skipped.append(FileError(path, reason))
+        else:
+            found.paths.append(path)
+    once: dict[str, Path] = {}
+    for path in found.paths:
+        once.setdefault(path_text(path), path)
+    return Found(list(once.values()), found.skipped)
+
+
+def batches(
+    paths: Sequence[Path],
+    transform: Transform,
+    batch_size: int,
+    *,
+    window: Window | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_aspect: float = MAX_ASPECT,
+) -> Iterator[Batch]:
+    """The images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
+
+    Args:
+        paths: files, read by :func:`read_image`. transform: a PIL image -> [C, H, W], the same shape for all.
+        batch_size: images per batch. All batches but the last are full; the last one is empty where only errors
+            were left.
+        window, max_pixels, max_aspect: see :func:`read_image`.
+
+    Raises ValueError for arguments that are out of range.
+    """
+    check_limits(window, max_pixels, max_aspect)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    batch = Batch([], torch.empty(0), [], [])
+    images: list[Tensor] = []
+    for path in paths:
+        try:
+            picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
+            images.append(transform(picture.image))
+        except Exception as error:  # a damaged file makes decoders raise anything; it is reported with the batch
+            batch.errors.append(FileError(path, f"{type(error).__name__}: {error}"))
+        else:
+            batch.paths.append(path)
+            batch.windows.append(picture.window)
+        if len(images) == batch_size:
+            yield batch._replace(images=torch.stack(images))
+            batch, images = Batch([], torch.empty(0), [], []), []
+    if images or batch.errors:
+        yield batch._replace(images=torch.stack(images)) if images else batch
+
+
+def path_text(path: Path) -> str:
+    """The text that stands for a file in every table: the same from wherever the file is reached.
+
+    It is the absolute path with links in the folder's part resolved. Bytes that are not UTF-8 are shown as ``\\xNN``.
+    """
+    return os.fsencode(path.parent.resolve() / path.name).decode("utf-8", "backslashreplace")
+
+
+def _search(root: Path) -> Found:
+    """The images below ``root``, and what is skipped there."""
+    found, suffixes = Found([], []), readable_suffixes()
+
+    def unreadable(error: OSError) -> None:
+        found.skipped.append(FileError(Path(error.filename), f"unreadable folder: {error.strerror}"))
+
+    for name, subfolders, files in os.walk(root, onerror=unreadable):
+        folder = Path(name)
+        if is_output(folder):
+            found.skipped.append(FileError(folder, f"earlier output of fastfg (the folder holds {MARKER})"))
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if not _hidden(name)]
+        links = [folder / name for name in subfolders if (folder / name).is_symlink()]
+        found.skipped.extend(FileError(path, "a link to a folder, which is not followed") for path in links)
+        for path in (folder / name for name in files if not _hidden(name)):
+            if reason := _why_no_file(path) or _why_no_image(path, suffixes):
+                found.skipped.append(FileError(path, reason))
+            else:
+                found.paths.append(path)
     return found
 
 
-def batches(paths: Sequence[Path], transform: Transform, batch_size: int) -> Iterator[Batch]:
-    """The images of ``paths`` in full batches, as far as they can be read; errors come with the next batch.
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
-    The last batch may be empty, where only errors were left.
-    """
-    kept: list[Path] = []
-    images: list[Tensor] = []
-    errors: list[FileError] = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(transform(image))
-            kept.append(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            errors.append(FileError(path, f"{type(error).__name__}: {error}"))
-        if len(images) == batch_size:
-            yield Batch(kept, torch.stack(images), errors)
-            kept, images, errors = [], [], []
-    if images or errors:
-        yield Batch(kept, torch.stack(images) if images else torch.empty(0), errors)
+
+def _why_no_file(path: Path) -> str:
+    """Why ``path`` is not a regular file; empty where it is one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a dangling link"
+    except OSError as error:
+        return f"unreadable file: {error.strerror}"
+    return "" if stat.S_ISREG(mode) else "not a regular file"
+
+
+def _why_no_image(path: Path, suffixes: set[str]) -> str:
+    """Why a file in a folder is not tried; empty where it is tried."""
+    try:
+        if path.suffix.lower() in suffixes:
+            return ""
+        if is_dicom(path):
+            return DICOM
+    except OSError as error:
+        return f"unreadable file: {error.strerror}"
+    return f"the suffix {path.suffix!r} is not that of an image (give the file by itself to have it tried)"

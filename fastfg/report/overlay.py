@@ -1,4 +1,4 @@
-"""A heatmap over its photograph, as a PNG."""
+"""A heatmap over its image, as a PNG."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 COLOURS = "inferno"
-STRENGTH = 0.6  # of the heatmap over the photograph
+STRENGTH = 0.6  # opacity of the heatmap where it is 1
 
 
 def displayed(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-    """A model's input [C, H, W] back as a picture [H, W, 3] in 0..1.
+    """A model's input [C, H, W], with 1 or 3 channels, as a picture [H, W, 3] in 0..1.
 
-    Without its normalisation the picture is stretched to fill 0..1.
+    Args:
+        mean, std: of the model's normalisation, one value per channel. Where one of them is None, the picture is
+            stretched to 0..1 instead.
     """
     picture = image.detach().float().cpu()
     if mean is not None and std is not None:
@@ -26,10 +28,15 @@ def displayed(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] 
 
 
 def save_overlay(path: Path, picture: Tensor, heat: Tensor) -> None:
-    """Write ``heat`` [H, W] in 0..1 over ``picture`` [H, W, 3] to ``path``."""
+    """Write ``heat`` [H, W] in 0..1 over ``picture`` [H, W, 3] to ``path``.
+
+    Raises ValueError for a heatmap with NaN or infinite values.
+    """
     import matplotlib
     from PIL import Image
 
+    if not bool(heat.isfinite().all()):
+        raise ValueError("heat: expected finite values, got NaN or infinity")
     colours = torch.from_numpy(matplotlib.colormaps[COLOURS](heat.cpu().numpy())[..., :3])
     weight = (STRENGTH * heat.cpu().double()).unsqueeze(-1)
     mixed = (1 - weight) * picture.double() + weight * colours

@@ -33,6 +33,8 @@ def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]
     rows: dict[str, list[Cell]] = {}
     for entry in summary.sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable").to_dict("records"):
         text = f"{entry['mean']:.3f} ± {entry['se']:.3f}{entry['stars']}"
+        if entry["missing"]:  # a mean of some images alone says so
+            text += f" ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
         rows.setdefault(entry["variant"], []).append(Cell(text, best.get(entry["metric"]) == entry["variant"]))
     return [_title(metric) for metric in metrics], rows
 

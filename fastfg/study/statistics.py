@@ -17,10 +17,11 @@ def stars(p: float) -> str:
 
 
 def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
-    """One row per variant and metric: ``mean``, ``se`` (standard error over images), ``n``, ``p`` and ``stars``.
+    """One row per variant and metric: ``mean``, ``se`` (standard error over images), ``n``, ``missing``, ``p`` and
+    ``stars``.
 
     ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``; NaN for itself, and
-    where fewer than two images have a score. Missing scores are left out, and ``n`` says how many were there.
+    where fewer than two images have a score. Missing scores are left out: ``n`` of them were there, ``missing`` were not.
 
     Args:
         scores: columns ``variant`` and one per metric, besides those that say which image it is (see
@@ -34,14 +35,15 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     for metric in (name for name in scores.columns if name not in NOT_METRICS):
         base = scores.loc[scores["variant"] == against, metric].dropna()
         for variant in variants:
-            values = scores.loc[scores["variant"] == variant, metric].dropna()
+            column = scores.loc[scores["variant"] == variant, metric]
+            values = column.dropna()
             p = float("nan")
             if variant != against and min(len(values), len(base)) > 1:
                 p = float(stats.ttest_ind(values, base, equal_var=False).pvalue)
             se = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             mean = float(values.mean()) if len(values) else float("nan")
             rows.append(
-                {"variant": variant, "metric": metric, "mean": mean, "se": se, "n": len(values), "p": p}
-                | {"stars": stars(p)}
+                {"variant": variant, "metric": metric, "mean": mean, "se": se, "n": len(values)}
+                | {"missing": len(column) - len(values), "p": p, "stars": stars(p)}
             )
     return pd.DataFrame(rows)

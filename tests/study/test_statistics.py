@@ -41,6 +41,10 @@ def test_stars():
 def test_missing_scores_are_left_out_and_counted():
     summary = summarize(scores(vanilla=[1.0, 2.0, 3.0], gated=[1.0, math.nan, 3.0])).set_index(["variant", "metric"])
     assert summary.loc[("gated", "saco")]["n"] == 2
+    assert summary.loc[("gated", "saco")]["missing"] == 1
+    table = markdown_table(summary.reset_index())
+    assert table.count("(1 of 3 missing)") == 2  # the gated row, in both columns
+    assert "missing" not in markdown_table(summarize(scores(vanilla=[1.0, 2.0], gated=[1.0, 3.0])))
     assert summary.loc[("gated", "saco")]["mean"] == 2.0
     one = summarize(scores(vanilla=[1.0], gated=[2.0])).set_index(["variant", "metric"])
     assert math.isnan(one.loc[("gated", "saco")]["se"])

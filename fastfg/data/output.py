@@ -1,0 +1,35 @@
+"""Folders that fastfg writes to carry a marker, so that a later search for images passes them over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastfg import __version__
+
+MARKER = "fastfg.json"
+
+
+def is_output(folder: Path) -> bool:
+    """Whether fastfg wrote to ``folder``: it holds the file ``fastfg.json``."""
+    return os.path.isfile(folder / MARKER)  # noqa: PTH113 - False, not an error, in an unreadable folder
+
+
+def claim(folder: Path, command: str, settings: Mapping[str, object]) -> None:
+    """Make ``folder`` an output folder: create it, and write ``fastfg.json`` with the command and its settings.
+
+    Raises ValueError for a file, and for a folder that holds anything else than earlier output: the marker would
+    hide the user's images in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: expected a folder, got {folder}, which is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_output(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(
+            f"out: expected a new or empty folder, or one with earlier output of fastfg, got {folder}, which holds "
+            f"other files and no {MARKER}"
+        )
+    written = {"fastfg": __version__, "command": command, "settings": settings}
+    (folder / MARKER).write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="ascii")
