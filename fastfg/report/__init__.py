@@ -1,4 +1,4 @@
-"""What people look at: tables, figures, the HTML page."""
+"""Tables, figures, overlays and the HTML page: the results as people read them."""
 
 from fastfg.report.figure import save_figure
 from fastfg.report.overlay import displayed, save_overlay

@@ -1,4 +1,4 @@
-"""One HTML file that holds the whole report: the figure inside it, every name escaped."""
+"""The report as one HTML file. It contains the figure, and every text in it is escaped."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ def write_page(
     notes: Sequence[str] = (),
     against: str = "vanilla",
 ) -> None:
-    """Write the report to ``path``; it needs no other file and no network.
+    """Write the report to ``path``. The page needs no other file, no script and no network.
 
     Args:
-        summary: from :func:`fastfg.study.summarize`. scores, errors: from :func:`fastfg.study.compare_batch`.
-        figure: a PNG, which is put into the page. settings: name and value, shown as they are.
-        notes: paragraphs under the table.
+        title, subtitle: the heading, and the line under it.
+        summary: from :func:`fastfg.study.summarize`.
+        scores, errors: from :func:`fastfg.study.compare_batch`.
+        figure: a PNG file, which is embedded. figure_caption: its caption.
+        settings: {name: value}, shown as text.
+        notes: paragraphs under the comparison.
+        against: the variant that the others are tested against.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -120,7 +120,7 @@ def test_markers_that_find_nothing(results, tmp_path, capsys, page, message):
         ("", "cpu/project.jsonl:2: expected a JSON object, got ''"),
         ("[1]", "cpu/project.jsonl:2: expected a JSON object, got '[1]'"),
         ({"shape": "B=2"}, "cpu/project.jsonl:2: expected 'shape' to be an object, got 'B=2'"),
-        ({"provider": None}, "cpu/project.jsonl:2: expected 'provider' to be a text, got None"),
+        ({"provider": None}, "cpu/project.jsonl:2: expected 'provider' to be a string, got None"),
         ({"median": "fast"}, "cpu/project.jsonl:2: expected 'median' to be a number or null, got 'fast'"),
     ],
 )

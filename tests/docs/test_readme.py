@@ -1,4 +1,4 @@
-"""The README's quick start runs as it stands, with random photographs, and a narrow random model in place of a download."""
+"""The README's quick start runs as it stands, with made-up photographs and a small random model, not a download."""
 
 from pathlib import Path
 
