@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastfg.report.table import FOOTNOTE, table_cells
 
@@ -52,11 +52,21 @@ def write_page(
         figure=base64.b64encode(figure.read_bytes()).decode(),
         figure_caption=figure_caption,
         settings=settings,
-        score_columns=list(scores.columns),
-        scores=[[_shown(value) for value in row] for row in scores.itertuples(index=False)],
-        errors=[list(row) for row in errors.itertuples(index=False)],
+        scores=_records(scores),
+        errors=_records(errors),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _records(table: pd.DataFrame) -> dict[str, Any]:
+    """The columns and rows of ``table`` as the page shows them, and which columns hold text."""
+    from pandas.api.types import is_numeric_dtype
+
+    return {
+        "columns": list(table.columns),
+        "texts": [name for name in table.columns if not is_numeric_dtype(table[name])],
+        "rows": [{name: _shown(value) for name, value in row.items()} for row in table.to_dict("records")],
+    }
 
 
 def _shown(value: object) -> str:
