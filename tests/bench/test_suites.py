@@ -1,4 +1,4 @@
-"""The benchmarks themselves: a tiny suite from end to end, and what happens to a wrong result."""
+"""The benchmarks: a tiny suite from end to end, and what happens to a wrong result."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ def test_one_suite_as_a_process(tmp_path, plugin):
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *plugin],
         cwd=ROOT,
-        env=alone,  # pytest-benchmark times nothing where xdist says that others run beside it
+        env=alone,  # under xdist pytest-benchmark does not time anything
         capture_output=True,
         text=True,
         check=False,
@@ -53,7 +53,7 @@ def test_one_suite_as_a_process(tmp_path, plugin):
 
 
 def test_the_shapes_that_have_a_target_are_found():
-    """``gpu.sh`` names them in words of pytest's -k: of every suite but ``gate``, which has none."""
+    """``gpu.sh`` selects them with ``pytest -k``, from every suite but ``gate``, which has none."""
     targets = re.search(r'^targets="(.+)"$', (ROOT / "bench" / "gpu.sh").read_text(), re.MULTILINE)[1]
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--size", "full", "--collect-only", "-k"]
     done = subprocess.run(
@@ -78,7 +78,7 @@ def exhaust(x):
 
 
 def doubled():
-    """A suite of one op, ``2 x``, with ways of doing it that are right, wrong, or not there."""
+    """A suite of one op, ``2 x``, with providers that are right, wrong or unavailable."""
     return Suite(
         name="doubled",
         small=[Case({"T": 5})],
@@ -103,7 +103,7 @@ def doubled():
 
 @pytest.fixture
 def bench(tmp_path):
-    """``bench(provider)`` runs it on the suite; returns the lines written so far."""
+    """``bench(provider)`` runs one provider of the suite and returns the lines written so far."""
     session, clock, suite = Session("cpu", tmp_path), Clock("cpu"), doubled()
     session._ceilings = Ceilings(1e9, 1e9)
 
@@ -147,7 +147,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
 def test_what_does_not_fit_is_let_go_of_before_it_is_skipped(bench):
     with pytest.raises(pytest.skip.Exception, match="too large: out of memory") as skipped:
         bench("too large")
-    assert skipped.value.__context__ is None  # the error, whose frames hold what had been made
+    assert skipped.value.__context__ is None  # the frames of an error would keep the tensors alive
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What people look at holds what was computed, and no name can break out of it."""
+"""The page, figure and overlay show what was computed, and no name can inject HTML."""
 
 import pandas as pd
 import torch
