@@ -1,4 +1,4 @@
-"""The whole of ``fastfg.attribute``: C gates (0: vanilla TransMM) over three blocks of a ViT-B with random weights."""
+"""``fastfg.attribute`` as a whole: C gates (0: vanilla TransMM) on three blocks of a ViT-B with random weights."""
 
 import functools
 
@@ -41,14 +41,14 @@ def random_sae(case, device, seed):
 
 
 def calibrate(model, images, saes, L0):
-    """The biases at which ``L0`` features of a token are active in the mean."""
+    """Set the biases so that ``L0`` features per token are active on average."""
     tokens = fastfg.residuals(model, images[:1], layers=LAYERS)
     for layer, sae in saes.items():
         x = tokens[layer].flatten(0, -2)
         wanted = max(1, round(L0 * len(x)))
         sae.b_enc.fill_(-float(sae.encode(x).flatten().topk(wanted).values[-1]))
         active = float((sae.encode(x) > 0).sum(-1).double().mean())
-        assert abs(active / L0 - 1) < 0.1, f"{active} features a token are active"
+        assert abs(active / L0 - 1) < 0.1, f"expected about {L0} active features per token, got {active}"
 
 
 def attribute(model, images, saes, gates, backend="auto"):
@@ -61,7 +61,7 @@ def exact(model, images, saes, gates):
 
 
 def beside(case, arguments):
-    """A sweep beside its first gate; one gate, or none, beside the model's own forward and backward."""
+    """Compare several gates with the first one, and one gate or none with the model's own forward and backward."""
     model, images, saes, gates = arguments
     if len(gates) > 1:
         return "1 gate", functools.partial(attribute, model, images, saes, gates[:1])
@@ -69,7 +69,7 @@ def beside(case, arguments):
 
 
 def work(case: Case) -> Work:
-    """Matrix products: forward, backward of the activations, three encoders. Bytes: the weights, once each."""
+    """Operations: the matrix products of forward, activation backward and three encoders. Bytes: each weight once."""
     P, N, d = case.grid**2, case.grid**2 + 1, case.d
     blocks = 12 * (24 * N * d**2 + 4 * N**2 * d)
     embedding = 2 * P * 3 * case.patch**2 * d
@@ -84,8 +84,8 @@ def fastfg_providers():
 
 def one_at_a_time(case, device):
     if case.C > 1:
-        return f"it takes one gate at a time, not {case.C}"
-    return f"one image at a time: {case.B} of them take {case.B} times as long" if case.B > 8 else None
+        return f"it handles one gate at a time, and the case has {case.C}"
+    return f"it handles one image at a time: {case.B} images take {case.B} times as long" if case.B > 8 else None
 
 
 VIT_B16 = {"patch": 16, "grid": 14, "d": 768}

@@ -1,4 +1,4 @@
-"""``encode_project`` of relu SAEs, of which about L0 features a token are active: no truncation to the largest."""
+"""``encode_project`` for ReLU SAEs with about L0 active features per token; no feature is cut off."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from bench.suite import Case, Provider, Suite, Work, cases, direct, first, op_pr
 from fastfg import reference
 from fastfg.reference import Activation
 
-TOKENS = 64  # compared with the reference, and counted
+TOKENS = 64  # compared with the reference, and used to count active features
 
 
 def arguments(case, device):
@@ -16,17 +16,17 @@ def arguments(case, device):
     x, g, W_dec = randn(T, case.d), randn(T, case.d), F.normalize(randn(case.F, case.d), dim=1)
     b_enc = x.new_full((case.F,), bias_for(case.L0 / case.F))
     active = float((x[:TOKENS] @ W_enc + b_enc > 0).sum(1).double().mean())
-    assert abs(active / case.L0 - 1) < 0.1, f"{active} features a token are active"
+    assert abs(active / case.L0 - 1) < 0.1, f"expected about {case.L0} active features per token, got {active}"
     return x, g, W_enc, b_enc, W_dec, Activation("relu")
 
 
 def bias_for(share: float) -> float:
-    """The bias at which this share of normal pre-activations is above 0."""
+    """The bias that makes this share of normally distributed pre-activations positive."""
     return float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
 
 
 def at_once(x, g, W_enc, b_enc, W_dec, activation):
-    """Encode, activate, and the dense product with ``g``: everything [T, F] is made."""
+    """Encode, activate and multiply by ``g``, with all [T, F] intermediates in memory."""
     return reference.project_dense(g, W_dec, (x @ W_enc + b_enc).relu())
 
 
@@ -36,7 +36,7 @@ def part(arguments):
 
 
 def work(case: Case) -> Work:
-    """One matrix product, and each active feature with its token's gradient; the weights once."""
+    """One matrix product, and one dot product per active feature; each weight is read once."""
     T = case.B * case.P
     size = (2 * T * case.d + 2 * case.d * case.F) * case.element
     return Work(bytes=size, flops=2 * T * case.d * (case.F + case.L0))

@@ -1,4 +1,4 @@
-"""``encode_topk``: the K largest of F pre-activations a token, beside the matrix product that it contains."""
+"""``encode_topk``: the K largest of F pre-activations per token, beside the matrix product alone."""
 
 import functools
 
@@ -23,7 +23,7 @@ def part(arguments):
 
 
 def pick(result, arguments):
-    """The values, and the exact pre-activations of the features that are named beside them."""
+    """The values, and the exact pre-activations of the features that the indices name."""
     values, indices = (t[:TOKENS] for t in result)
     x, W_enc, b_enc, b_dec, _ = (t.double() if isinstance(t, torch.Tensor) else t for t in part(arguments))
     return values, reference.preactivations(x, W_enc, b_enc, b_dec).gather(1, indices)
@@ -34,7 +34,7 @@ def gemm(x, W_enc, b_enc, b_dec, k):
 
 
 def linear_topk(x, W_enc, b_enc, b_dec, k):
-    """Two calls of torch; which of several equal values is taken is left open."""
+    """Two torch calls. They do not define which of several equal values is taken."""
     weight, bias = W_enc.T.contiguous(), b_enc - b_dec @ W_enc
 
     def run():
@@ -45,7 +45,7 @@ def linear_topk(x, W_enc, b_enc, b_dec, k):
 
 
 def work(case: Case) -> Work:
-    """The matrix product; x and the weights once in, values and indices once out."""
+    """The matrix product; x and the weights are read once, values and indices are written once."""
     T = case.B * case.P
     size = (T * case.d + case.d * case.F + T * case.K) * case.element + 8 * T * case.K
     return Work(bytes=size, flops=2 * T * case.d * case.F)

@@ -1,8 +1,8 @@
-"""``fastfg.evaluate``: C maps of B photographs by one metric or all three, ViT with random weights.
+"""``fastfg.evaluate``: C maps of B photographs, judged by one metric or all three, on a ViT with random weights.
 
-Beside it: the same model one perturbed image at a time, and Quantus at equal semantics (patches filled with 0). Quantus
-draws pixels, not patches, for its correlation: the same number of them and of forwards, but other scores, so these are
-not compared.
+Beside it: a loop over single perturbed images, and Quantus with the same definitions (patches filled with 0). For its
+correlation Quantus draws pixels, not patches: as many pixels and as many forwards, but other scores. They are not
+compared.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def arguments(case, device):
 
 
 def ranks(maps):
-    """Whole numbers of the maps' order, which is all that counts here: the same in any precision."""
+    """The rank of each patch. Only the order counts here, and ranks are the same in any precision."""
     return maps.flatten(2).argsort(-1).argsort(-1).unflatten(2, maps.shape[2:]).to(maps.dtype)
 
 
@@ -48,20 +48,20 @@ def evaluate(path):
 
 
 def run(path, model, images, maps, metrics):
-    """In the model's own precision, as it is judged by: of a float32 model on a CUDA device that is not the default."""
+    """Run in the model's own precision, which is not the default for a float32 model on a CUDA device."""
     options = {"target": TARGET, "metrics": metrics, "baseline": FILL, "path": path, "precision": "float32"}
     scores = fastfg.evaluate(model, images, maps, keys=keys(images), **options)
     return tuple(scores.details[name][READ[name]] for name in scores)
 
 
 def keys(images):
-    """Names that do not depend on the precision of the pixels, as keys made of these would."""
+    """Keys that do not depend on the precision of the pixels."""
     return range(len(images))
 
 
 @torch.no_grad()
 def one_at_a_time(model, images, maps, metrics):
-    """Every perturbed image made and run by itself; masks from the definitions."""
+    """Make and run each perturbed image separately; the masks follow the definitions."""
     read = {name: [] for name in metrics}
     for amap in maps:
         for i, image in enumerate(images):
@@ -84,7 +84,7 @@ def one_at_a_time(model, images, maps, metrics):
 
 
 def logits_of(model, image, patches=(), amap=None):
-    """Logits, float64, of ``image`` with ``patches`` filled."""
+    """The logits, in float64, of ``image`` with ``patches`` filled."""
     if len(patches):
         image = image.clone()
         size = image.shape[-1] // amap.shape[-1]
@@ -99,16 +99,16 @@ def prob(logits):
 
 
 def drawn(key, P):
-    """The subsets that fastfg draws for this key: what is random is given to the loop."""
+    """The subsets that fastfg draws for this key, so that the loop uses the same ones."""
     random = generator(0, str(key), "faithfulness_correlation")
     return draw_subsets(P, TRIALS, RUNS, default_subset_size(P), random).flatten(0, 1)
 
 
 def quantus(model, images, maps, metrics, whole_patches=False):
-    """Quantus's metric on each map; Pixel Flipping gives its curve, the correlation only its score.
+    """Quantus's metric on each map. Pixel Flipping returns its curve, the correlation only its score.
 
-    Its Pixel Flipping takes steps that divide the pixels of one channel: of three channels, a third of a patch.
-    ``whole_patches`` leaves that check out, which takes a third of the forwards.
+    Quantus requires that a step divides the number of pixels of one channel, which is a third of a patch with three
+    channels. ``whole_patches`` disables that check, and needs a third of the forwards.
     """
     import quantus as q
 
@@ -149,7 +149,7 @@ def no_quantus(only):
         if case.metric != only:
             return "Quantus has no SaCo" if case.metric == "all" else "another metric"
         if case.C > 1:
-            return "it judges one map after another, so C of them take C times as long"
+            return "it judges one map after another, so C maps take C times as long"
         return None if importlib.util.find_spec("quantus") else "Quantus is not installed"
 
     return why_not
@@ -165,13 +165,13 @@ def part(given):
 
 
 def pick(result, given):
-    """Of the first image under the first map; of a curve alone without its unperturbed point: Quantus has none."""
+    """The first image under the first map. A single curve loses its unperturbed point, which Quantus does not have."""
     first = 1 if given[3] == METRICS["pf"] else 0
     return tuple(t[0, 0].flatten()[first:] for t in result)
 
 
 def work(case):
-    """The forwards that one metric after another would run, each map by itself."""
+    """The forwards that each metric needs for each map separately."""
     P, d = case.grid**2, case.d
     asked = {"pf": P + 1, "fc": TRIALS * (RUNS + 1), "all": P + 1 + TRIALS * (RUNS + 1) + -(-P // 4) + 1}[case.metric]
     N = P + 1
@@ -209,7 +209,7 @@ SUITE = Suite(
     pick=pick,
     exact=one_at_a_time,
     work=work,
-    tolerance=1e-3,  # of small differences of logits
+    tolerance=1e-3,  # the scores are made of small differences between logits
 )
 
 

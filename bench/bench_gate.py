@@ -1,4 +1,4 @@
-"""``gate``: scores of C configurations, B images and P patches. Bound by its launch on any device."""
+"""``gate``: scores of C configurations, B images and P patches. The launch dominates on every device."""
 
 import torch
 
@@ -13,7 +13,7 @@ def arguments(case, device):
 
 
 def work(case: Case) -> Work:
-    """Each score once in, each gate once out."""
+    """Each score is read once, and each gate is written once."""
     return Work(bytes=2 * 4 * case.C * case.B * case.P, flops=0)
 
 

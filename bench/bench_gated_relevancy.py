@@ -1,4 +1,4 @@
-"""``gated_relevancy``: scores, gates and one block's step in one op, beside the three ops that it fuses."""
+"""``gated_relevancy``: the scores, gates and relevancy step of a block in one op, beside the three separate ops."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def arguments(case, device):
 
 
 def at_once(rows, q, k, v, dO, scale, g, W_dec, values, indices, kappa, c_max):
-    """The three equations without tiles, for the compiler."""
+    """The three equations without tiles, for torch.compile."""
     flat = (t.flatten(0, 1) for t in (values, indices))
     scores = bench_project.at_once(g.flatten(0, 1), W_dec, *flat)[0].unflatten(0, g.shape[:2]).to(rows.dtype)
     gates = reference.gate(scores, kappa[:, None, None], c_max[:, None, None])
@@ -29,7 +29,7 @@ def at_once(rows, q, k, v, dO, scale, g, W_dec, values, indices, kappa, c_max):
 
 
 def its_parts(rows, q, k, v, dO, scale, g, W_dec, values, indices, kappa, c_max):
-    """The three ops one after another, each by the backend that is best here."""
+    """The three ops one after another, each on its default backend."""
     found = ops.project(g.flatten(0, 1), W_dec, values.flatten(0, 1), indices.flatten(0, 1))
     scores = found[0].unflatten(0, g.shape[:2]).to(rows.dtype)
     gates = ops.gate(scores.expand(len(rows), -1, -1), kappa[:, None, None], c_max[:, None, None])

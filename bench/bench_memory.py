@@ -1,6 +1,6 @@
 """Peak memory of ``fastfg.attribute`` without gates, as the number of tokens N grows.
 
-On a CPU the allocator's own events are added up. The times are in ``bench_attribute``.
+On a CPU the peak comes from the allocator's events. ``bench_attribute`` measures the times.
 """
 
 import os
@@ -9,16 +9,16 @@ from dataclasses import replace
 from bench import bench_attribute
 from bench.suite import Case
 
-MAPS_IN_MEMORY = 3.5  # of all blocks' maps, measured: the maps, their gradients, and what the softmax keeps
+MAPS_IN_MEMORY = 3.5  # sizes of all maps, measured: maps, their gradients, and what softmax saves
 
 
 def not_enough_memory(case, device):
-    """On a CPU it is looked up beforehand; a CUDA device says so itself."""
+    """Why the case does not fit into the CPU's memory; a CUDA device raises an error itself."""
     if device == "cuda":
         return None
     maps = 12 * case.B * (case.d // 64) * (case.grid**2 + 1) ** 2 * 4 * MAPS_IN_MEMORY
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return None if maps < 0.8 * there else f"it takes about {maps / 2**30:.0f} GiB"
+    return None if maps < 0.8 * there else f"it needs about {maps / 2**30:.0f} GiB"
 
 
 def vit(d, B, dtype, *sizes):

@@ -1,4 +1,4 @@
-"""``project``: T = B x P tokens, F features of which K are active, beside the dense product that the paper writes."""
+"""``project``: T = B x P tokens with K of F features active, beside the dense product as the paper writes it."""
 
 import functools
 
@@ -21,7 +21,7 @@ def arguments(case, device):
 
 
 def at_once(g, W_dec, values, indices):
-    """The reference for the compiler: no tiles, and sums that it can fuse with the gathering of the rows."""
+    """The reference for torch.compile: no tiles, and a sum that it can fuse with the gathering of the rows."""
     terms = values * (W_dec[indices] * g[:, None]).sum(-1)
     return terms.sum(-1), terms
 
@@ -32,14 +32,14 @@ def embedding_bag(g, W_dec, values, indices):
 
 
 def dense(g, W_dec, values, indices):
-    """``(g @ W_dec.T * f).sum()`` with codes that are there already."""
+    """``(g @ W_dec.T * f).sum()`` with dense codes that were made beforehand."""
     g, values = g.to(W_dec.dtype), values.to(W_dec.dtype)
     f = values.new_zeros(len(g), len(W_dec)).scatter_add_(1, indices, values)
     return functools.partial(reference.project_dense, g, W_dec, f)
 
 
 def work(case: Case) -> Work:
-    """Each active feature's decoder row, read once for each token that has it: the caches may do better."""
+    """One decoder row per active feature and token; caches can make it less."""
     T = case.B * case.P
     return Work(bytes=T * case.K * (case.d * case.element + 16), flops=2 * T * case.K * case.d)
 

@@ -1,4 +1,4 @@
-"""``relevancy``: one block's step of C rows, beside attention and its gradient made whole."""
+"""``relevancy``: one block's step for C rows, beside the version that stores attention and its gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,13 @@ def arguments(case, device):
 
 
 def at_once(rows, q, k, v, dO, scale, gates):
-    """All of A and dA [B, H, N, N]."""
+    """Store A and dA in full, [B, H, N, N]."""
     E = reference.attention_map(torch.softmax(q @ k.mT * scale, -1), dO @ v.mT)
     return rows + torch.einsum("cbn,bnm->cbm", rows, E.to(rows.dtype)) * gates
 
 
 def sdpa_backward(rows, q, k, v, dO, scale, gates):
-    """torch's own backward through the same attention: five matrix products, of which relevancy needs two."""
+    """torch's own backward pass through the same attention: five matrix products, where relevancy needs two."""
     with torch.enable_grad():
         q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -37,7 +37,7 @@ def part(arguments):
 
 
 def work(case: Case) -> Work:
-    """A and dA, one matrix product each; q, k, v and dO once in, rows and gates in and out."""
+    """One matrix product each for A and dA; q, k, v, dO, rows and gates are read once, the new rows written once."""
     size = torch.finfo(DTYPES[case.dtype]).bits // 8
     read = 4 * case.B * case.H * case.N * case.dh * size + 3 * 4 * case.C * case.B * case.N
     return Work(bytes=read, flops=4 * case.B * case.H * case.N**2 * case.dh)

@@ -1,4 +1,4 @@
-"""The two ceilings that no work can pass: how fast memory is copied, and how fast matrices are multiplied."""
+"""The two limits of a machine: how fast it copies memory, and how fast it multiplies matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.clock import Clock
 from bench.suite import Work
 
 RUNS = 7
-COPY = {"cpu": 2**28, "cuda": 2**31}  # bytes: far more than the caches
+COPY = {"cpu": 2**28, "cuda": 2**31}  # bytes, much more than the caches hold
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}  # the CPU ops compute in float32
 
@@ -21,7 +21,7 @@ class Ceilings(NamedTuple):
     flops_per_second: float
 
     def floor(self, work: Work) -> float:
-        """Seconds that the work takes at the least."""
+        """The least time in seconds that the work can take."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of a call, on a CPU and on a CUDA device."""
+"""Measure the time and the memory of a call, on a CPU or a CUDA device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-FLUSH = 2**29  # bytes written before each run: more than any cache holds, and time enough to launch what follows
+FLUSH = 2**29  # bytes written before each run: more than any cache; meanwhile the CPU launches the work
 BUDGET = {"cpu": 0.5, "cuda": 1.0}  # seconds for all rounds of a benchmark
-ROUNDS = (5, 200)  # least and most
-LONG = 1.0  # seconds from which on three rounds must do
+ROUNDS = (5, 200)  # minimum and maximum
+LONG = 1.0  # seconds; a run that takes longer gets three rounds
 
 
 class Clock:
-    """pytest-benchmark's timer, which it reads just before and just after the work.
+    """A timer for pytest-benchmark, which reads it just before and just after the work.
 
-    On a CUDA device the readings are events, so that the time is the device's own.
+    On a CUDA device it records events, so the time is measured on the device.
     """
 
     def __init__(self, device: str) -> None:
@@ -39,27 +39,27 @@ class Clock:
         return start.elapsed_time(event) / 1e3
 
     def flush(self) -> None:
-        """Empty the device's cache; it is busy with that while the work is launched."""
+        """Empty the device's cache. The device is busy with that while the CPU launches the work."""
         if self.junk is not None:
             torch.cuda.synchronize()
             self.junk.zero_()
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        """Of one run."""
+        """The time of one run."""
         self.flush()
         start = self()
         run()
         return self() - start
 
     def rounds(self, run: Callable[[], Any]) -> int:
-        """How many runs fit the budget, by one run's time."""
+        """How many runs fit the budget, estimated from one run."""
         once = self.seconds(run)
         least, most = ROUNDS
         return 3 if once > LONG else max(least, min(most, int(BUDGET[self.device] / max(once, 1e-9))))
 
 
 class StandIn:
-    """What the suites use of pytest-benchmark's fixture, where it is not installed."""
+    """Replaces pytest-benchmark's fixture if it is not installed."""
 
     disabled = False
 
@@ -78,9 +78,9 @@ class StandIn:
 
 
 def peak(run: Callable[[], Any], device: str) -> int:
-    """Largest number of bytes that were allocated at a time during ``run``, above those before it.
+    """The peak memory of ``run`` in bytes, above what was allocated before it.
 
-    On a CPU the allocator's own events are added up, which takes longer than the run itself.
+    On a CPU this adds up the allocator's events, which takes longer than the run itself.
     """
     if device == "cuda":
         torch.cuda.synchronize()

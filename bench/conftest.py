@@ -1,4 +1,4 @@
-"""``--size``, ``--save`` and ``--results``; each suite's cases and providers as parameters; the ``bench`` fixture."""
+"""The options ``--size``, ``--save`` and ``--results``, the suites' cases as parameters, and the ``bench`` fixture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("bench", "fastfg's benchmarks")
+    group = parser.getgroup("bench", "benchmarks of fastfg")
     group.addoption("--size", choices=("small", "full"), help="default: small on a CPU, full on a CUDA device")
     group.addoption("--save", action="store_true", help=f"append the results to {RESULTS.name}/<device>/")
     group.addoption("--results", type=Path, metavar="DIR", help="append the results to DIR/<device>/")
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     root = config.getoption("--results") or (RESULTS if config.getoption("--save") else None)
     config.stash[SESSION] = Session(DEVICE, root)
     asked = [argument for argument in config.invocation_params.args if str(argument).startswith("--benchmark-")]
-    if config.pluginmanager.hasplugin("benchmark") and not asked:  # its table: by case, and no wider than needed
+    if config.pluginmanager.hasplugin("benchmark") and not asked:  # one table per case, with the columns that matter
         config.option.benchmark_group_by = "func,param:case"
         config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
 
@@ -42,14 +42,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``bench(suite, case, provider)`` checks, times and writes one provider."""
+    """``bench(suite, case, provider)`` checks one provider, measures it and writes the result."""
     clock = Clock(DEVICE)
 
     def fixture() -> object:
         if not request.config.pluginmanager.hasplugin("benchmark"):
             return StandIn(clock)
         request.node.add_marker(pytest.mark.benchmark(timer=clock))
-        return request.getfixturevalue("benchmark")  # only now: unused, it would complain
+        return request.getfixturevalue("benchmark")  # requested late: pytest-benchmark warns about an unused fixture
 
     return lambda *what: Benchmark(request.config.stash[SESSION], *what, clock, fixture)()
 

@@ -1,4 +1,4 @@
-"""The method written with what torch alone offers, for timm's ViT: what fastfg is held against as a whole."""
+"""The method in plain torch for timm's ViT: what ``fastfg.attribute`` is compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGET = 1  # one class for every provider and precision
 
 
 def own(model: nn.Module, images: Tensor) -> None:
-    """The model's forward and the backward of its activations."""
+    """The model's forward pass and the backward pass of its activations."""
     with torch.enable_grad():
         leaf = images.clone().requires_grad_()
         torch.autograd.grad(model(leaf)[:, TARGET].sum(), leaf)
@@ -22,7 +22,7 @@ def own(model: nn.Module, images: Tensor) -> None:
 
 @contextmanager
 def unfused(model: nn.Module, layers: Sequence[int]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Attention written out; yields what the next forward fills: every block's map, and the layers' residuals."""
+    """Switch fused attention off; yields two lists that the next forward fills: all attention maps, and residuals."""
     maps: list[Tensor] = []
     residuals: list[Tensor] = []
     hooks = [block.attn.attn_drop.register_forward_hook(lambda m, i, o: maps.append(o)) for block in model.blocks]
@@ -39,7 +39,7 @@ def unfused(model: nn.Module, layers: Sequence[int]) -> Iterator[tuple[list[Tens
 
 
 def gates_of(scores: Tensor, configs: Sequence[Gate]) -> Tensor:
-    """[C, B, N] from scores [B, P] of one block."""
+    """Gates [C, B, N] from the scores [B, P] of one block."""
     gates = torch.stack([reference.gate(scores, config.kappa, config.c_max) for config in configs])
     return nn.functional.pad(gates, (1, 0), value=1.0)
 
@@ -47,7 +47,7 @@ def gates_of(scores: Tensor, configs: Sequence[Gate]) -> Tensor:
 def kept_maps(
     model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder], configs: Sequence[Gate | None]
 ) -> Tensor:
-    """Batched, with every map and its gradient kept to the end; sparse codes and the row form, as in fastfg."""
+    """Batched, with all maps and their gradients stored; sparse codes and the row form, as in fastfg."""
     layers = sorted(saes)
     with torch.enable_grad(), unfused(model, layers) as (maps, residuals):
         y = model(images.clone().requires_grad_())[:, TARGET].sum()
@@ -66,7 +66,7 @@ def kept_maps(
 
 
 def _score(sae: SparseAutoencoder, x: Tensor, g: Tensor) -> Tensor:
-    """[B, P] of a block's patches."""
+    """The scores [B, P] of a block's patches."""
     if sae.k is None:
         return reference.project_dense(g, sae.W_dec, sae.encode(x))
     pre = reference.preactivations(sae.normalize(x).values.flatten(0, 1), sae.W_enc, sae.b_enc, sae.subtracted)
@@ -78,7 +78,7 @@ def _score(sae: SparseAutoencoder, x: Tensor, g: Tensor) -> Tensor:
 def authors_way(
     model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder], configs: Sequence[Gate | None]
 ) -> Tensor:
-    """One image at a time, maps and their gradients to the CPU, dense codes and ``D^T g``, N x N relevancy."""
+    """As the author's program: single images, maps copied to the CPU, dense codes and ``D^T g``, N x N relevancy."""
     return torch.stack([_authors_image(model, image[None], saes, configs[0]) for image in images])[None]
 
 

@@ -1,13 +1,12 @@
-"""What ``fastfg.evaluate`` and ``fastfg.compare`` cost beside the model alone.
+"""What ``fastfg.evaluate`` and ``fastfg.compare`` cost, relative to the model alone.
 
     python -m bench.engine [--model vit_base_patch16_224] [--images 1] [--gates 1 3 10] [--results DIR]
-    python -m bench.engine --loop              its scores beside those of the loop, one perturbed image at a time
-    python -m bench.engine --quantus 9         beside Quantus: one map, and nine gates
-    python -m bench.engine --memory 200        resident memory as that many images go by, three variants each
+    python -m bench.engine --loop              compare the scores with a loop over single perturbed images
+    python -m bench.engine --quantus 9         compare with Quantus: one map, and nine gates
+    python -m bench.engine --memory 200        resident memory over that many images, three variants each
 
-Work is counted in multiply-adds of matrix products; time is compared with the model's own forwards of the same batch
-size, which are run in turn with the images, in the precision that ``evaluate`` chooses by itself: on a CUDA device
-that is bfloat16. Weights are random, photographs and gates real.
+Work is counted in multiply-adds of matrix products. Time is compared with the model's own forwards at the same batch
+size, run in turn, in the precision that ``evaluate`` chooses (bfloat16 on a CUDA device). The weights are random.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ from fastfg.perturb.tokens import Tokens
 
 
 def gates_of(n: int) -> dict[str, fastfg.Gate | None]:
-    """Vanilla, and n - 1 gates of different strength."""
+    """Vanilla and n - 1 gates of different strengths."""
     gates = {f"gate {c}": fastfg.Gate((2, 3, 4), c_max=c, score="gradient_x_residual") for c in range(10, 10 * n, 10)}
     return {"vanilla": None, **gates}
 
 
 def flops(run: Any, *arguments: Any) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         run(*arguments)
     return counter.get_total_flops()
 
 
 def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
-    """A perturbed forward, and what is done once a view, in forwards of the model; and the operations of one such."""
+    """Work in forwards of the model: per perturbed forward, and once per view. Third: operations of such a forward."""
     adapter = adapt(model)
     P = torch.Size(adapter.grid(tuple(images.shape[-2:]))).numel()
     with hold(model, adapter.flags):
@@ -67,14 +66,14 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
 
 
 class Pace:
-    """Seconds of the model's own forward, an image, measured now and then."""
+    """The time of the model's own forward per image, measured in turn with other work."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         n = BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU
         self.model, self.batch = model, images[:1].repeat(n, 1, 1, 1)
         self.precision = Precision("bfloat16" if images.is_cuda else "float32", images.device)
         self.seconds: list[float] = []
-        self.spent = 0.0  # in measuring
+        self.spent = 0.0  # on measuring
         self()
         self.seconds, self.spent = [], 0.0
 
@@ -93,7 +92,7 @@ def now(like: Tensor) -> float:
 
 
 def evaluate_cost(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """One map by all three metrics: work and time over the model's."""
+    """One map under all three metrics: work and time, relative to the model."""
     maps, pace = fastfg.attribute(model, images, target=1).maps, Pace(model, images)
     fastfg.evaluate(model, images[:1], maps[:1], target=1, metrics=["saco"])  # warm
     run = Tokens.run
@@ -111,8 +110,8 @@ def evaluate_cost(model: nn.Module, images: Tensor) -> dict[str, Any]:
         seconds = now(images) - start - pace.spent
     one, once, operations = counted(model, images)
     B = len(images)
-    work = (scores.forwards["run"] - B) * one + B * (1 + once)  # the unperturbed images go through whole
-    rate = statistics.mean(pace.seconds)  # not the median: what disturbs the machine disturbs both
+    work = (scores.forwards["run"] - B) * one + B * (1 + once)  # the unperturbed images run through the whole model
+    rate = statistics.mean(pace.seconds)  # not the median: a disturbance of the machine affects both times
     found = {
         "path": scores.path,
         **scores.forwards,
@@ -121,14 +120,14 @@ def evaluate_cost(model: nn.Module, images: Tensor) -> dict[str, Any]:
         "model_seconds": rate,
         "time_over_work": seconds / (work * rate),
     }
-    if images.is_cuda:  # once more, undisturbed: the device lags behind the program, and being timed it may not
+    if images.is_cuda:  # again without the timing in between, which makes the device wait for the CPU
         found["flops_per_second"] = work * operations / seconds_of(evaluate_all, images)
         found["ceiling"] = measure("cuda").flops_per_second
     return found
 
 
 def compare_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
-    """A whole comparison of n variants, attribution and table included."""
+    """A comparison of n variants, with attribution and table."""
     start = now(images)
     table = fastfg.compare(model, images, gates=gates_of(n), target=1, keys=range(len(images)))
     assert table["error"].isna().all()
@@ -136,9 +135,9 @@ def compare_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
 
 
 def quantus_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
-    """Quantus over fastfg in seconds: one map by each of two metrics, and n gates by both.
+    """The times of Quantus and fastfg: one map under each of two metrics, and n gates under both.
 
-    Quantus judges one map after another, so n of them take it n times as long: that is multiplied, not run.
+    Quantus judges one map after another, so its time for n maps is computed: n times that of one.
     """
     maps = fastfg.attribute(model, images, gate=list(gates_of(n).values()), target=1).maps
     found: dict[str, Any] = {"gates": n}
@@ -158,9 +157,9 @@ def quantus_cost(model: nn.Module, images: Tensor, n: int) -> dict[str, Any]:
 
 
 def loop_difference(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Scores of fastfg and of the loop that makes and runs one perturbed image at a time: the largest difference."""
+    """The largest relative difference between fastfg's scores and those of a loop over single perturbed images."""
     maps = fastfg.attribute(model, images, target=TARGET).maps
-    options = {"target": TARGET, "baseline": FILL, "precision": "float32"}  # the loop's, on any device
+    options = {"target": TARGET, "baseline": FILL, "precision": "float32"}  # as in the loop, on any device
     scores = fastfg.evaluate(model, images, maps, keys=keys(images), **options)
     impact, drop, curve = one_at_a_time(model, images, maps[None], list(scores))
     details = scores.details
@@ -181,7 +180,7 @@ def seconds_of(run: Any, like: Tensor) -> float:
 
 
 def memory(n: int) -> dict[str, Any]:
-    """Resident memory, its highest so far, after each tenth of n images under three variants."""
+    """The peak of resident memory so far, after each tenth of n images under three variants."""
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"
     model = import_timm().create_model(name, img_size=64, num_classes=10).eval()
@@ -201,8 +200,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--gates", type=int, nargs="*", default=[1, 3, 10])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--loop", action="store_true", help="scores beside those of the loop, one image at a time")
-    parser.add_argument("--quantus", type=int, metavar="GATES", help="beside Quantus, with so many gates")
+    parser.add_argument("--loop", action="store_true", help="compare the scores with a loop over single images")
+    parser.add_argument("--quantus", type=int, metavar="GATES", help="compare with Quantus, with this number of gates")
     parser.add_argument("--memory", type=int, metavar="IMAGES")
     parser.add_argument("--results", type=Path, metavar="DIR", help="append lines to DIR/<device>/engine.jsonl")
     arguments = parser.parse_args()

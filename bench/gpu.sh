@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device and no network: build, check, and time everything that there is.
-#   bench/gpu.sh [FOLDER]     lines go to FOLDER/<device>/ (default: bench/results), logs to FOLDER/<device>/logs/
-# Every part takes less than ten minutes; one that fails doesn't stop the others. What matters most comes first: is it
-# right, then the shapes that have a target, then all the rest. Started again, it goes on with the parts that have not
-# come to their end yet, and names those that failed (FORCE=1: with all of them). ONLY="attribute memory" runs these
-# parts alone. LIMIT=570 stops after so many seconds, in the middle of a part too: where a command may not take longer.
-# Nothing is fetched: fastfg is built and installed from this checkout, with whatever torch, timm and pytest are there.
-# FASTFG_COMMIT names the commit in the lines where the checkout came without its history.
+# Build, test and measure everything on a machine with a CUDA device. It needs no network.
+#   bench/gpu.sh [FOLDER]     results go to FOLDER/<device>/ (default: bench/results), logs to FOLDER/<device>/logs/
+# The work comes in parts of less than ten minutes each: first correctness, then the shapes that have a target, then the
+# rest. If a part fails, the others still run. A second call continues with the unfinished parts and lists the failed ones.
+#   FORCE=1                   run all parts again
+#   ONLY="attribute memory"   run these parts only
+#   LIMIT=570                 stop after this number of seconds, also within a part
+#   FASTFG_COMMIT=...         the commit to write into the results, if the checkout has no git history
+# fastfg is built and installed from this checkout, with the installed torch, timm and pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -26,7 +27,7 @@ part() { # NAME COMMAND...
     esac
   fi
   if ((left < 20)); then
-    echo "== $name: not started, no time is left"; failed=1; return 1
+    echo "== $name: not started, no time left"; failed=1; return 1
   fi
   echo "== $name"
   seconds=$((left < 590 ? left : 590))
@@ -38,7 +39,7 @@ part() { # NAME COMMAND...
   fi
   failed=1
   echo "FAILED: $name (exit code $code after $((SECONDS - start)) s; $log)"; tail -n 30 "$log"
-  # stopped for the whole's limit, it has yet to come to its end
+  # a part that was stopped by LIMIT counts as unfinished
   [ $seconds -lt 590 ] && [[ $code = 124 || $code = 137 ]] || printf '\n== failed\n' >>"$log"
   return 1
 }
@@ -47,11 +48,11 @@ install() { # MODE, of the native ops
   env FASTFG_BUILD="$1" "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 }
 export -f install; export python out
-# where no compiler serves, all but the native ops can go on without them
+# without a compiler, everything but the C++ ops can still run
 part build bash -c 'install require' || part build-without-native bash -c 'install skip'
 part info "$python" -m fastfg.cli info
 
-# a kernel is compiled by the CPU for each kind of shape, which is most of the time that these take
+# most of the time goes into compiling each kernel for each kind of shape, on the CPU
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(--numprocesses 8)
 part parity "$python" -m pytest -q "${workers[@]}" tests/ops tests/kernels --ignore tests/kernels/test_ahead_of_time.py
@@ -62,20 +63,20 @@ engine() { "$python" -m bench.engine --device cuda --results "$out" "$@"; }
 export -f suites engine
 targets="B64-P196 or B64-H12-N197 or B64-H12-N1370 or C1-B256-patch16 or C1-B1-patch16-grid14 or B16-N4097 or metricall"
 part targets bash -c "suites bench -k 'bfloat16 and ($targets)'"
-# what a whole evaluation costs beside the model alone, and 3 variants of 512 images, for 10,000 by extrapolation
+# the cost of an evaluation relative to the model alone; 3 variants of 512 images, to extrapolate to 10,000 images
 part engine-32 bash -c 'engine --model vit_base_patch32_224 --images 512 --gates 1 3'
 part engine-16 bash -c 'engine --images 64 --gates 1 3 10'
 part engine-loop bash -c 'engine --loop'
 if command -v compute-sanitizer >/dev/null; then
-  # without torch's own cache of memory each tensor has a place of its own, past whose end it is seen
+  # without torch's caching allocator, reading past the end of a tensor is detected
   part sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
     tests/kernels/parity.py tests/kernels/parity_gated.py --noconftest -p no:cacheprovider \
     -k "real_length or narrow or strided or configurations or run_to_run"
 else
-  echo "== sanitizer: skipped, compute-sanitizer is not there"
+  echo "== sanitizer: skipped, compute-sanitizer was not found"
 fi
 for suite in encode_topk attribute relevancy gated_relevancy project encode_project evaluate memory gate; do
-  # torch.compile takes seconds a shape: at 64 images alone
+  # torch.compile takes seconds per shape, so it runs at 64 images only
   part "$suite" bash -c "suites bench/bench_$suite.py -k 'not compile or B64'"
 done
 

@@ -1,4 +1,4 @@
-"""Real photographs where the demo's are installed; else noise, which takes as long."""
+"""The demo's photographs if they are installed, else noise, which takes the same time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def photographs(n: int, side: int) -> Tensor:
-    """[n, 3, side, side], normalised."""
+    """``n`` normalised images [n, 3, side, side]."""
     try:
         from fastfg.study.demo.cells import load_cells
 

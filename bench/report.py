@@ -22,9 +22,9 @@ MISSING = "not measured"
 
 
 def read_lines(root: Path) -> list[Line]:
-    """The newest line of each device, suite, provider, shape and dtype in ``root``'s and its folders' *.jsonl.
+    """The newest line per device, suite, provider, shape and dtype, from *.jsonl in ``root`` and its folders.
 
-    Raises ValueError where there is none, and for a line that is not a benchmark's, with its file and number.
+    Raises ValueError if there is no line, or if a line is not a benchmark result, with its file and line number.
     """
     newest: dict[tuple[str, ...], Line] = {}
     files = sorted([*root.glob("*.jsonl"), *root.glob("*/*.jsonl")])
@@ -33,7 +33,7 @@ def read_lines(root: Path) -> list[Line]:
             line = _parse(text, f"{file}:{number}")
             key = (line["device"], line["name"], line["provider"], str(_case(line)))
             if key not in newest or line["date"] >= newest[key]["date"]:
-                newest[key] = line  # in the place of the older one: the suite's own order stays
+                newest[key] = line  # replaces the older line, and keeps the order of the suite
     if not newest:
         raise ValueError(f"results: expected lines of `pytest bench/ --save` in {root}/*/*.jsonl, found none")
     return list(newest.values())
@@ -48,7 +48,7 @@ def _parse(text: str, where: str) -> Line:
         raise ValueError(f"{where}: expected a JSON object, got {text[:40]!r}")
     for key in TEXTS:
         if not isinstance(line.get(key), str):
-            raise ValueError(f"{where}: expected {key!r} to be a text, got {line.get(key)!r}")
+            raise ValueError(f"{where}: expected {key!r} to be a string, got {line.get(key)!r}")
     if not isinstance(line.get("shape"), dict):
         raise ValueError(f"{where}: expected 'shape' to be an object, got {line.get('shape')!r}")
     for key in NUMBERS:
@@ -58,7 +58,7 @@ def _parse(text: str, where: str) -> Line:
 
 
 def report(lines: Iterable[Line]) -> str:
-    """Everything: a section a suite and device."""
+    """All lines, with one section per suite and device."""
     sections: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         sections.setdefault((line["name"], line["device"]), []).append(line)
@@ -66,7 +66,7 @@ def report(lines: Iterable[Line]) -> str:
 
 
 def summary(lines: Iterable[Line]) -> str:
-    """One table, a row a case: the fastest that is no bar, beside the best bar that does the same work."""
+    """One table with one row per case: fastfg's fastest backend, beside the fastest other implementation."""
     cases: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         cases.setdefault((line["name"], line["device"], _title(line)), []).append(line)
@@ -87,7 +87,7 @@ def summary(lines: Iterable[Line]) -> str:
 
 
 def tables(lines: list[Line]) -> str:
-    """One suite on one device: a table for each shape and dtype, with the providers that any of them has."""
+    """One suite on one device: one table per shape and dtype, each with a row for every provider of the suite."""
     providers = list(dict.fromkeys(line["provider"] for line in lines))
     cases: dict[str, list[Line]] = {}
     for line in lines:
@@ -96,7 +96,7 @@ def tables(lines: list[Line]) -> str:
 
 
 def _table(lines: list[Line], providers: list[str]) -> str:
-    """Rows in the order of ``providers``; columns that no row has anything for are left out."""
+    """Rows in the order of ``providers``, without empty columns."""
     by_name = {line["provider"]: line for line in lines}
     columns: dict[str, dict[str, str]] = {"median (20-80%)": {n: _times(line) for n, line in by_name.items()}}
     for bar in ("whole", "part"):
@@ -133,12 +133,12 @@ def _seconds(value: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three of them."""
+    """``value`` with three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _source(lines: list[Line]) -> str:
-    """Where the numbers are from; more than one commit where the lines are not of one run."""
+    """The devices, commits, dates and torch versions of the lines."""
     found = sorted({(line["date"][:10], line["commit"], str(line.get("torch")), line["device"]) for line in lines})
     return "; ".join(f"{device}, commit {commit}, {date}, torch {torch}" for date, commit, torch, device in found) + "."
 
@@ -152,10 +152,10 @@ def _title(line: Line) -> str:
 
 
 def update(file: Path, lines: list[Line]) -> int:
-    """Rewrite what ``file`` has between its markers; returns how many there are.
+    """Rewrite the tables between the markers in ``file``; returns the number of markers.
 
-    ``<!-- bench:SUITE -->`` or ``<!-- bench:DEVICE/SUITE KEY=VALUE ... -->``, up to ``<!-- /bench -->``: the tables of
-    that suite, for the shapes (and dtype) that have these values. Raises ValueError for one that finds no line.
+    A marker is ``<!-- bench:SUITE -->`` or ``<!-- bench:DEVICE/SUITE KEY=VALUE ... -->``. ``<!-- /bench -->`` ends its
+    tables. KEY=VALUE selects shapes and dtypes. Raises ValueError for a marker without results.
     """
     text = file.read_text(encoding="utf-8")
 
@@ -180,19 +180,19 @@ def update(file: Path, lines: list[Line]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m bench.report``; returns the exit code. A bad argument is one line, without a traceback."""
-    parser = argparse.ArgumentParser("python -m bench.report", description="Markdown tables of the benchmarks.")
+    """``python -m bench.report``; returns the exit code. An error is printed as one line, without a traceback."""
+    parser = argparse.ArgumentParser("python -m bench.report", description="Make Markdown tables from results.")
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of <device>/<suite>.jsonl")
-    parser.add_argument("--out", type=Path, help="file for the tables; they are printed where none is given")
-    parser.add_argument("--short", action="store_true", help="one table for all of it, one row per case")
+    parser.add_argument("--out", type=Path, help="write the tables to this file, not to the screen")
+    parser.add_argument("--short", action="store_true", help="print a single table with one row per case")
     parser.add_argument(
         "--into",
         type=Path,
         nargs="+",
         default=(),
         metavar="FILE",
-        help="Markdown files whose tables between <!-- bench:[DEVICE/]SUITE [KEY=VALUE ...] --> and <!-- /bench --> "
-        "are rewritten",
+        help="rewrite the tables in these Markdown files, between <!-- bench:[DEVICE/]SUITE [KEY=VALUE ...] --> and "
+        "<!-- /bench -->",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -207,7 +207,7 @@ def _write(arguments: argparse.Namespace) -> None:
     lines = read_lines(arguments.results)
     text = summary(lines) if arguments.short else report(lines)
     for file in arguments.into:
-        print(f"{file}: {update(file, lines)} places up to date")
+        print(f"{file}: {update(file, lines)} tables up to date")
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One JSON line a finished benchmark, with all that it was measured on."""
+"""One JSON line per finished benchmark, with the commit, device and versions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def device_name(device: str) -> str:
-    """``cpu``, or the card's own name with dashes: the folder of its results."""
+    """``cpu``, or the name of the GPU with dashes; the results are in a folder of this name."""
     return "cpu" if device == "cpu" else torch.cuda.get_device_name().replace(" ", "-")
 
 
 def commit() -> str:
-    """The commit, with "+" where tracked files differ from it; FASTFG_COMMIT says it where there is no history."""
+    """The commit, with "+" if tracked files differ from it. FASTFG_COMMIT gives it if there is no git history."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -61,7 +61,7 @@ def times(seconds: Sequence[float]) -> dict[str, float | int]:
 
 
 def append(root: Path, device: str, line: dict[str, Any]) -> Path:
-    """Append ``line`` to its suite's file under ``root``; returns the file."""
+    """Append ``line`` to the file of its suite in ``root``; returns the file."""
     file = root / device_name(device) / f"{line['name']}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""One benchmark from its arguments to its line: parity first, then time, then memory."""
+"""Run one benchmark: check the result, then measure time and memory, then write a line."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from fastfg.ops.dispatch import BackendError
 
 
 class WrongResultError(AssertionError):
-    """A result that is not the reference's: it gets no time."""
+    """The result differs from the reference, so it is not timed."""
 
 
 class Judge:
-    """The exact result of one case, and how far from it a provider may be."""
+    """The exact result of one case, and the error that a provider may have."""
 
     def __init__(self, suite: Suite, case: Case, arguments: tuple[Any, ...]) -> None:
         self.suite, self.arguments = suite, arguments
         part = suite.part(arguments)
         self.exact = suite.pick(suite.exact(*cast(part, torch.float64)), arguments)
         self.limit = suite.tolerance
-        if case.dtype != "float32":  # twice what plain torch loses in bfloat16
+        if case.dtype != "float32":  # twice the error of plain torch in bfloat16
             torchs = suite.pick(suite.exact(*cast(part, torch.bfloat16)), arguments)
             self.limit = 2 * error(torchs, self.exact) + torch.finfo(torch.bfloat16).eps
 
     def __call__(self, name: str, result: Any) -> float:
-        """The error of a provider's result. Raises WrongResultError where it is too large, or not a number."""
+        """The error of a provider's result. Raises WrongResultError if it is too large or NaN."""
         found = error(self.suite.pick(result, self.arguments), self.exact)
-        limit = 2 * self.limit if self.suite.providers[name].bar else self.limit  # a bar has to do the same, no better
+        limit = 2 * self.limit if self.suite.providers[name].bar else self.limit  # others may be less exact
         if not found <= limit:
             told = f"{self.suite.name} by {name} is wrong and was not timed: error {found:.2g} > {limit:.2g}"
             raise WrongResultError(told)
@@ -47,9 +47,9 @@ class Judge:
 
 
 def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The norm of the difference over the exact norm; the largest of all outputs that are there.
+    """The norm of the difference over the norm of the exact result; the largest over all outputs.
 
-    Compared on the CPU, where some ways of doing it leave their result.
+    Compared on the CPU, because some providers return their result there.
     """
     both = ((ours.double().cpu(), theirs.cpu()) for ours, theirs in zip(found, exact, strict=False))
     pairs = [(ours, theirs) for ours, theirs in both if theirs.is_floating_point()]
@@ -57,7 +57,7 @@ def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 
 
 class Session:
-    """What the benchmarks of one run share: the last case's arguments, and the ceilings."""
+    """What the benchmarks of one run share: the arguments of the last case, and the ceilings."""
 
     def __init__(self, device: str, root: Path | None) -> None:
         self.device, self.root = device, root
@@ -68,7 +68,7 @@ class Session:
         self.written: dict[Path, int] = {}
 
     def prepare(self, suite: Suite, case: Case) -> None:
-        """Make the arguments of the case, once for all of its providers, in place of the last case's."""
+        """Make the arguments of the case once for all its providers; they replace those of the last case."""
         if self.case == (suite.name, str(case)):
             return
         self.case, self.judge, self.arguments = None, None, ()
@@ -80,7 +80,7 @@ class Session:
 
     def empty(self) -> None:
         if self.device == "cuda":
-            gc.collect()  # a graph may be held by a cycle of its hooks
+            gc.collect()  # the hooks of a graph may keep it alive in a cycle
             torch.cuda.empty_cache()
 
     @property
@@ -107,13 +107,13 @@ class Benchmark:
     fixture: Callable[[], Any]
 
     def __call__(self) -> None:
-        """Check, measure and write down; skips with the reason where it can't run, fails where it is wrong."""
+        """Check, measure and write. Skips with the reason if the provider cannot run, and fails if it is wrong."""
         device, provider = self.session.device, self.suite.providers[self.name]
         if (reason := provider.why_not(self.case, device)) is not None:
             pytest.skip(f"{self.name}: {reason}")
         try:
             with torch.no_grad():
-                _ = self.session.ceilings  # measured before anything else takes memory
+                _ = self.session.ceilings  # measured first, while memory is free
                 self.session.prepare(self.suite, self.case)
                 line = self.line(provider.make(*self.session.arguments))
         except BackendError as refused:
@@ -122,13 +122,13 @@ class Benchmark:
             pytest.fail(str(wrong), pytrace=False)
         except torch.OutOfMemoryError:
             line = None
-        if line is None:  # only now has the error let go of what the run had made
+        if line is None:  # out of the except block, so that the error no longer holds the memory of the run
             self.session.empty()
             pytest.skip(f"{self.name}: out of memory")
         self.session.write(line)
 
     def line(self, run: Callable[[], Any]) -> dict[str, Any]:
-        """What is to be written; parity first, and nothing without it."""
+        """The line to write. The result is checked first; a wrong one raises."""
         suite, provider, judge = self.suite, self.suite.providers[self.name], self.session.judge
         assert judge is not None
         result = run()
@@ -150,7 +150,7 @@ class Benchmark:
         return line
 
     def times(self, run: Callable[[], Any]) -> dict[str, Any]:
-        """The median and its spread, beside the floor and, in turn, beside what the suite names."""
+        """The median and its spread, the ratio to the floor, and the ratio to what the suite runs in turn."""
         suite, clock, part = self.suite, self.clock, self.suite.providers[self.name].bar
         other = suite.beside(self.case, self.session.arguments) if suite.beside is not None and not part else None
         others: list[float] = []
@@ -162,11 +162,11 @@ class Benchmark:
 
         rounds = clock.rounds(run)
         between()
-        others.clear()  # the first is not counted
+        others.clear()  # the first run is not counted
         benchmark = self.fixture()
         benchmark.pedantic(run, setup=between, rounds=rounds)
         if benchmark.disabled:
-            pytest.skip("nothing is timed with --benchmark-disable")
+            pytest.skip("--benchmark-disable: nothing is timed")
         seconds = list(benchmark.stats.stats.data)
         found = results.times(seconds)
         if suite.work is not None and part != "part":

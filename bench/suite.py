@@ -1,4 +1,4 @@
-"""What a suite is: cases, providers side by side, the reference that judges them, and the work that sets the floor."""
+"""A suite: its cases, its providers, the reference that checks them, and the work that sets the floor."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Arguments = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One shape in one dtype. "bfloat16-decoder": float32 but for the decoder, where rows are gathered."""
+    """One shape in one dtype. ``bfloat16-decoder`` is float32 with a bfloat16 decoder."""
 
     shape: Mapping[str, int | str]
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        """As pytest names it, without "=", which its -k does not take."""
+        """The name in pytest. It has no "=", because ``pytest -k`` does not accept it."""
         return "-".join([*(f"{key}{value}" for key, value in self.shape.items()), self.dtype])
 
     def __getattr__(self, key: str) -> Any:
@@ -39,25 +39,25 @@ class Case:
 
     @property
     def element(self) -> int:
-        """Bytes of one number of the decoder, or of whatever is read most."""
+        """Bytes per number of the decoder, or of the tensor that is read most."""
         return 4 if self.dtype == "float32" else 2
 
     def generator(self, device: str) -> Callable[..., Tensor]:
-        """Seeded normal numbers of this case's dtype on the device: the same for every provider."""
+        """A function that draws seeded normal numbers in the case's dtype; every provider gets the same ones."""
         random = torch.Generator(device).manual_seed(0)
         return lambda *size: torch.randn(*size, generator=random, device=device, dtype=DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way of doing the work.
+    """One implementation of the work.
 
     Args:
-        make: of a case's arguments; prepares what is not to be timed, and returns what is.
-        bar: for a way from outside: ``whole`` does all of the work; ``part`` does a part of it, or other work to
-            compare with, so its result is not the op's and is not checked.
-        backend: what did the work, for the record.
-        why_not: of the case and the device: the reason why it can't run, or None.
+        make: takes the case's arguments, prepares what is not timed, and returns the function to time.
+        bar: for an implementation that is not fastfg's. ``whole`` does all of the work. ``part`` does a part of it, or
+            other work to compare with, so its result is not checked.
+        backend: what does the work, for the record.
+        why_not: takes the case and the device, and returns the reason why it cannot run, or None.
     """
 
     make: Callable[..., Callable[[], Any]]
@@ -68,7 +68,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that the work takes: ``bytes`` moved and ``flops`` of matrix products (2 a multiply-add)."""
+    """The least work: ``bytes`` moved, and ``flops`` of matrix products (2 per multiply-add)."""
 
     bytes: float
     flops: float
@@ -83,15 +83,15 @@ class Suite:
 
     Args:
         small, full: the cases of each size.
-        arguments: of a case and a device: what every provider is given.
-        part: the arguments for the few tokens or images that are compared with ``exact`` in float64.
-        pick: of a result and its arguments: the tensors to compare, those of ``part``.
-        exact: the reference, on the arguments of ``part``.
-        work: of a case; None where no floor is defined.
-        tolerance: of the error in float32 (the norm of the difference over that of the exact result).
-        beside: of the arguments: a name and what to run in turn with each of fastfg's own providers, for a ratio
-            that a drifting machine does not move.
-        timed: False for a suite about peak memory, which is measured on a CPU too there.
+        arguments: takes a case and a device, and returns the arguments of every provider.
+        part: cuts the arguments down to the few tokens or images that are compared with ``exact`` in float64.
+        pick: takes a result and its arguments, and returns the tensors to compare, for ``part`` only.
+        exact: the reference; it gets the arguments of ``part``.
+        work: takes a case, and returns its least work; None if no floor is defined.
+        tolerance: the largest error in float32 (the norm of the difference over the norm of the exact result).
+        beside: takes the arguments, and returns a name and a function to run in turn with each of fastfg's
+            providers. A machine that becomes slower does not change their ratio.
+        timed: False for a suite that measures peak memory only, on a CPU too.
     """
 
     name: str
@@ -113,12 +113,12 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def first(n: int) -> Callable[[Any, Arguments], tuple[Tensor, ...]]:
-    """The pick of ops that give one row a token: the first ``n`` tokens."""
+    """The ``pick`` of ops with one output row per token: the first ``n`` tokens."""
     return lambda result, arguments: tuple(t[:n] for t in outputs(result))
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """A copy with every floating tensor in ``dtype``, also those in modules, lists and dictionaries."""
+    """A copy with every floating-point tensor in ``dtype``, also inside modules, tuples and dictionaries."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, nn.Module):
@@ -134,16 +134,15 @@ def direct(function: Callable[..., Any], **options: Any) -> Callable[..., Callab
 
 
 def op_providers(op: str, whole: Callable[..., Any] | None = None) -> dict[str, Provider]:
-    """The reference, the compiler's version of it, and fastfg's backends.
+    """The reference, the reference under torch.compile, and fastfg's backends.
 
-    ``whole``: the same equations on everything at once, for the compiler where the reference goes by tiles: it would
-    unroll these.
+    ``whole``: the same equations without tiles, for torch.compile, which would unroll the tiles of the reference.
     """
 
     def backend(name: str) -> Provider:
         def refused(case: Case, device: str) -> str | None:
             if name == "reference" and case.dtype not in ("float32", "bfloat16"):
-                return "plain torch takes one dtype"
+                return "plain torch needs a single dtype"
             return why_not(op, name, torch.empty(0, dtype=DTYPES[case.dtype], device=device))
 
         return Provider(direct(getattr(ops, op), backend=name), backend=name, why_not=refused)
@@ -154,10 +153,10 @@ def op_providers(op: str, whole: Callable[..., Any] | None = None) -> dict[str, 
 
 
 def compiler(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
-    """``function`` compiled for these very shapes."""
+    """``function``, compiled for the given shapes."""
 
     def make(*arguments: Any) -> Callable[[], Any]:
-        torch.compiler.reset()  # or the compiler would give up after some eight shapes, without a word
+        torch.compiler.reset()  # else the compiler silently gives up after about eight shapes
         return functools.partial(torch.compile(function, dynamic=False), *arguments)
 
     return make
@@ -165,11 +164,11 @@ def compiler(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
 
 def no_compiler(case: Case, device: str) -> str | None:
     if case.dtype not in ("float32", "bfloat16"):
-        return "plain torch takes one dtype"
+        return "plain torch needs a single dtype"
     candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    return None if any(map(shutil.which, candidates)) else "there is no C++ compiler for it"
+    return None if any(map(shutil.which, candidates)) else "it needs a C++ compiler, and none was found"
 
 
 def cases(dtype: str, *shapes: Mapping[str, int | str], **common: int | str) -> list[Case]:
-    """A case for each of the shapes, which share ``common``."""
+    """One case per shape, each extended by ``common``."""
     return [Case({**shape, **common}, dtype) for shape in shapes]

@@ -1,8 +1,8 @@
-"""What people look at: tables, figures, the HTML page."""
+"""Tables, figures, overlays and the HTML page: the results as people read them."""
 
 from fastfg.report.figure import save_figure
-from fastfg.report.overlay import save_overlay
+from fastfg.report.overlay import displayed, save_overlay
 from fastfg.report.page import write_page
 from fastfg.report.table import markdown_table, table_cells
 
-__all__ = ["markdown_table", "save_figure", "save_overlay", "table_cells", "write_page"]
+__all__ = ["displayed", "markdown_table", "save_figure", "save_overlay", "table_cells", "write_page"]

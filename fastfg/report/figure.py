@@ -1,4 +1,4 @@
-"""The figure: photograph, vanilla, gated, and their difference, with each image's scores."""
+"""The figure: one row per image with the photograph, the vanilla map, the gated map and their difference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FigureRow(NamedTuple):
-    """One image: its name, the picture [H, W, 3], two maps [gh, gw], and each one's scores by metric."""
+    """One image: its name, the picture [H, W, 3], two maps [gh, gw], and the scores of each map by metric."""
 
     name: str
     picture: Tensor
@@ -29,7 +29,7 @@ class FigureRow(NamedTuple):
 
 
 def save_figure(path: Path, rows: Sequence[FigureRow], title: str, columns: tuple[str, str]) -> None:
-    """Write the figure to ``path``; ``columns`` names the two ways of explaining."""
+    """Write the figure to ``path``; ``columns`` names the two methods."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -47,7 +47,7 @@ def save_figure(path: Path, rows: Sequence[FigureRow], title: str, columns: tupl
         shown = _draw(row, line)
     if shown is not None:
         bar = figure.colorbar(shown, ax=axes, location="bottom", shrink=0.24, aspect=25, pad=0.02, anchor=(0.985, 1.0))
-        bar.set_label("share of the image's largest difference", fontsize=8)
+        bar.set_label("difference, relative to the largest in the image", fontsize=8)
         bar.set_ticks([-1, 0, 1])
         bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=150)
@@ -67,7 +67,7 @@ def _draw(row: FigureRow, axes: Sequence[Axes]):  # type: ignore[no-untyped-def]
         axis.imshow(heat.numpy(), cmap=COLOURS, alpha=0.65, vmin=0, vmax=1)
         axis.set_xlabel("  ".join(f"{_short(name)} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
     axes[0].set_xlabel(row.name, fontsize=7.5)
-    axes[3].set_xlabel(" ", fontsize=7.5)  # keeps the row level
+    axes[3].set_xlabel(" ", fontsize=7.5)  # an empty label keeps the images of a row at one height
     return axes[3].imshow(torch.as_tensor(difference / largest).numpy(), cmap="RdBu_r", alpha=0.85, vmin=-1, vmax=1)
 
 

@@ -1,11 +1,11 @@
-"""One HTML file that holds the whole report: the figure inside it, every name escaped."""
+"""The report as one HTML file. It contains the figure, and every text in it is escaped."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastfg.report.table import FOOTNOTE, table_cells
 
@@ -27,12 +27,16 @@ def write_page(
     notes: Sequence[str] = (),
     against: str = "vanilla",
 ) -> None:
-    """Write the report to ``path``; it needs no other file and no network.
+    """Write the report to ``path``. The page needs no other file, no script and no network.
 
     Args:
-        summary: from :func:`fastfg.study.summarize`. scores, errors: from :func:`fastfg.study.compare_batch`.
-        figure: a PNG, which is put into the page. settings: name and value, shown as they are.
-        notes: paragraphs under the table.
+        title, subtitle: the heading, and the line under it.
+        summary: from :func:`fastfg.study.summarize`.
+        scores, errors: from :func:`fastfg.study.compare_batch`.
+        figure: a PNG file, which is embedded. figure_caption: its caption.
+        settings: {name: value}, shown as text.
+        notes: paragraphs under the comparison.
+        against: the variant that the others are tested against.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -48,11 +52,21 @@ def write_page(
         figure=base64.b64encode(figure.read_bytes()).decode(),
         figure_caption=figure_caption,
         settings=settings,
-        score_columns=list(scores.columns),
-        scores=[[_shown(value) for value in row] for row in scores.itertuples(index=False)],
-        errors=[list(row) for row in errors.itertuples(index=False)],
+        scores=_records(scores),
+        errors=_records(errors),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _records(table: pd.DataFrame) -> dict[str, Any]:
+    """The columns and rows of ``table`` as the page shows them, and which columns hold text."""
+    from pandas.api.types import is_numeric_dtype
+
+    return {
+        "columns": list(table.columns),
+        "texts": [name for name in table.columns if not is_numeric_dtype(table[name])],
+        "rows": [{name: _shown(value) for name, value in row.items()} for row in table.to_dict("records")],
+    }
 
 
 def _shown(value: object) -> str:

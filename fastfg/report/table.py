@@ -1,4 +1,4 @@
-"""The comparison as a table: one row per variant, one column per metric, the best of each column in bold."""
+"""The comparison as a table: one row per variant, one column per metric, the best mean per column in bold."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FOOTNOTE = (
 
 
 class Cell(NamedTuple):
-    """One entry: its text, and whether it is the best of its column."""
+    """One table cell: its text, and whether it is the best of its column."""
 
     text: str
     best: bool
 
 
 def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Column titles, and {variant: its cells}, from :func:`fastfg.study.summarize`."""
+    """Column titles and {variant: cells}, from a table of :func:`fastfg.study.summarize`."""
     metrics = list(dict.fromkeys(summary["metric"]))
     best = {}
     for metric in metrics:
@@ -40,7 +40,7 @@ def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]
 
 
 def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
-    """The table in Markdown, with its footnote."""
+    """``summary`` as a Markdown table; its footnote names ``against``, which the others are tested against."""
     titles, rows = table_cells(summary)
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for variant, cells in rows.items():

@@ -1,4 +1,4 @@
-"""The paper's protocol: variants side by side, their statistics, and the demo on real photographs."""
+"""Compare variants on the same images, compute the statistics, and run the demo on real photographs."""
 
 from fastfg.study.comparison import Comparison, compare, compare_batch
 from fastfg.study.statistics import summarize

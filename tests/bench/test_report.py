@@ -33,7 +33,7 @@ def write(folder, *lines, device="cpu", suite="project"):
 
 @pytest.fixture
 def results(tmp_path):
-    """Two shapes on a CPU, one of them measured twice, and a card."""
+    """Two shapes on a CPU, one of them measured twice, and one shape on a GPU."""
     folder = tmp_path / "results"
     write(
         folder,
@@ -69,7 +69,7 @@ def test_tables(results, tmp_path, capsys):
 
 
 def test_short(results, capsys):
-    """Bars and older lines have no rows of their own; a case that no one has timed has none at all."""
+    """Other implementations and older lines have no row of their own, and a case without times has no row."""
     write(results, {"median": None, "peak_bytes": 1}, suite="memory")
     assert main(["--short", "--results", str(results)]) == 0
     assert capsys.readouterr().out.strip().splitlines()[2:] == [
@@ -120,7 +120,7 @@ def test_markers_that_find_nothing(results, tmp_path, capsys, page, message):
         ("", "cpu/project.jsonl:2: expected a JSON object, got ''"),
         ("[1]", "cpu/project.jsonl:2: expected a JSON object, got '[1]'"),
         ({"shape": "B=2"}, "cpu/project.jsonl:2: expected 'shape' to be an object, got 'B=2'"),
-        ({"provider": None}, "cpu/project.jsonl:2: expected 'provider' to be a text, got None"),
+        ({"provider": None}, "cpu/project.jsonl:2: expected 'provider' to be a string, got None"),
         ({"median": "fast"}, "cpu/project.jsonl:2: expected 'median' to be a number or null, got 'fast'"),
     ],
 )

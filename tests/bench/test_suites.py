@@ -1,4 +1,4 @@
-"""The benchmarks themselves: a tiny suite from end to end, and what happens to a wrong result."""
+"""The benchmarks: a tiny suite from end to end, and what happens to a wrong result."""
 
 import functools
 import json
@@ -24,19 +24,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("plugin", [(), ("-p", "no:benchmark")], ids=["pytest-benchmark", "stand-in"])
 def test_one_suite_as_a_process(tmp_path, plugin):
-    chosen = [f"bench/bench_gate.py::test_gate[C27-B2-P196-float32-{name}]" for name in ("reference", "cuda")]
+    chosen = [f"bench/bench_gate.py::test_gate[C27-B2-P196-float32-{name}]" for name in ("reference", "triton")]
     command = [sys.executable, "-m", "pytest", *chosen, "--size", "small", "--results", str(tmp_path)]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *plugin],
         cwd=ROOT,
-        env=alone,  # pytest-benchmark times nothing where xdist says that others run beside it
+        env=alone,  # under xdist pytest-benchmark does not time anything
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "cuda: " in done.stdout  # skipped, with the reason
+    assert "triton: " in done.stdout  # skipped, with the reason
     (file,) = tmp_path.glob("*/gate.jsonl")
     assert f"1 lines written to {file}" in done.stdout
     (line,) = map(json.loads, file.read_text().splitlines())
@@ -53,7 +53,7 @@ def test_one_suite_as_a_process(tmp_path, plugin):
 
 
 def test_the_shapes_that_have_a_target_are_found():
-    """``gpu.sh`` names them in words of pytest's -k: of every suite but ``gate``, which has none."""
+    """``gpu.sh`` selects them with ``pytest -k``, from every suite but ``gate``, which has none."""
     targets = re.search(r'^targets="(.+)"$', (ROOT / "bench" / "gpu.sh").read_text(), re.MULTILINE)[1]
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--size", "full", "--collect-only", "-k"]
     done = subprocess.run(
@@ -78,7 +78,7 @@ def exhaust(x):
 
 
 def doubled():
-    """A suite of one op, ``2 x``, with ways of doing it that are right, wrong, or not there."""
+    """A suite of one op, ``2 x``, with providers that are right, wrong or unavailable."""
     return Suite(
         name="doubled",
         small=[Case({"T": 5})],
@@ -103,7 +103,7 @@ def doubled():
 
 @pytest.fixture
 def bench(tmp_path):
-    """``bench(provider)`` runs it on the suite; returns the lines written so far."""
+    """``bench(provider)`` runs one provider of the suite and returns the lines written so far."""
     session, clock, suite = Session("cpu", tmp_path), Clock("cpu"), doubled()
     session._ceilings = Ceilings(1e9, 1e9)
 
@@ -147,7 +147,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
 def test_what_does_not_fit_is_let_go_of_before_it_is_skipped(bench):
     with pytest.raises(pytest.skip.Exception, match="too large: out of memory") as skipped:
         bench("too large")
-    assert skipped.value.__context__ is None  # the error, whose frames hold what had been made
+    assert skipped.value.__context__ is None  # the frames of an error would keep the tensors alive
 
 
 @pytest.mark.gpu

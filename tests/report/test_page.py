@@ -1,4 +1,4 @@
-"""What people look at holds what was computed, and no name can break out of it."""
+"""The page, figure and overlay show what was computed, and no name can inject HTML."""
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ def figure(path):
 
 def test_names_are_escaped(tmp_path):
     scores = pd.DataFrame(
-        [{"image": EVIL, "variant": v, "target": 0, "saco": s} for v in ("vanilla", EVIL) for s in (0.1, 0.25)]
+        [{"image": EVIL, "variant": v, EVIL: 0, "saco": s} for v in ("vanilla", EVIL) for s in (0.1, 0.25)]
     )
     write_page(
         tmp_path / "report.html",
@@ -28,11 +28,12 @@ def test_names_are_escaped(tmp_path):
         subtitle=EVIL,
         summary=summarize(scores),
         scores=scores,
-        errors=pd.DataFrame([{"image": EVIL, "message": EVIL}]),
+        errors=pd.DataFrame([{EVIL: EVIL, "message": EVIL}]),
         figure=figure(tmp_path / "figure.png"),
         figure_caption=f'"{EVIL}',
         settings={EVIL: EVIL},
         notes=[EVIL],
+        against=EVIL,
     )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
@@ -40,6 +41,25 @@ def test_names_are_escaped(tmp_path):
     assert "0.2500" in page
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page  # it needs no network
+
+
+def test_wide_tables_scroll_and_have_headings(tmp_path):
+    scores = pd.DataFrame([{"image": "x" * 250, "variant": v, "saco": 0.1} for v in ("vanilla", "y" * 250)])
+    write_page(
+        tmp_path / "report.html",
+        title="z" * 250,
+        subtitle="",
+        summary=summarize(scores),
+        scores=scores,
+        errors=pd.DataFrame([{"image": "x" * 250, "message": "the map is constant"}]),
+        figure=figure(tmp_path / "figure.png"),
+        figure_caption="",
+        settings={"s" * 250: "t" * 250},
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<table") == page.count('<div class="wide"><table') == 4
+    for heading in ("variant", "image", "message"):
+        assert f">{heading}</th>" in page
 
 
 def test_figure_and_overlay_are_pictures(tmp_path):

@@ -1,4 +1,4 @@
-"""``fastfg demo``: the main job on real weights and real photographs, and what only the demo needs."""
+"""``fastfg demo`` on real weights and real photographs, and what only the demo uses."""
 
 from fastfg.study.demo.run import Settings, run_demo
 

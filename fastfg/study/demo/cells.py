@@ -1,7 +1,8 @@
-"""ELPV: 2,624 electroluminescence photographs of solar cells, each with a probability of being defective.
+"""ELPV: 2,624 electroluminescence photographs of solar cells, each with the probability of a defect.
 
 Deitsch et al., "Automatic classification of defective photovoltaic module cells in electroluminescence images",
-Solar Energy 185 (2019). Licence CC-BY-NC-SA 4.0: read where the user installed it, never redistributed.
+Solar Energy 185 (2019). Licence CC-BY-NC-SA 4.0. The photographs are read where
+the user installed them, and never redistributed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LICENCE = "ELPV solar cells (Deitsch et al. 2019), CC-BY-NC-SA 4.0: used here, n
 
 
 class Cells(NamedTuple):
-    """Files of the photographs (300 x 300, grey), each one's probability of a defect, and its kind of wafer."""
+    """The files (300 x 300 pixels, grey), and for each one the probability of a defect and the kind of wafer."""
 
     paths: list[Path]
     probability: list[float]
@@ -25,7 +26,10 @@ class Cells(NamedTuple):
 
 
 def load_cells() -> Cells:
-    """Where the photographs are and how they are labelled, from the installed ``elpv-dataset`` wheel."""
+    """The photographs and labels of the installed ``elpv-dataset`` wheel.
+
+    Raises FileNotFoundError with the install command if the wheel is missing.
+    """
     labels = wheel_file(WHEEL, "elpv_dataset/data/labels.csv")
     with labels.open(newline="") as file:
         rows = list(csv.reader(file, delimiter=" ", skipinitialspace=True))

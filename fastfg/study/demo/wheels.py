@@ -1,4 +1,4 @@
-"""Files of an installed wheel, found without importing its package."""
+"""Find files of an installed wheel without importing its package."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def wheel_file(requirement: str, path: str) -> Path:
-    """``path`` inside the installed wheel of ``requirement`` ("name==version").
+    """The file ``path`` of the installed wheel of ``requirement`` ("name==version").
 
-    Raises FileNotFoundError with the command that installs it.
+    Raises FileNotFoundError with the install command if it is missing.
     """
     name = requirement.split("==")[0]
     try:
