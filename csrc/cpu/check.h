@@ -56,9 +56,10 @@ class Sizes {
 
   void check(const char* name, const at::Tensor& tensor, Letters letters) {
     check_cpu(name, tensor);
-    bool fits = tensor.dim() == static_cast<int64_t>(letters.size());
-    for (int64_t i = 0; fits && i < tensor.dim(); i++) fits = agrees(letters.begin()[i], tensor.size(i));
-    TORCH_CHECK_VALUE(fits, name, ": expected ", describe(letters), ", got ", tensor.sizes());
+    TORCH_CHECK_VALUE(fits(tensor, letters), name, ": expected ", describe(letters), ", got ", tensor.sizes());
+    for (int64_t i = 0; i < tensor.dim(); i++) {
+      if (!find(letters.begin()[i])) sizes_.emplace_back(letters.begin()[i], tensor.size(i));
+    }
   }
 
   int64_t operator[](std::string_view letter) const { return *find(letter); }
@@ -71,9 +72,12 @@ class Sizes {
     return nullptr;
   }
 
-  bool agrees(std::string_view letter, int64_t size) {
-    if (const int64_t* known = find(letter)) return *known == size;
-    sizes_.emplace_back(letter, size);
+  bool fits(const at::Tensor& tensor, Letters letters) const {
+    if (tensor.dim() != static_cast<int64_t>(letters.size())) return false;
+    for (int64_t i = 0; i < tensor.dim(); i++) {
+      const int64_t* known = find(letters.begin()[i]);
+      if (known && *known != tensor.size(i)) return false;
+    }
     return true;
   }
 
