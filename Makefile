@@ -20,7 +20,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A build of its own in build/sanitize; the package's extension stays as it is. The sanitizers must be loaded first.
+# Builds into build/sanitize and leaves the package's own extension as it is. The sanitizers must be loaded first.
 sanitize: venv
 	FASTFG_SANITIZE=1 FASTFG_BUILD=require $(BIN)/python setup.py --quiet build_ext \
 	    --build-lib build/sanitize --build-temp build/sanitize/objects

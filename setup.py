@@ -19,7 +19,7 @@ if MODE not in ("auto", "require", "skip"):
     raise SystemExit(f"FASTFG_BUILD: expected auto, require or skip, got {MODE!r}")
 
 
-# Optimised a little, since the tests take many times as long; no check of virtual tables, which needs torch's own.
+# -O1 keeps the tests' time bearable. vptr is off: it needs type information that torch's libraries do not export.
 SANITIZERS = (
     ["-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined"],
     ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
