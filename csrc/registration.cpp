@@ -1,5 +1,6 @@
-// The schema of every native op. Each is implemented in cpu/<op>.cpp, under the op's own name.
+// The schema of every native op. Each op is implemented in cpu/<op>.cpp.
 #include <Python.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastfg, m) {
@@ -17,7 +18,15 @@ TORCH_LIBRARY(fastfg, m) {
       " -> Tensor");
 }
 
-// Importing fastfg._C loads the library, which registers the ops; the module itself is empty.
+// The ops have no derivative. A result requires grad where an input does, and its backward raises an error: without
+// these kernels it would leave the gradients out.
+TORCH_LIBRARY_IMPL(fastfg, Autograd, m) {
+  for (const char* op : {"encode_topk", "encode_project", "gate", "gated_relevancy", "project", "relevancy"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+// Importing fastfg._C loads the library, which registers the ops. The module itself is empty.
 PyMODINIT_FUNC PyInit__C(void) {
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&module);

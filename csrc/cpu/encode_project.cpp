@@ -1,5 +1,6 @@
-// Codes and scores in one go for SAEs whose activation acts on each feature alone, at any sparsity.
-// Panels of features: one GEMM gives the pre-activations, another D^T g, one pass over both their sum of products.
+// Codes and scores in one pass, for SAEs whose activation acts on each feature alone. Any sparsity.
+// Per panel of features, one GEMM gives the pre-activations, a second one D^T g, and a pass over both adds up their
+// products.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -7,23 +8,25 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#include "check.h"
+
 #include <algorithm>
 
 namespace fastfg {
 namespace {
 
-constexpr int64_t PANEL_BYTES = 1 << 20;  // of each of a panel's two arrays
+constexpr int64_t PANEL_BYTES = 1 << 20;  // size of each of a panel's two arrays
 
 using Optional = std::optional<at::Tensor>;
 
-// A slice of a feature's parameter as wide floats; nothing where the activation has no such parameter.
+// A slice of a parameter of the features, in float32 or float64. Undefined where the activation does not have it.
 at::Tensor part(const Optional& parameter, at::ScalarType wide, int64_t start, int64_t n, int64_t F) {
   if (!parameter.has_value()) return {};
   const auto whole = parameter->dim() == 0 ? parameter->expand({F}) : *parameter;
   return whole.narrow(0, start, n).to(wide).contiguous();
 }
 
-// The codes of pre-activations, in place. A comparison that NaN fails must not turn it into 0.
+// Turns pre-activations into codes, in place. NaN stays NaN: values are set to 0 where a comparison is true.
 void activate(
     at::Tensor& pre, const std::string& kind, const at::Tensor& threshold, const at::Tensor& r_mag,
     const at::Tensor& b_gate, const at::Tensor& b_mag) {
@@ -33,15 +36,13 @@ void activate(
     pre.relu_().tanh_();
   } else if (kind == "jumprelu" || kind == "batch_topk") {
     pre.masked_fill_(pre.le(threshold), 0).relu_();
-  } else if (kind == "gated") {
+  } else {  // gated
     const auto closed = (pre + b_gate).le(0);
     pre.mul_(r_mag.exp()).add_(b_mag).relu_().masked_fill_(closed, 0);
-  } else {
-    TORCH_CHECK_VALUE(false, "activation: expected one that acts on each feature alone, got '", kind, "'");
   }
 }
 
-// scores[t] += f[t] . D^T g[t] over one panel.
+// scores[t] += f[t] . D^T g[t], over one panel.
 template <typename scalar_t>
 void add_products(const at::Tensor& f, const at::Tensor& dg, at::Tensor& scores) {
   using Vec = at::vec::Vectorized<scalar_t>;
@@ -56,12 +57,56 @@ void add_products(const at::Tensor& f, const at::Tensor& dg, at::Tensor& scores)
   });
 }
 
+// A parameter of the features is [F], or one number for all of them.
+void check_parameter(const char* name, const Optional& parameter, bool needed, const std::string& kind, int64_t F) {
+  if (!parameter.has_value()) {
+    TORCH_CHECK_VALUE(!needed, name, ": expected [", F, "] (F) or a number for '", kind, "', got None");
+    return;
+  }
+  check_cpu(name, *parameter);
+  check_float(name, *parameter);
+  const bool fits = parameter->dim() == 0 || (parameter->dim() == 1 && parameter->size(0) == F);
+  TORCH_CHECK_VALUE(fits, name, ": expected [", F, "] (F) or a number, got ", parameter->sizes());
+}
+
+void check_tensors(
+    const at::Tensor& x, const at::Tensor& g, const at::Tensor& W_enc, const at::Tensor& b_enc,
+    const at::Tensor& W_dec) {
+  Sizes sizes;
+  sizes.check("W_enc", W_enc, {"d", "F"});
+  sizes.check("x", x, {"T", "d"});
+  sizes.check("g", g, {"T", "d"});
+  sizes.check("b_enc", b_enc, {"F"});
+  sizes.check("W_dec", W_dec, {"F", "d"});
+  check_float("x", x);
+  check_float("g", g);
+  check_float("W_enc", W_enc);
+  check_float("b_enc", b_enc);
+  check_float("W_dec", W_dec);
+}
+
+void check_activation(
+    const std::string& kind, int64_t F, const Optional& threshold, const Optional& r_mag, const Optional& b_gate,
+    const Optional& b_mag) {
+  const bool thresholded = kind == "jumprelu" || kind == "batch_topk", gated = kind == "gated";
+  TORCH_CHECK_VALUE(
+      kind == "relu" || kind == "tanh_relu" || thresholded || gated,
+      "activation: expected one that acts on each feature alone, got '", kind, "'");
+  check_parameter("threshold", threshold, thresholded, kind, F);
+  check_parameter("r_mag", r_mag, gated, kind, F);
+  check_parameter("b_gate", b_gate, gated, kind, F);
+  check_parameter("b_mag", b_mag, gated, kind, F);
+}
+
 }  // namespace
 
 at::Tensor encode_project(
     const at::Tensor& x, const at::Tensor& g, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& W_dec,
     const std::string& activation, const Optional& threshold, const Optional& r_mag, const Optional& b_gate,
     const Optional& b_mag) {
+  const BelowAutograd guard;
+  check_tensors(x, g, W_enc, b_enc, W_dec);
+  check_activation(activation, W_enc.size(1), threshold, r_mag, b_gate, b_mag);
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto x_ = x.to(wide).contiguous(), g_ = g.to(wide).contiguous();
   const int64_t T = x.size(0), F = W_enc.size(1);

@@ -1,11 +1,13 @@
-// The K largest pre-activations of each token, then ReLU; ties to the lowest index.
-// The GEMM runs in panels of features that stay in cache. What a panel holds above a token's K-th best so far is
-// taken over, which is little: about K ln(F / K) of F features. The [T, F] pre-activations never exist.
+// The K largest pre-activations per token, then ReLU. Ties go to the lowest index.
+// The GEMM runs over panels of features that stay in cache. A token keeps only what exceeds its K-th best so far:
+// about K ln(F / K) of the F features. The [T, F] pre-activations are never stored.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
+
+#include "check.h"
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +17,7 @@
 namespace fastfg {
 namespace {
 
-constexpr int64_t PANEL_BYTES = 2 << 20;  // of pre-activations at a time
+constexpr int64_t TOPK_PANEL_BYTES = 2 << 20;  // size of one panel of pre-activations
 
 template <typename scalar_t>
 struct Entry {
@@ -23,7 +25,7 @@ struct Entry {
   int64_t index;
 };
 
-// NaN counts as the largest, as in torch.topk, so that it is seen.
+// NaN ranks first, as in torch.topk, so that it shows in the result.
 template <typename scalar_t>
 bool before(const Entry<scalar_t>& a, const Entry<scalar_t>& b) {
   const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
@@ -32,20 +34,20 @@ bool before(const Entry<scalar_t>& a, const Entry<scalar_t>& b) {
   return a.value > b.value;
 }
 
-// One token's best so far: a buffer of up to 2K entries, cut down to K whenever it is full.
+// One token's best features so far: a buffer of up to 2K entries, cut to K whenever it is full.
 template <typename scalar_t>
 class Best {
  public:
   explicit Best(int64_t k) : k_(k) { entries_.reserve(2 * k); }
 
-  // Features come in ascending order, so an equal of the K-th best has a higher index and loses.
+  // Features come in ascending order: one that equals the K-th best has a higher index, and loses.
+  // Until K features are held there is no K-th best, and each one is taken, -inf too.
   void scan(const scalar_t* values, int64_t n, int64_t first_index) {
     using Vec = at::vec::Vectorized<scalar_t>;
     int64_t i = 0;
     for (; i + Vec::size() <= n; i += Vec::size()) {
-      // "not <=" lets NaN through
-      const auto lower = Vec::loadu(values + i) <= Vec(threshold_);
-      if (all_set(lower)) continue;
+      // NaN compares as false, so it is never skipped.
+      if (full_ && all_set(Vec::loadu(values + i) <= Vec(threshold_))) continue;
       for (int64_t j = i; j < i + Vec::size(); j++) take(values[j], first_index + j);
     }
     for (; i < n; i++) take(values[i], first_index + i);
@@ -81,7 +83,7 @@ class Best {
     if (static_cast<int64_t>(entries_.size()) == k_) {
       const auto last = std::max_element(entries_.begin(), entries_.end(), before<scalar_t>);
       full_ = true;
-      // K values that are NaN leave no room for anything else
+      // When all K are NaN, nothing else can enter.
       threshold_ = std::isnan(last->value) ? std::numeric_limits<scalar_t>::infinity() : last->value;
     }
   }
@@ -92,19 +94,38 @@ class Best {
   std::vector<Entry<scalar_t>> entries_;
 };
 
+void check_encode_topk(
+    const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const std::optional<at::Tensor>& b_dec,
+    int64_t k) {
+  Sizes sizes;
+  sizes.check("W_enc", W_enc, {"d", "F"});
+  sizes.check("x", x, {"T", "d"});
+  sizes.check("b_enc", b_enc, {"F"});
+  if (b_dec.has_value()) {
+    sizes.check("b_dec", *b_dec, {"d"});
+    check_float("b_dec", *b_dec);
+  }
+  check_float("x", x);
+  check_float("W_enc", W_enc);
+  check_float("b_enc", b_enc);
+  TORCH_CHECK_VALUE(k >= 1 && k <= sizes["F"], "k: expected 1 to ", sizes["F"], ", got ", k);
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> encode_topk(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const std::optional<at::Tensor>& b_dec,
     int64_t k) {
-  const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const BelowAutograd guard;
+  check_encode_topk(x, W_enc, b_enc, b_dec, k);
   const int64_t T = x.size(0), F = W_enc.size(1);
+  const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   auto centred = (b_dec.has_value() ? x - *b_dec : x).to(wide).contiguous();
   auto values = at::empty({T, k}, centred.options());
   auto indices = at::empty({T, k}, centred.options().dtype(at::kLong));
   if (T == 0) return {values.to(x.scalar_type()), indices};
   const int64_t size = static_cast<int64_t>(values.element_size());
-  const int64_t panel = std::clamp<int64_t>(PANEL_BYTES / (T * size) / 64 * 64, 512, 8192);
+  const int64_t panel = std::clamp<int64_t>(TOPK_PANEL_BYTES / (T * size) / 64 * 64, 512, 8192);
   auto buffer = at::empty({T * std::min(panel, F)}, centred.options());
   AT_DISPATCH_FLOATING_TYPES(wide, "encode_topk", [&] {
     std::vector<Best<scalar_t>> best(T, Best<scalar_t>(k));

@@ -4,8 +4,11 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "check.h"
+
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 namespace fastfg {
@@ -13,8 +16,12 @@ namespace {
 
 constexpr double MAD_EPS = 1e-8, MAD_TO_STD = 1.4826;
 
+// NaN where any value is NaN, as torch.median; nth_element must not see one.
 template <typename scalar_t>
 scalar_t lower_median(std::vector<scalar_t>& values) {
+  if (std::any_of(values.begin(), values.end(), [](scalar_t x) { return std::isnan(x); })) {
+    return std::numeric_limits<scalar_t>::quiet_NaN();
+  }
   auto middle = values.begin() + (values.size() - 1) / 2;
   std::nth_element(values.begin(), middle, values.end());
   return *middle;
@@ -23,10 +30,6 @@ scalar_t lower_median(std::vector<scalar_t>& values) {
 template <typename scalar_t>
 void gate_row(const scalar_t* s, scalar_t kappa, scalar_t log_c_max, scalar_t* w, std::vector<scalar_t>& work) {
   const int64_t P = work.size();
-  if (std::any_of(s, s + P, [](scalar_t x) { return std::isnan(x); })) {
-    std::fill(w, w + P, std::numeric_limits<scalar_t>::quiet_NaN());
-    return;
-  }
   std::copy(s, s + P, work.begin());
   const scalar_t m = lower_median(work);
   for (int64_t i = 0; i < P; i++) work[i] = std::abs(s[i] - m);
@@ -39,8 +42,18 @@ void gate_row(const scalar_t* s, scalar_t kappa, scalar_t log_c_max, scalar_t* w
 
 }  // namespace
 
-// kappa and c_max: one for each row of scores [rows, P].
+// scores: [rows, P]. kappa and c_max: [rows].
 at::Tensor gate(const at::Tensor& scores, const at::Tensor& kappa, const at::Tensor& c_max) {
+  const BelowAutograd guard;
+  Sizes sizes;
+  sizes.check("scores", scores, {"rows", "P"});
+  sizes.check("kappa", kappa, {"rows"});
+  sizes.check("c_max", c_max, {"rows"});
+  check_wide("scores", scores);
+  const auto type = scores.scalar_type();
+  TORCH_CHECK_VALUE(kappa.scalar_type() == type, "kappa: expected ", type, ", as scores, got ", kappa.scalar_type());
+  TORCH_CHECK_VALUE(c_max.scalar_type() == type, "c_max: expected ", type, ", as scores, got ", c_max.scalar_type());
+  TORCH_CHECK_VALUE(sizes["P"] > 0, "scores: expected [rows, P] with at least one patch, got ", scores.sizes());
   const auto s = scores.contiguous(), kappas = kappa.contiguous(), limits = c_max.log().contiguous();
   auto gates = at::empty_like(s);
   const int64_t rows = s.size(0), P = s.size(1);

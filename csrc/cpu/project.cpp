@@ -1,6 +1,6 @@
 // Equations 2 and 3 on the active features: s_t = sum_k values_tk (W_dec[indices_tk] . g_t), and the terms of the sum.
-// Bytes decide. Some tokens at a time, their (token, feature) pairs are taken in the order of the features: a row of
-// W_dec that several tokens share is read once, and the rows are met in the order in which they lie in memory.
+// Memory traffic limits the speed. The (token, feature) pairs of a group of tokens are visited in the order of the
+// features: a row of W_dec that several tokens share is read once, and rows are read in the order of their addresses.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -8,7 +8,10 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#include "check.h"
+
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -16,11 +19,11 @@ namespace fastfg {
 namespace {
 
 constexpr int64_t AHEAD = 8;  // rows requested before they are needed
-constexpr int64_t GRADIENT_BYTES = 2 << 20;  // of the tokens at a time: all of them are read again and again
-constexpr int64_t SORT_FROM = 4;  // pairs are sorted where there is one for every so many features: fewer share no rows
+constexpr int64_t GRADIENT_BYTES = 2 << 20;  // gradients of one group of tokens; they are read many times
+constexpr int64_t SORT_FROM = 4;  // pairs are sorted from one per this many features; fewer pairs share few rows
 
-// While a row is multiplied, the same places of a later row are requested: one line for each line used, so that the
-// requests never pile up; into the second level, so that the first keeps the gradients.
+// While a row is multiplied, the same columns of a later row are prefetched: one cache line per line used, so that
+// requests do not pile up. They go to the second-level cache, so that the first level keeps the gradients.
 template <typename scalar_t>
 void request(const scalar_t* later, int64_t i, int64_t n) {
   constexpr int64_t LINE = 64 / sizeof(scalar_t);
@@ -63,7 +66,7 @@ double dot(const double* a, const double* b, int64_t d, const double* later) {
   return sum;
 }
 
-// Rows in half precision are widened as they are read: half the bytes, sums in float.
+// Rows in half precision are converted as they are read: half the bytes, and the sum is in float32.
 template <typename half_t>
 float dot(const half_t* a, const float* b, int64_t d, const half_t* later) {
   using Vec = at::vec::Vectorized<float>;
@@ -80,7 +83,7 @@ float dot(const half_t* a, const float* b, int64_t d, const half_t* later) {
   return sum;
 }
 
-// Pairs begin to end by feature, and in their own order within a feature: a counting sort.
+// The pairs from begin to end, sorted by feature and stable: a counting sort.
 std::vector<int64_t> by_feature(const int64_t* feature, int64_t begin, int64_t end, int64_t F) {
   std::vector<int64_t> order(end - begin);
   if ((end - begin) * SORT_FROM < F) {
@@ -94,21 +97,35 @@ std::vector<int64_t> by_feature(const int64_t* feature, int64_t begin, int64_t e
   return order;
 }
 
+void check_project(
+    const at::Tensor& g, const at::Tensor& W_dec, const at::Tensor& values, const at::Tensor& indices) {
+  Sizes sizes;
+  sizes.check("g", g, {"T", "d"});
+  sizes.check("W_dec", W_dec, {"F", "d"});
+  sizes.check("values", values, {"T", "K"});
+  sizes.check("indices", indices, {"T", "K"});
+  check_float("g", g);
+  check_float("W_dec", W_dec);
+  check_float("values", values);
+  check_index("indices", indices);
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> project(
     const at::Tensor& g, const at::Tensor& W_dec, const at::Tensor& values, const at::Tensor& indices) {
+  const BelowAutograd guard;
+  check_project(g, W_dec, values, indices);
   const auto wide = W_dec.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto g_ = g.to(wide).contiguous(), values_ = values.to(wide).contiguous();
   const auto W = W_dec.contiguous(), index = indices.to(at::kLong).contiguous();
   const int64_t T = g.size(0), d = g.size(1), F = W.size(0), K = values.size(1);
   auto contributions = at::empty({T, K}, g_.options());
   const int64_t* feature = index.const_data_ptr<int64_t>();
-  for (int64_t pair = 0; pair < T * K; pair++) {
-    TORCH_CHECK_INDEX(
-        feature[pair] >= 0 && feature[pair] < F, "indices: expected features from 0 to ", F - 1, ", got ", feature[pair]);
-  }
-  const int64_t tokens = std::max<int64_t>(1, GRADIENT_BYTES / (d * g_.element_size() + 1));
+  check_range("indices", feature, T * K, F);
+  // by_feature counts the pairs of a group in 32 bits
+  const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, K);
+  const int64_t tokens = std::clamp<int64_t>(GRADIENT_BYTES / (d * g_.element_size() + 1), 1, std::max<int64_t>(1, most));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, W.scalar_type(), "project", [&] {
     using wide_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const scalar_t* rows = W.const_data_ptr<scalar_t>();

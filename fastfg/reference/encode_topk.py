@@ -1,4 +1,4 @@
-"""Sparse codes of a TopK SAE: the K largest pre-activations of each token, then ReLU."""
+"""Sparse codes of a TopK SAE: the K largest pre-activations per token, then ReLU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of ``x`` [..., F] in descending order; among equals the lowest index comes first.
 
-    ``torch.topk`` leaves open which of several equal values at the threshold it takes; that choice is made again
-    here, for the tokens where it matters.
+    NaN ranks above all numbers, and NaNs are equal to each other. ``torch.topk`` does not say which of several equal
+    values at the threshold it takes, so tokens with such ties are chosen again here.
     """
     values, indices = x.topk(k, dim=-1)
     threshold = values[..., -1:]
-    tied = (x == threshold).sum(-1, keepdim=True) > (values == threshold).sum(-1, keepdim=True)
+    tied = (x < threshold).sum(-1, keepdim=True) < x.shape[-1] - k  # more than k at or above it; no NaN is below
     if torch.compiler.is_compiling() or bool(tied.any()):  # a traced program can't depend on numbers
         indices = torch.where(tied, _lowest_of_equal(x, threshold, k), indices)
     indices = indices.sort(dim=-1).values
@@ -23,8 +23,10 @@ def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_of_equal(x: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """All above the threshold (as a NaN is) and the first of those that equal it: where there are ties, ``k``."""
-    above, equal = ~(x <= threshold), x == threshold
+    """The values above the threshold and the first ones that equal it, ``k`` in all; NaN is above every number."""
+    nan = threshold.isnan()
+    above = ~nan & ~(x <= threshold)
+    equal = torch.where(nan, x.isnan(), x == threshold)
     wanted = k - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= wanted))
     return chosen.byte().topk(k, dim=-1).indices
