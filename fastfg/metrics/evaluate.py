@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import check_images
+from fastfg.checks import check_images, check_target
 from fastfg.metrics import METRICS, Metric, Subjects
 from fastfg.metrics.metric import Outcome
 from fastfg.models import Adapter, find_adapter
@@ -78,6 +78,8 @@ def evaluate(
     """
     options = {"saco": saco, "faithfulness_correlation": faithfulness_correlation, "pixel_flipping": pixel_flipping}
     adapter = find_adapter(model)
+    if adapter is not None:
+        check_target(adapter, target)
     module: Any = adapter.model if adapter is not None else model
     forward: Any = adapter.forward if adapter is not None else model
     chosen = _metrics(metrics, options, baseline)
