@@ -44,7 +44,7 @@ def find_adapter(model: Any) -> Adapter | None:
 
 
 def adapt(model: nn.Module | Adapter) -> Adapter:
-    """The adapter of ``model``. Raises TypeError for an unknown family, ValueError for a variant that is not supported."""
+    """The adapter of ``model``. Raises TypeError for an unknown family, ValueError for an unsupported variant."""
     adapter = find_adapter(model)
     if adapter is None:
         known = ", ".join(sorted(FAMILIES))

@@ -10,6 +10,7 @@ from fastfg.checks import check_target
 from fastfg.models import adapt, import_timm
 from tests.models.families import (
     FAMILIES,
+    HYBRIDS,
     build,
     hf,
     hooked_vit,
@@ -79,7 +80,7 @@ def record(model, adapter, images, monkeypatch):
 
 
 def oracle(name, model, images, gate, saes, monkeypatch):
-    _, _, prefix, reads = FAMILIES[name]
+    _, _, prefix, reads = (FAMILIES | HYBRIDS)[name]
     adapter = adapt(model)
     logits, target, attention, streams = record(model, adapter, images, monkeypatch)
     L = len(adapter.blocks)
@@ -112,7 +113,7 @@ def setup(name, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["vanilla", "gated"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | HYBRIDS)
 def test_equals_the_matrix_form(name, gated, monkeypatch):
     model, saes, images = setup(name)
     gate = fastfg.Gate((0, 1), kappa=1.0, c_max=20.0) if gated else None
@@ -124,7 +125,7 @@ def test_equals_the_matrix_form(name, gated, monkeypatch):
     assert float(error.max()) < 1e-10
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | HYBRIDS)
 def test_single_precision(name, monkeypatch):
     model, saes, images = setup(name)
     if "Hooked" in name:
@@ -135,7 +136,7 @@ def test_single_precision(name, monkeypatch):
     assert float(error.max()) < 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | HYBRIDS)
 def test_a_sweep_residuals_and_metrics(name):
     model, saes, images = setup(name)
     before = [(m.training, len(m._forward_hooks)) for m in model.modules()]

@@ -11,7 +11,6 @@ import fastfg
 from fastfg.sae.checkpoints.names import blocks_in_name
 from tests.tools import ACTIVATIONS, random_sae
 
-
 PRISMA = {"d_in": 32, "hook_point_layer": 9, "activation_fn_str": "relu", "normalize_activations": "layer_norm"}
 
 
@@ -74,7 +73,7 @@ def test_prisma(tmp_path, config, expected):
     [
         ({"activation_fn_str": "leaky_relu"}, "activation_fn_str: expected one of .* got 'leaky_relu'"),
         ({"activation_fn_str": ["relu"]}, r"activation_fn_str: expected one of .* got \['relu'\]"),
-        ({"without": ["activation_fn_str"]}, "activation_fn_str: expected one of .* does not have the field, and no"),
+        ({"without": ["activation_fn_str"]}, "activation_fn_str: expected one of .* does not have the field; no"),
         ({"without": ["normalize_activations"]}, "normalize_activations: expected one of .* does not have the field"),
         ({"architecture": "jumprelu"}, "architecture: expected standard, or gated with relu, got 'jumprelu'"),
         ({"architecture": "gated", "activation_fn_str": "topk"}, "architecture: .* got 'gated' with 'topk'"),

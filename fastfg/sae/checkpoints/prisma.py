@@ -85,7 +85,7 @@ def _activation(config: dict[str, Any], state: dict[str, Any], folder: Path) -> 
 def _one_of(config: dict[str, Any], key: str, known: dict[Any, str], folder: Path) -> str:
     if key not in config:
         raise ValueError(
-            f"{key}: expected one of {sorted(map(str, known))} in {folder / CONFIG}, which does not have the field, and "
+            f"{key}: expected one of {sorted(map(str, known))} in {folder / CONFIG}, which does not have the field; "
             "no default is right for every version of Prisma"
         )
     value = config[key]
