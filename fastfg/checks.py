@@ -34,10 +34,10 @@ def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) ->
 def check_target(adapter: Adapter, target: Any) -> None:
     """``target`` names a class only where the model has classes; a target function serves every model."""
     if not adapter.has_logits and not callable(target):
-        got = "None" if target is None else type(target).__name__
+        name, got = type(adapter.model).__name__, "None" if target is None else type(target).__name__
         raise ValueError(
-            f"target: expected a function of the model's output, as {type(adapter.model).__name__} returns an embedding "
-            f"without class logits, got {got} (or give the model a class head, or wrap it in fastfg.models.ZeroShot)"
+            f"target: expected a function of the model's output, as {name} returns an embedding and no class logits, "
+            f"got {got} (or give the model a class head, or wrap it in fastfg.models.ZeroShot)"
         )
 
 
