@@ -64,13 +64,14 @@ class SparseAutoencoder(nn.Module):
         b_mag: Tensor | None = None,
     ) -> None:
         super().__init__()
-        weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        weights: dict[str, Tensor | None] = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         if isinstance(threshold, (int, float)):
             threshold = torch.tensor(threshold, dtype=W_enc.dtype, device=W_enc.device)
-        extra = {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
-        _check_tensors(weights | extra)
-        _check(weights, activation, k, normalize, subtract_b_dec, extra)
-        for name, tensor in (weights | extra).items():
+        tensors = weights | {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
+        _check_tensors(tensors)
+        _check_shapes(tensors)
+        _check_options(activation, k, normalize, subtract_b_dec, tensors)
+        for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.activation_name, self.k = activation, k
         self.normalization, self.subtract_b_dec = normalize, subtract_b_dec
@@ -184,21 +185,24 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-def _check(
-    weights: dict[str, Tensor],
-    activation: str,
-    k: int | None,
-    normalize: str,
-    subtract_b_dec: bool,
-    extra: dict[str, Tensor | None],
-) -> None:
-    if weights["W_enc"].ndim != 2:
-        raise ValueError(f"W_enc: expected [d, F], got {list(weights['W_enc'].shape)}")
-    d, F = weights["W_enc"].shape
+def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
+    W_enc = tensors["W_enc"]
+    assert W_enc is not None
+    if W_enc.ndim != 2:
+        raise ValueError(f"W_enc: expected [d, F], got {list(W_enc.shape)}")
+    d, F = W_enc.shape
     expected = {"b_enc": [F], "W_dec": [F, d], "b_dec": [d], "r_mag": [F], "b_gate": [F], "b_mag": [F]}
-    for name, tensor in (weights | extra).items():
+    for name, tensor in tensors.items():
         if tensor is not None and name in expected and list(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: expected {expected[name]} beside W_enc [{d}, {F}], got {list(tensor.shape)}")
+
+
+def _check_options(
+    activation: str, k: int | None, normalize: str, subtract_b_dec: bool, tensors: dict[str, Tensor | None]
+) -> None:
+    b_enc, threshold = tensors["b_enc"], tensors["threshold"]
+    assert b_enc is not None
+    F = len(b_enc)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if normalize not in NORMALIZATIONS:
@@ -211,9 +215,8 @@ def _check(
         raise ValueError(f"k: expected 1 to {F} for a topk SAE, got {k}")
     needed = {"batch_topk": ["threshold"], "jumprelu": ["threshold"], "gated": ["r_mag", "b_gate", "b_mag"]}
     for name in needed.get(activation, []):
-        if extra[name] is None:
+        if tensors[name] is None:
             raise ValueError(f"{name}: expected a tensor for a {activation} SAE, got None")
-    threshold = extra["threshold"]
     shape = [F] if activation == "jumprelu" else []
     if threshold is not None and list(threshold.shape) != shape:
         raise ValueError(f"threshold: expected {shape} for a {activation} SAE, got {list(threshold.shape)}")

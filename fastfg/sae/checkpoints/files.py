@@ -41,7 +41,7 @@ def read_tensors(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
     return state
 
 
-def pick(state: dict[str, Any], names: Iterable[str], file: Path) -> dict[str, Tensor]:
+def pick(state: dict[str, Any], names: Iterable[str], file: Path) -> dict[str, Any]:
     """The tensors ``names`` of ``state``, which must be there, be tensors and be finite."""
     picked = {}
     for name in names:
