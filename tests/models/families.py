@@ -158,7 +158,7 @@ FAMILIES = {
 }
 
 
-# stems whose convolutions overlap: a perturbed patch changes its neighbours' tokens too
+# convolutional stems; where their convolutions overlap, a perturbed patch changes its neighbours' tokens too
 HYBRIDS = {
     "timm hybrid, ResNet stem": ("timm", lambda: timm_named("vit_tiny_r_s16_p8_224"), 1, [CLS]),
     "timm ViTamin": ("timm", lambda: timm_named("vitamin_small_224", img_size=32, embed_dim=384, depth=2), 0, [ALL]),
