@@ -70,9 +70,7 @@ def attribute(
     return relevancy.result(chosen, logits, single=not isinstance(gate, Sequence))
 
 
-def _run(
-    adapter: Adapter, images: Tensor, target: Target, capture: Capture, relevancy: RelevancyPass
-) -> tuple[Tensor, Tensor]:
+def _run(adapter: Adapter, images: Tensor, target: Target, capture: Capture, relevancy: RelevancyPass) -> tuple[Tensor, Tensor]:
     """The forward and the backward pass; the targets and the logits."""
     logits = adapter.forward(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
