@@ -1,4 +1,4 @@
-"""Checks of what users hand in. Each message names the argument, what was expected and what came."""
+"""Checks of the arguments. Each message names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -31,15 +31,25 @@ def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) ->
         raise ValueError(f"images: expected finite pixels, got NaN or infinity in image(s) {bad[:8]}")
 
 
+def check_target(adapter: Adapter, target: Any) -> None:
+    """``target`` names a class only where the model has classes; a target function serves every model."""
+    if not adapter.has_logits and not callable(target):
+        name, got = type(adapter.model).__name__, "None" if target is None else type(target).__name__
+        raise ValueError(
+            f"target: expected a function of the model's output, as {name} returns an embedding and no class logits, "
+            f"got {got} (or give the model a class head, or wrap it in fastfg.models.ZeroShot)"
+        )
+
+
 def check_layers(name: str, layers: Sequence[int], n_blocks: int) -> None:
-    """Every one of ``layers`` is a 0-based block of the model; ``name`` is the argument that they came in."""
+    """``layers`` are 0-based blocks of the model; ``name`` is the argument that held them."""
     missing = [layer for layer in layers if not 0 <= layer < n_blocks]
     if missing:
         raise ValueError(f"{name}: expected blocks from 0 to {n_blocks - 1}, as the model has, got {missing}")
 
 
 def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
-    """Every gate's blocks exist in the model."""
+    """``gates`` are gates or None, and the model has the blocks that they gate."""
     for gate in gates:
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate: expected a fastfg.Gate, None or a list of them, got {type(gate).__name__}")
@@ -62,6 +72,6 @@ def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[in
 
 
 def check_width(sae: SparseAutoencoder, x: Tensor, block: int) -> None:
-    """The SAE of ``block`` reads streams of the model's width."""
+    """The SAE of ``block`` has the width of the model's residual stream."""
     if sae.d != x.shape[-1]:
         raise ValueError(f"saes[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")

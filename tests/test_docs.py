@@ -16,6 +16,7 @@ MODULES = [
     "fastfg.metrics.faithfulness_correlation",
     "fastfg.metrics.pixel_flipping",
     "fastfg.metrics.saco",
+    "fastfg.models.load",
     "fastfg.sae.model",
     "fastfg.sae.train",
     "fastfg.study.comparison",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastfg.attribution.capture import Capture
 from fastfg.attribution.relevancy_pass import RelevancyPass
-from fastfg.checks import check_gates, check_images, check_saes
+from fastfg.checks import check_gates, check_images, check_saes, check_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
@@ -58,6 +58,7 @@ def attribute(
     torch.Size([2, 2, 2])
     """
     adapter = adapt(model)
+    check_target(adapter, target)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features, methods)
     grid = adapter.grid((images.shape[-2], images.shape[-1]))

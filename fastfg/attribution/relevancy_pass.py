@@ -126,6 +126,9 @@ class RelevancyPass:
         """Gradient times input, summed over each patch."""
         gh, gw = self.grid
         product = (images * gradient).to(_working_dtype(images)).sum(1)
+        if self.adapter.patch_size is not None:  # pixels beyond the last whole patch belong to none
+            ph, pw = self.adapter.patch_size
+            product = product[:, : gh * ph, : gw * pw]
         patches = product.unflatten(-1, (gw, -1)).unflatten(1, (gh, -1)).sum((2, 4))
         self.methods["gradient_x_input"] = patches.flatten(1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import check_images
+from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import METRICS, choose_metrics
 from fastfg.metrics.judge import Images, Verdict, judge
 from fastfg.metrics.metric import Metric
@@ -85,6 +85,8 @@ def evaluate(
     options = {"saco": saco, "faithfulness_correlation": faithfulness_correlation, "pixel_flipping": pixel_flipping}
     chosen = choose_metrics(metrics, options, baseline)
     adapter = find_adapter(model)
+    if adapter is not None:
+        check_target(adapter, target)
     forward: Any = model if adapter is None else adapter.forward
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, target)
     names = [image_key(image) for image in images] if keys is None else [str(key) for key in keys]
@@ -143,7 +145,7 @@ def _check(
         raise ValueError(
             f"maps: expected {expected[0]} x {expected[1]} patches, as the model has, got {list(maps.shape)}"
         )
-    grid = PatchGrid.of(size, given, getattr(adapter, "patch_size", None))
+    grid = PatchGrid.of(size, given, adapter.patch_size if adapter else None)
     if grid.n_patches < 2:
         raise ValueError(f"maps: expected at least 2 patches per image, got {list(maps.shape)}")
     if keys is not None and len(keys) != B:

@@ -1,6 +1,7 @@
-"""Model families: where the blocks, the prefix tokens and the pooling are. One file a family.
+"""Model families: where the blocks, the prefix tokens and the pooling are, one file per family.
 
-``adapt`` finds the family of a model by the names of its classes, so that no model library is imported here.
+``adapt`` finds the family of a model by the names of its classes, so that no model library is imported here. ``load``
+makes a timm model with its weights and its transform.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import nn
 
 from fastfg.models import open_clip, prisma, timm, torchvision, transformers
 from fastfg.models.adapter import Adapter
+from fastfg.models.load import load
 from fastfg.models.open_clip import ZeroShot
+from fastfg.models.timm import import_timm
 
 FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "timm.models.vision_transformer.VisionTransformer": timm.adapt,
@@ -23,14 +26,14 @@ FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     **{f"transformers.models.{name}": transformers.adapt for name in transformers.FAMILIES},
 }
 
-__all__ = ["FAMILIES", "Adapter", "ZeroShot", "adapt", "find_adapter"]
+__all__ = ["FAMILIES", "Adapter", "ZeroShot", "adapt", "find_adapter", "import_timm", "load"]
 
 
 def find_adapter(model: Any) -> Adapter | None:
     """The adapter of ``model``, or None where its family is not known."""
     if isinstance(model, Adapter):
         return model
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
     if isinstance(model, ZeroShot):
         return open_clip.adapt_zero_shot(model, adapt(model.trunk))
     for cls in type(model).__mro__:
@@ -41,7 +44,7 @@ def find_adapter(model: Any) -> Adapter | None:
 
 
 def adapt(model: nn.Module | Adapter) -> Adapter:
-    """The adapter of ``model``. Raises TypeError that names the families known, ValueError for odd variants."""
+    """The adapter of ``model``. Raises TypeError for an unknown family, ValueError for an unsupported variant."""
     adapter = find_adapter(model)
     if adapter is None:
         known = ", ".join(sorted(FAMILIES))

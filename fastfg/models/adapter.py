@@ -21,21 +21,26 @@ class Adapter:
 
     Args:
         model: the module that is held still while it is read.
-        forward: images [B, C, H, W] -> logits [B, n].
-        blocks: its transformer blocks in order, each of them with one self-attention over all tokens. The
-            output of block ``l`` is the residual stream ``x_l`` [B, N, d] ("resid_post"), alone or first in a tuple.
+        forward: images [B, C, H, W] -> logits [B, n], or an embedding [B, n] where ``has_logits`` is False.
+        blocks: the transformer blocks in order, each with one self-attention over all tokens. The output of block
+            ``l`` is the residual stream ``x_l`` [B, N, d] ("resid_post"), alone or first in a tuple.
         num_prefix_tokens: tokens before the patches (class token, registers).
         grid: image size (height, width) in pixels -> (gh, gw) in patches; raises ValueError for a size that
             the model does not take.
         in_chans: channels of the input image.
-        pooled: what the head reads, slices over the ``N`` tokens: the tokens of a slice are averaged, and the
-            slices count alike. ``(slice(0, 1),)`` is the class token. Empty for an attention-pooling head.
+        pooled: the tokens that the head reads, as slices over the ``N`` tokens. The tokens of a slice are averaged,
+            and all slices have the same weight. ``(slice(0, 1),)`` is the class token. Empty for an
+            attention-pooling head.
         later_attentions: attentions after the blocks; 1 where there is an attention-pooling head.
         pixel_mean, pixel_std: per channel, the normalisation of the input; None where it is not known.
-        flags: (object, attribute, value) that must hold while the model is read, say fused attention on; they
-            are put back afterwards.
-        meet: for attention that is not ``F.scaled_dot_product_attention``: registers hooks that call
-            ``capture.meet`` and returns their handles.
+        flags: (object, attribute, value) triples that are set while the model is read, for example fused attention
+            on. The earlier values are restored afterwards.
+        meet: for attention that is not ``F.scaled_dot_product_attention``: a function that registers hooks which
+            call ``capture.meet``, and returns their handles.
+        patch_size: (height, width) of one patch in pixels. The first patch starts at the top left corner; pixels to
+            the right of and below the last whole patch belong to no patch. None: the patches divide the image evenly.
+        has_logits: whether ``forward`` returns one logit per class. A tower without a head returns an embedding
+            instead; it can be explained with a target function only.
     """
 
     model: nn.Module
@@ -50,6 +55,8 @@ class Adapter:
     pixel_std: tuple[float, ...] | None = None
     flags: tuple[tuple[Any, str, Any], ...] = ()
     meet: Callable[[Capture], list[Any]] | None = None
+    patch_size: tuple[int, int] | None = None
+    has_logits: bool = True
 
     @property
     def parameter(self) -> Tensor:
@@ -64,18 +71,34 @@ class Adapter:
         return row
 
 
-def fixed_or_multiple(
-    size: tuple[int, int], patch: tuple[int, int], fixed: tuple[int, int] | None, hint: str = ""
+def patch_grid(
+    size: tuple[int, int],
+    patch: tuple[int, int],
+    native: tuple[int, int] | None = None,
+    only_native: bool = False,
+    hint: str = "",
 ) -> tuple[int, int]:
-    """The grid of an image of ``size`` pixels under patches of ``patch`` pixels; ``fixed``: the only size taken."""
+    """The grid (gh, gw) of an image of ``size`` pixels in patches of ``patch`` pixels, both (height, width).
+
+    At its ``native`` size a model leaves out the pixels that do not fill a patch (384 pixels are 27 patches of 14).
+    Other sizes must be multiples of the patch; with ``only_native`` they are refused.
+    """
     (height, width), (ph, pw) = size, patch
-    if fixed is not None and tuple(size) != tuple(fixed):
+    if native is not None and tuple(size) == tuple(native):
+        return height // ph, width // pw
+    if native is not None and only_native:
         raise ValueError(
-            f"images: expected {fixed[0]} x {fixed[1]} pixels for this model, got {height} x {width}{hint}"
+            f"images: expected {native[0]} x {native[1]} pixels for this model, got {height} x {width}{hint}"
         )
     if height % ph or width % pw:
         raise ValueError(f"images: expected sides that are multiples of the patch {ph} x {pw}, got {height} x {width}")
     return height // ph, width // pw
+
+
+def is_head(module: nn.Module) -> bool:
+    """Whether ``module`` computes logits: False for identities and dropout, which pass the features on."""
+    parts = [m for m in module.modules() if not isinstance(m, nn.Sequential)]
+    return not all(isinstance(m, (nn.Identity, nn.Dropout)) for m in parts)
 
 
 def pair(value: Any) -> tuple[int, int]:

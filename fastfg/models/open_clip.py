@@ -1,4 +1,4 @@
-"""open_clip: its image tower, and the tower with text features as a zero-shot classifier."""
+"""open_clip: the image tower alone, and with text features as a zero-shot classifier."""
 
 from __future__ import annotations
 
@@ -9,27 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfg.models.adapter import CLASS_TOKEN, Adapter, fixed_or_multiple, pair
+from fastfg.models.adapter import CLASS_TOKEN, Adapter, pair, patch_grid
 
 POOLS = {"tok": (CLASS_TOKEN,), "avg": (slice(1, None),)}
 
 
 class ZeroShot(nn.Module):
-    """A CLIP image tower and the text features of ``n`` classes, as a classifier of images.
+    """A CLIP image tower and the text features of ``n`` classes, as an image classifier.
 
     ``logits = logit_scale * normalise(visual(images)) @ normalise(text_features)^T``.
 
     Args:
         visual: open_clip's ``model.visual``, or any image tower of a known family whose output is the embedding.
-        text_features: [n, d], ``model.encode_text`` of a prompt a class. logit_scale: CLIP's own is 100.
+        text_features: [n, d], n >= 2: for each class, ``model.encode_text`` of its prompt. A single text has no other
+            class to compare with; explain its similarity with a target function on the tower instead.
+        logit_scale: CLIP's own is 100.
+
+    Raises ValueError for text features of another shape.
     """
 
     text_features: Tensor
 
     def __init__(self, visual: nn.Module, text_features: Tensor, logit_scale: float = 100.0) -> None:
         super().__init__()
-        if text_features.ndim != 2:
-            raise ValueError(f"text_features: expected [n, d], got {list(text_features.shape)}")
+        if text_features.ndim != 2 or len(text_features) < 2:
+            raise ValueError(
+                f"text_features: expected [n, d] with at least 2 classes, got {list(text_features.shape)} (explain the "
+                "similarity to one text with a target function on the image tower)"
+            )
         self.visual, self.logit_scale = visual, logit_scale
         self.register_buffer("text_features", F.normalize(text_features.detach(), dim=-1))
 
@@ -40,7 +47,11 @@ class ZeroShot(nn.Module):
         return trunk if isinstance(trunk, nn.Module) else self.visual
 
     def forward(self, images: Tensor) -> Tensor:
-        features = F.normalize(_embedding(self.visual(images)), dim=-1)
+        return self.classify(_embedding(self.visual(images)))
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """The logits [B, n] of image embeddings [B, d]."""
+        features = F.normalize(embedding, dim=-1)
         if features.shape[-1] != self.text_features.shape[-1]:
             raise ValueError(
                 f"text_features: expected width {features.shape[-1]}, as the image tower's, got "
@@ -50,7 +61,7 @@ class ZeroShot(nn.Module):
 
 
 def _embedding(output: Any) -> Tensor:
-    """The pooled embedding: alone, the first of (pooled, tokens), or a Hugging Face output's."""
+    """The pooled embedding: the output itself, the first of (pooled, tokens), or a field of a Hugging Face output."""
     if isinstance(output, torch.Tensor):
         return output
     for name in ("image_embeds", "pooler_output"):
@@ -61,11 +72,13 @@ def _embedding(output: Any) -> Tensor:
 
 def adapt_zero_shot(model: ZeroShot, trunk: Adapter) -> Adapter:
     """The tower's adapter, with the whole classifier as the model."""
-    return dataclasses.replace(trunk, model=model, forward=model)
+    tower = trunk.forward  # takes the sizes that the tower's family interpolates to; a TimmModel adds a projection
+    forward = model if model.trunk is not model.visual else lambda images: model.classify(_embedding(tower(images)))
+    return dataclasses.replace(trunk, model=model, forward=forward, has_logits=True)
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter of an ``open_clip.transformer.VisionTransformer``; its "logits" are the image embedding."""
+    """The adapter of an ``open_clip.transformer.VisionTransformer``, which returns the image embedding."""
     if getattr(model, "attn_pool_contrastive", None) is not None:
         raise ValueError("model: expected one pooling attention at most, got CoCa's two")
     if model.attn_pool is None and model.pool_type not in POOLS:
@@ -78,9 +91,11 @@ def adapt(model: Any) -> Adapter:
         forward=lambda images: _embedding(model(images)),
         blocks=list(model.transformer.resblocks),
         num_prefix_tokens=1,
-        grid=lambda given: fixed_or_multiple(given, patch, size),
+        grid=lambda given: patch_grid(given, patch, size, only_native=True),
         in_chans=model.conv1.in_channels,
         pooled=() if model.attn_pool is not None else POOLS[model.pool_type],
         later_attentions=int(model.attn_pool is not None),
         flags=((model.transformer, "grad_checkpointing", False),),
+        patch_size=patch,
+        has_logits=False,
     )

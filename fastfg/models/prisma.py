@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastfg.models.adapter import CLASS_TOKEN, Adapter, fixed_or_multiple, pair
+from fastfg.models.adapter import CLASS_TOKEN, Adapter, pair, patch_grid
 
 if TYPE_CHECKING:
     from fastfg.attribution.capture import Capture
@@ -16,7 +16,7 @@ POOLED = {"cls": (CLASS_TOKEN,), "gaap": (slice(0, None),)}
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter of a HookedViT as it is: its attention is met at its own hook points."""
+    """The adapter of a vit-prisma ``HookedViT``. Raises ValueError for video models, BERT blocks and other poolings."""
     config = model.cfg
     if config.use_bert_block or config.is_video_transformer or config.classification_type not in POOLED:
         raise ValueError(
@@ -30,10 +30,12 @@ def adapt(model: Any) -> Adapter:
         forward=model,
         blocks=list(model.blocks),
         num_prefix_tokens=prefix,
-        grid=lambda given: fixed_or_multiple(given, patch, size),
+        grid=lambda given: patch_grid(given, patch, size, only_native=True),
         in_chans=config.n_channels,
         pooled=POOLED[config.classification_type],
         meet=lambda capture: [h for block in model.blocks for h in _meet(block.attn, capture)],
+        patch_size=patch,
+        has_logits=config.return_type != "pre_logits",
     )
 
 

@@ -1,4 +1,4 @@
-"""timm: VisionTransformer and Eva, with class-token, mean and attention pooling, registers, rotary positions."""
+"""timm: VisionTransformer and Eva, with class-token, mean and attention pooling, registers and rotary positions."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastfg.models.adapter import CLASS_TOKEN, Adapter, fixed_or_multiple
+from fastfg.models.adapter import CLASS_TOKEN, Adapter, is_head, pair, patch_grid
 
 POOLS = ("token", "avg")
-FLAGS = {"fused_attn": True, "grad_checkpointing": False}  # a checkpointed block would run twice
+FLAGS = {"fused_attn": True, "grad_checkpointing": False}  # checkpointing would run each block twice
 
 
 def import_timm() -> ModuleType:
-    """timm, also where torchvision was built for another torch and its operators are missing.
+    """The module ``timm``, also where torchvision was built for another torch and its operators are missing.
 
-    timm imports torchvision, whose fake kernels need the schemas of ``nms`` and ``qnms``. On a CPU-only torch
-    the torchvision of PyPI fails with "operator torchvision::nms does not exist"; declaring them mends that.
+    timm imports torchvision, and torchvision registers fake kernels for its operators ``nms`` and ``qnms``. On a
+    CPU-only torch the torchvision of PyPI can't load these operators, and its import fails with "operator
+    torchvision::nms does not exist". Their schemas are then declared here, and the import succeeds. No operator of
+    torchvision is needed by the models. After this call, ``import timm`` and ``import torchvision`` succeed too.
     """
     try:
         import timm
@@ -40,19 +42,23 @@ def _declare_torchvision_operators() -> None:
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter of a timm ``VisionTransformer`` (also DeiT with its distillation token) or ``Eva`` (DINOv3, EVA)."""
+    """The adapter of a timm ``VisionTransformer`` or ``Eva``.
+
+    Among the first are DeiT with its distillation token, DINOv2, SigLIP, CLIP, and hybrids with a convolutional stem
+    (ViT-ResNet, ViTamin, MobileCLIP-B); among the second DINOv3 and EVA. Raises ValueError for poolings other than
+    class token, mean and attention, and for a patch embedding that is not known.
+    """
     prefix = model.num_prefix_tokens
     config = getattr(model, "pretrained_cfg", None) or {}
-    embed = model.patch_embed
-    fixed = None if embed.img_size is None or model.dynamic_img_size else embed.img_size
+    patch, in_chans = _patch(model.patch_embed)
+    native = None if model.dynamic_img_size else model.patch_embed.img_size
     hint = " (timm.create_model takes img_size= and dynamic_img_size=)"
-    in_chans = embed.proj.in_channels
     return Adapter(
         model=model,
         forward=model,
         blocks=list(model.blocks),
         num_prefix_tokens=prefix,
-        grid=lambda size: fixed_or_multiple(size, embed.patch_size, fixed, hint),
+        grid=lambda size: patch_grid(size, patch, native, only_native=True, hint=hint),
         in_chans=in_chans,
         pooled=_pooled(model, prefix),
         later_attentions=int(model.attn_pool is not None),
@@ -64,7 +70,27 @@ def adapt(model: Any) -> Adapter:
             for name, value in FLAGS.items()
             if name in module.__dict__
         ),
+        patch_size=patch,
+        has_logits=is_head(model.head),
     )
+
+
+def _patch(embed: Any) -> tuple[tuple[int, int], int]:
+    """The size of a patch in pixels and the image's channels, from timm's ``PatchEmbed`` or ``HybridEmbed``."""
+    if isinstance(getattr(embed, "proj", None), nn.Conv2d) and not hasattr(embed, "backbone"):
+        return pair(embed.patch_size), embed.proj.in_channels
+    if not hasattr(embed, "feature_ratio"):
+        raise ValueError(
+            f"model: expected patch_embed to be timm's PatchEmbed or HybridEmbed, got {type(embed).__name__}"
+        )
+    patch = pair(embed.feat_ratio(as_scalar=False))  # the stem's reduction times the patch on its features
+    # timm divides the image by the stem's features: with a last feature cut short, that is no power of two
+    uneven = [ratio for ratio in pair(embed.feature_ratio) if ratio & (ratio - 1)]
+    if uneven or embed.img_size[0] % patch[0] or embed.img_size[1] % patch[1]:
+        raise ValueError(
+            f"model: expected an img_size that its convolutional stem divides evenly, got {tuple(embed.img_size)}"
+        )
+    return patch, embed.in_chans
 
 
 def _pooled(model: Any, prefix: int) -> tuple[slice, ...]:
@@ -80,14 +106,23 @@ def _pooled(model: Any, prefix: int) -> tuple[slice, ...]:
 
 
 def preprocessing(model: Any) -> Callable[[Any], Tensor]:
-    """The model's own evaluation transform: a PIL image -> [C, H, W], as timm's configuration of it says."""
+    """The evaluation transform of a timm model, from timm's configuration of it: a PIL image -> [C, H, W].
+
+    Raises ValueError for a model whose configuration normalises another number of channels than it takes.
+    """
     import_timm()
     from timm.data import create_transform, resolve_data_config
 
-    config = resolve_data_config(
-        {"input_size": (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)}, model=model
-    )
-    transform, mode = create_transform(**config), "L" if model.patch_embed.proj.in_channels == 1 else "RGB"
+    embed = model.patch_embed
+    _, in_chans = _patch(embed)
+    options = {} if embed.img_size is None else {"input_size": (in_chans, *embed.img_size)}
+    config = resolve_data_config(options, model=model)
+    if len(config["mean"]) != in_chans:
+        raise ValueError(
+            f"model: expected a mean for each of its {in_chans} input channels in pretrained_cfg, got {config['mean']}"
+        )
+    transform = create_transform(**config)
+    mode = "L" if in_chans == 1 else "RGB"
     return lambda image: transform(image.convert(mode))
 
 

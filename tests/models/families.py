@@ -34,8 +34,9 @@ def timm_eva(**options):
 
 
 def timm_named(name, **options):
-    """A registered architecture, whole but for its depth and width."""
-    return import_timm().create_model(name, img_size=64, embed_dim=96, depth=3, num_heads=4, num_classes=7, **options)
+    """A registered architecture with fewer, narrower blocks."""
+    shape = {"img_size": 64, "embed_dim": 96, "depth": 3, "num_heads": 4, "num_classes": 7}
+    return import_timm().create_model(name, **(shape | options))
 
 
 def hf(folder, name, config, **options):
@@ -50,7 +51,7 @@ def hf(folder, name, config, **options):
 
 
 def torchvision_vit():
-    import_timm()  # mends torchvision on a torch that it was not built for
+    import_timm()  # torchvision itself can't be imported beside a torch that it was not built for
     from torchvision.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(32, 8, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=7)
@@ -63,25 +64,25 @@ def open_clip_tower(**options):
     return VisionTransformer(32, 8, width=48, layers=3, heads=4, mlp_ratio=2.0, output_dim=24, **options)
 
 
-def zero_shot(tower):
-    return ZeroShot(tower, torch.randn(7, 24), logit_scale=100.0)
+def zero_shot(tower, width=24):
+    return ZeroShot(tower, torch.randn(7, width), logit_scale=100.0)
 
 
-def hooked_vit():
+def hooked_vit(**options):
     import_timm()
     from vit_prisma.configs.HookedViTConfig import HookedViTConfig
     from vit_prisma.models.base_vit import HookedViT
 
     shape = {"n_layers": 3, "d_model": 48, "d_head": 12, "d_mlp": 96, "n_heads": 4, "n_classes": 7}
     shape |= {"image_size": 32, "patch_size": 8, "return_type": "class_logits", "dtype": torch.float64}
-    model = HookedViT(HookedViTConfig(**shape))
+    model = HookedViT(HookedViTConfig(**(shape | options)))
     for name, parameter in model.named_parameters():
         if ".b_" in name:
-            parameter.data.zero_()  # the library leaves some of them as the memory was
+            parameter.data.zero_()  # the library does not initialise some of them
     return model
 
 
-# name: (library, builder, prefix tokens, what the head reads: slices that count alike, or "pool")
+# name: (library, builder, prefix tokens, what the head reads: slices of equal weight, or "pool")
 CLS, ALL = slice(0, 1), slice(0, None)
 FAMILIES = {
     "timm ViT": ("timm", timm_vit, 1, [CLS]),
@@ -120,15 +121,15 @@ FAMILIES = {
         1,
         [slice(1, None)],
     ),
-    "transformers CLIP, vision model": (
+    "zero-shot over transformers' CLIPVisionModel": (
         "transformers",
-        lambda: hf("clip", "CLIPVisionModel", "CLIPVisionConfig"),
+        lambda: zero_shot(hf("clip", "CLIPVisionModel", "CLIPVisionConfig"), 48),
         1,
         [CLS],
     ),
-    "transformers CLIP, projection": (
+    "zero-shot over transformers' CLIP with projection": (
         "transformers",
-        lambda: hf("clip", "CLIPVisionModelWithProjection", "CLIPVisionConfig"),
+        lambda: zero_shot(hf("clip", "CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=24)),
         1,
         [CLS],
     ),
@@ -138,17 +139,16 @@ FAMILIES = {
         0,
         [ALL],
     ),
-    "transformers SigLIP, pooling head": (
+    "zero-shot over transformers' SigLIP, pooling head": (
         "transformers",
-        lambda: hf("siglip", "SiglipVisionModel", "SiglipVisionConfig"),
+        lambda: zero_shot(hf("siglip", "SiglipVisionModel", "SiglipVisionConfig"), 48),
         0,
         "pool",
     ),
     "torchvision ViT": ("torchvision", torchvision_vit, 1, [CLS]),
-    "open_clip tower": ("open_clip", open_clip_tower, 1, [CLS]),
-    "open_clip tower, attention pooling": (
+    "open_clip zero-shot, attention pooling": (
         "open_clip",
-        lambda: open_clip_tower(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=5),
+        lambda: zero_shot(open_clip_tower(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=5)),
         1,
         "pool",
     ),
@@ -158,9 +158,22 @@ FAMILIES = {
 }
 
 
+# convolutional stems; where their convolutions overlap, a perturbed patch changes its neighbours' tokens too
+HYBRIDS = {
+    "timm hybrid, ResNet stem": ("timm", lambda: timm_named("vit_tiny_r_s16_p8_224"), 1, [CLS]),
+    "timm ViTamin": ("timm", lambda: timm_named("vitamin_small_224", img_size=32, embed_dim=384, depth=2), 0, [ALL]),
+    "timm MobileCLIP-B": (
+        "timm",
+        lambda: timm_named("vit_base_mci_224", img_size=32, embed_dim=768, depth=2),
+        1,
+        [CLS],
+    ),
+}
+
+
 def build(name):
     """The instance in float64, with weights that make its attention far from even."""
-    library, builder, _, _ = FAMILIES[name]
+    library, builder, _, _ = (FAMILIES | HYBRIDS)[name]
     if importlib.util.find_spec(library) is None:
         import pytest
 

@@ -1,18 +1,23 @@
-"""Reading and writing SAEs: fastfg's own format round-trips, Prisma's is read, and no pickled code is run."""
+"""Reading and writing SAEs: fastfg's own format round-trips, Prisma's is read, and pickled code is never run."""
 
 import json
 import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastfg
+from fastfg.sae.checkpoints.names import blocks_in_name
 from tests.tools import ACTIVATIONS, random_sae
 
+PRISMA = {"d_in": 32, "hook_point_layer": 9, "activation_fn_str": "relu", "normalize_activations": "layer_norm"}
 
-def write_prisma(folder, state, **config):
+
+def write_prisma(folder, state, without=(), **config):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"d_in": 32, "hook_point_layer": 9} | config))
+    fields = {name: value for name, value in (PRISMA | config).items() if name not in without}
+    (folder / "config.json").write_text(json.dumps(fields))
     torch.save(state, folder / "weights.pt")
 
 
@@ -63,13 +68,135 @@ def test_prisma(tmp_path, config, expected):
     assert torch.equal(found[9].encode(x), sae.encode(x))
 
 
-def test_prisma_variants_that_are_not_known(tmp_path):
-    write_prisma(tmp_path, weights(random_sae(32, 100, "relu")), activation_fn_str="leaky_relu")
-    with pytest.raises(ValueError, match="activation_fn_str: expected one of .* got 'leaky_relu'"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation_fn_str": "leaky_relu"}, "activation_fn_str: expected one of .* got 'leaky_relu'"),
+        ({"activation_fn_str": ["relu"]}, r"activation_fn_str: expected one of .* got \['relu'\]"),
+        ({"without": ["activation_fn_str"]}, "activation_fn_str: expected one of .* does not have the field; no"),
+        ({"without": ["normalize_activations"]}, "normalize_activations: expected one of .* does not have the field"),
+        ({"architecture": "jumprelu"}, "architecture: expected standard, or gated with relu, got 'jumprelu'"),
+        ({"architecture": "gated", "activation_fn_str": "topk"}, "architecture: .* got 'gated' with 'topk'"),
+        ({"architecture": "gated"}, r"path: expected r_mag in .*weights.pt, got \['W_dec', 'W_enc'"),
+        ({"layer_subtype": "hook_mlp_out"}, "expected layer_subtype to be 'hook_resid_post' in .* got 'hook_mlp_out'"),
+        ({"cls_token_only": True}, "expected cls_token_only to be False in .* got True"),
+        ({"d_in": 31}, "expected d_in=31 in .*weights.pt, as config.json says, got 32"),
+        ({"d_in": "32"}, "expected d_in in .*config.json to be an integer, got '32'"),
+        ({"activation_fn_str": "topk"}, "expected the field activation_fn_kwargs in .*config.json, got"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {}}, "expected the field k in"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2.0}}, "expected k in .* integer, got 2.0"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 101}}, "k: expected 1 to 100 for a topk SAE"),
+    ],
+)
+def test_prisma_variants_that_are_not_known(tmp_path, config, message):
+    write_prisma(tmp_path, weights(random_sae(32, 100, "relu")), **config)
+    with pytest.raises(ValueError, match=message) as caught:
         fastfg.load_saes(tmp_path)
-    write_prisma(tmp_path, weights(random_sae(32, 100, "relu")), architecture="jumprelu")
-    with pytest.raises(ValueError, match="architecture: expected standard, or gated with relu, got 'jumprelu'"):
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_prisma_weights_of_another_kind(tmp_path):
+    state = weights(random_sae(32, 100, "relu"))
+    for extra, message in (
+        (ACTIVATIONS["gated"], "got 'standard' with 'relu' and weights of a gated SAE"),
+        ({"b_dec_out": torch.zeros(32)}, "got a transcoder"),
+        ({"W_dec": [0.0]}, "expected W_dec in .*weights.pt to be a tensor, got list"),
+        ({"b_dec": torch.zeros(32).half()}, "b_dec: expected torch.float64 on cpu, as W_enc, got torch.float16"),
+        ({"W_enc": torch.zeros(32, 100, dtype=torch.long)}, "W_enc: expected a floating dtype, got torch.int64"),
+        (
+            {"b_dec": torch.full((32,), torch.inf).double()},
+            "expected finite weights in .*, got NaN or infinity in b_dec",
+        ),
+        ({"b_enc": torch.full((100,), torch.nan).double()}, "expected finite weights in .* in b_enc"),
+        ({"state_dict": 3}, "expected state_dict in .*weights.pt to be a dict, got int"),
+    ):
+        write_prisma(tmp_path, state | extra)
+        with pytest.raises(ValueError, match=message) as caught:
+            fastfg.load_saes(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+    torch.save([1], tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="expected tensors by name in .*weights.pt, got list"):
         fastfg.load_saes(tmp_path)
+
+
+def own(folder, **config):
+    """An SAE in fastfg's format, with some fields of its config changed; those given as None are left out."""
+    random_sae(32, 100, "topk", k=5).save(folder)
+    file = folder / "config.json"
+    fields = {name: v for name, v in (json.loads(file.read_text()) | config).items() if v is not None}
+    file.write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"k": 2.0}, "expected k in .*config.json to be an integer, got 2.0"),
+        ({"k": True}, "expected k in .*config.json to be an integer, got True"),
+        ({"k": None}, "k: expected 1 to 100 for a topk SAE, got None"),
+        ({"subtract_b_dec": "false"}, "expected subtract_b_dec in .*config.json to be true or false, got 'false'"),
+        ({"subtract_b_dec": 1}, "expected subtract_b_dec in .*config.json to be true or false, got 1"),
+        ({"activation": None}, "expected the field activation in .*config.json, got"),
+        ({"activation": "elu"}, "activation: expected one of .* got 'elu'"),
+        ({"normalize": 3}, "expected normalize in .*config.json to be a string, got 3"),
+        ({"d": 31}, "expected d=31 in .*sae.safetensors, as config.json says, got 32"),
+        ({"n_features": "100"}, "expected n_features in .*config.json to be an integer, got '100'"),
+    ],
+)
+def test_own_configs_that_do_not_fit(tmp_path, config, message):
+    own(tmp_path, **config)
+    with pytest.raises(ValueError, match=message) as caught:
+        fastfg.sae.load_sae(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_own_tensors_that_do_not_fit(tmp_path):
+    own(tmp_path)
+    file = tmp_path / "sae.safetensors"
+    state = load_file(file)
+    for changed, message in (
+        (state | {"W_extra": torch.zeros(3)}, r"expected tensors among .*sae.safetensors, got \['W_extra'\]"),
+        ({"W_enc": state["W_enc"]}, "expected (b_enc|W_dec|b_dec) in .*sae.safetensors, got"),
+        (state | {"W_dec": torch.full((100, 32), torch.nan).double()}, "expected finite weights .* in W_dec"),
+        (state | {"W_dec": torch.zeros(100, 31).double()}, r"W_dec: expected \[100, 32\] .* got \[100, 31\]"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message) as caught:
+            fastfg.sae.load_sae(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_damaged_files_are_named(tmp_path):
+    """Each file of both formats, cut at many lengths: a ValueError that names it, whatever its reader raises."""
+    own(tmp_path / "own")
+    write_prisma(tmp_path / "prisma", weights(random_sae(32, 100, "relu")))
+    for file in ("own/config.json", "own/sae.safetensors", "prisma/config.json", "prisma/weights.pt"):
+        whole = (tmp_path / file).read_bytes()
+        for length in (0, 1, 2, 7, 20, len(whole) // 2, len(whole) - 2):
+            (tmp_path / file).write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=f"path: expected .* in .*{file}"):
+                fastfg.sae.load_sae(tmp_path / file)
+        (tmp_path / file).write_bytes(whole)
+        assert fastfg.sae.load_sae(tmp_path / file).d == 32
+    for text in ("[]", "3", "null", '"a"'):
+        (tmp_path / "own/config.json").write_text(text)
+        with pytest.raises(ValueError, match="path: expected a JSON object in .*own/config.json, got"):
+            fastfg.sae.load_sae(tmp_path / "own")
+    (tmp_path / "prisma/weights.pt").write_bytes(b"\x80\x02e.")  # pickle: KeyError or IndexError in its reader
+    with pytest.raises(ValueError, match="path: expected tensors in .*prisma/weights.pt, got a file that is damaged"):
+        fastfg.sae.load_sae(tmp_path / "prisma")
+
+
+def test_tensors_that_share_memory_round_trip(tmp_path):
+    W_dec = torch.randn(100, 32)
+    bias = torch.zeros(1)
+    sae = fastfg.SparseAutoencoder(W_dec.T, bias.expand(100), W_dec, bias.expand(32), "topk", k=5)
+    sae.b_enc = sae.b_enc.index_fill(0, torch.tensor([3]), -torch.inf)  # a feature that is switched off
+    sae.save(tmp_path)
+    again = fastfg.sae.load_sae(tmp_path)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    assert sae.W_enc.data_ptr() == W_dec.data_ptr()  # as it was
 
 
 class Trap:
@@ -79,11 +206,12 @@ class Trap:
 
 def test_pickled_code_is_never_run(tmp_path):
     write_prisma(tmp_path, weights(random_sae(32, 100, "relu")) | {"trap": Trap()})
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="weights.pt, got a file that is damaged or holds pickled code") as caught:
         fastfg.load_saes(tmp_path)
+    assert isinstance(caught.value.__cause__.__cause__ or caught.value.__cause__, pickle.UnpicklingError)
 
 
-def test_a_folder_with_one_a_block(tmp_path):
+def test_a_folder_with_one_sae_per_block(tmp_path):
     for name, k in (("layer_2", 2), ("blocks.3.hook_resid_post", 3), ("11", 11)):
         random_sae(32, 100, "topk", k=k).save(tmp_path / name)
     write_prisma(tmp_path / "sparse_autoencoder_x", weights(random_sae(32, 100, "relu")))
@@ -102,6 +230,77 @@ def test_one_file_and_a_mapping(tmp_path):
     assert list(fastfg.load_saes({4: tmp_path / "mine", 5: file})) == [4, 5]
     with pytest.raises(ValueError, match="layers: expected the one block that .* belongs to, got None"):
         fastfg.load_saes(file)
+    for key in ("4", True, -1, 2.0):
+        with pytest.raises(ValueError, match=r"source: expected blocks from 0 on as keys, got \["):
+            fastfg.load_saes({key: file})
+
+
+def test_a_file_given_by_name_is_that_file_or_an_error(tmp_path):
+    write_prisma(tmp_path, weights(random_sae(32, 100, "relu")))
+    for name in ("n_images_5.pt", "a.pt"):
+        torch.save(weights(random_sae(32, 100, "relu", seed=1)), tmp_path / name)
+        with pytest.raises(ValueError, match=f"got .*{name}, which is not read: its folder's SAE is in weights.pt"):
+            fastfg.sae.load_sae(tmp_path / name)
+        with pytest.raises(ValueError, match=f"got .*{name}, which is not read"):
+            fastfg.load_saes(tmp_path / name, layers=[9])
+    with pytest.raises(ValueError, match="a.pt, which is not read"):
+        fastfg.load_saes({2: tmp_path / "a.pt", 3: tmp_path / "n_images_5.pt"})
+    own(tmp_path)  # both formats' weights, and a config of one of them
+    assert fastfg.sae.load_sae(tmp_path).k == 5
+    with pytest.raises(ValueError, match="weights.pt, which is not read: its folder's SAE is in sae.safetensors"):
+        fastfg.sae.load_sae(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("layer_2", {2}),
+        ("layers.11", {11}),
+        ("blocks.3.hook_resid_post", {3}),
+        ("Block-4", {4}),
+        ("clip-vit-b32_l9", {9}),
+        ("l10", {10}),
+        ("7", {7}),
+        ("sparse-autoencoder-clip-b-32-sae-vanilla-x64-layer-2-hook_resid_post-l1-5e-05", {2}),
+        ("clip-vit-l14_layer_9", {9}),
+        ("clip-vit-l14_l9", {9}),
+        ("l9_layer_9", {9}),
+        ("layer_2_of_layer_3", {2, 3}),
+        ("l2-norm_l5", {2, 5}),
+        ("clip-vit-b32", set()),
+        ("vit-l14", set()),
+        ("ViT-L-14", set()),
+        ("sae_64", set()),
+        ("topk32", set()),
+        ("l1-0.001", set()),
+        ("l1_5e-05", set()),
+        ("player2", set()),
+        ("layer2b", set()),
+    ],
+)
+def test_the_block_in_a_name(name, blocks):
+    assert blocks_in_name(name) == blocks
+
+
+def test_the_block_is_never_guessed(tmp_path):
+    one = random_sae(32, 100, "topk", k=5)
+    one.save(tmp_path / "clip-vit-b32")
+    with pytest.raises(ValueError, match="layers: expected the one block that .*clip-vit-b32 belongs to, got None"):
+        fastfg.load_saes(tmp_path / "clip-vit-b32")
+    one.save(tmp_path / "layer_1")
+    with pytest.raises(ValueError, match=r"expected the block in the config or the name of each .* \['clip-vit-b32'\]"):
+        fastfg.load_saes(tmp_path)
+    assert list(fastfg.load_saes(tmp_path, layers=[1])) == [1]
+    one.save(tmp_path / "layer_1_layer_2")
+    with pytest.raises(ValueError, match=r"source: expected one block in the name of .*, got \[1, 2\]"):
+        fastfg.load_saes(tmp_path / "layer_1_layer_2")
+    write_prisma(tmp_path / "l3", weights(one))
+    with pytest.raises(ValueError, match="source: expected one block for .*l3, got 9 in config.json and 3 in its name"):
+        fastfg.load_saes(tmp_path / "l3")
+    for wrong in (-2, "9", 2.0, True):
+        write_prisma(tmp_path / "x", weights(one), hook_point_layer=wrong)
+        with pytest.raises(ValueError, match=f"expected hook_point_layer in .* to be a block from 0 on, got {wrong!r}"):
+            fastfg.load_saes(tmp_path / "x")
 
 
 def test_what_is_not_there_is_named(tmp_path):
@@ -110,9 +309,9 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="expected SAE folders named by block under"):
         fastfg.load_saes(tmp_path)
     (tmp_path / "readme.txt").write_text("")
-    with pytest.raises(ValueError, match=r"expected an SAE folder \(fastfg: .* Prisma: .* with readme.txt"):
+    with pytest.raises(ValueError, match=r"expected an SAE folder \(fastfg: .* Prisma: .* has readme.txt"):
         fastfg.SparseAutoencoder.load(tmp_path)
     for name in ("layer_1", "block1"):
         random_sae(32, 100, "topk", k=5).save(tmp_path / name)
-    with pytest.raises(ValueError, match="expected one SAE a block, got .* for block 1"):
+    with pytest.raises(ValueError, match="expected one SAE per block, got .* for block 1"):
         fastfg.load_saes(tmp_path)

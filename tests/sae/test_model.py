@@ -54,11 +54,21 @@ def test_it_moves_and_has_no_gradients():
         ({"b_dec": torch.zeros(6)}, r"b_dec: expected \[4\]"),
         ({"k": None}, "k: expected 1 to 6 for a topk SAE, got None"),
         ({"k": 7}, "k: expected 1 to 6 for a topk SAE, got 7"),
+        ({"k": 2.0}, "k: expected an int, got 2.0"),
+        ({"k": True}, "k: expected an int, got True"),
+        ({"subtract_b_dec": "false"}, "subtract_b_dec: expected True or False, got 'false'"),
+        ({"b_dec": [0.0] * 4}, "b_dec: expected a tensor, got list"),
+        ({"W_enc": torch.zeros(4, 6).long()}, "W_enc: expected a floating dtype, got torch.int64"),
+        ({"b_dec": torch.zeros(4).half()}, "b_dec: expected torch.float32 on cpu, as W_enc, got torch.float16 on cpu"),
+        ({"b_enc": torch.zeros(6, device="meta")}, "b_enc: expected torch.float32 on cpu, as W_enc, .* on meta"),
         ({"activation": "elu"}, "activation: expected one of .* got 'elu'"),
         ({"normalize": "batch"}, "normalize: expected one of .* got 'batch'"),
-        ({"activation": "jumprelu"}, "threshold: expected for a jumprelu SAE, got None"),
+        ({"activation": "jumprelu"}, "threshold: expected a tensor for a jumprelu SAE, got None"),
         ({"activation": "jumprelu", "threshold": 0.5}, r"threshold: expected \[6\] for a jumprelu SAE, got \[\]"),
-        ({"activation": "gated", "r_mag": torch.zeros(6), "b_gate": torch.zeros(6)}, "b_mag: expected for a gated SAE"),
+        (
+            {"activation": "gated", "r_mag": torch.zeros(6), "b_gate": torch.zeros(6)},
+            "b_mag: expected a tensor for a gated SAE",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
@@ -69,7 +79,7 @@ def test_what_does_not_fit_is_named(change, message):
         "b_dec": torch.zeros(4),
         "k": 2,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         fastfg.SparseAutoencoder(**(fits | change))
 
 

@@ -1,10 +1,13 @@
-"""Training finds a dictionary that is known, revives the dead, and reports honestly."""
+"""Training finds a known dictionary, revives dead features, and its report is right on tokens of any dtype."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import fastfg
 from fastfg.sae.train import _Training, report
+from tests.tools import random_sae
 
 
 def sparse_data(T=20000, d=24, F=48, k=3, seed=0):
@@ -67,16 +70,125 @@ def test_report_by_hand():
     assert found.l0 == 1.0
 
 
+def small():
+    x, _ = sparse_data(T=3000)
+    return x, {"n_features": 64, "k": 3, "epochs": 1, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    x, options = small()
+    return fastfg.train_sae(x, **options)
+
+
+@contextmanager
+def default(get, put, value):
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "float64 default": lambda: default(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default device": lambda: default(lambda: None, torch.set_default_device, "meta"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_the_callers_context_changes_nothing(around, expected):
+    x, options = small()
+    with AROUND[around]():
+        sae, found = fastfg.train_sae(x.clone(), **options)
+    assert found == expected[1]
+    for name, tensor in expected[0].state_dict().items():
+        assert torch.equal(sae.state_dict()[name], tensor)
+        assert not sae.state_dict()[name].is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tokens_of_other_dtypes(dtype, expected):
+    x, options = small()
+    _, found = fastfg.train_sae(x.to(dtype), **options)
+    assert found.explained_variance == pytest.approx(expected[1].explained_variance, abs=0.02)
+
+
+def test_report_of_half_precision_tokens_whose_squares_overflow():
+    """The squares of 400 overflow in float16: the report said 1.0 of any SAE."""
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) * 400
+    sae = random_sae(8, 32, "topk", k=2, dtype=torch.float32)
+    wide = report(sae, x.half().double())
+    assert report(sae, x.half()).explained_variance == pytest.approx(wide.explained_variance, rel=1e-5)
+    assert wide.explained_variance < 0.9
+
+
+def test_report_of_tokens_that_are_all_the_same():
+    sae = random_sae(8, 32, "topk", k=2, dtype=torch.float32)
+    for x in (torch.full((5, 8), 0.1), torch.zeros(1, 8), torch.zeros(0, 8)):
+        with pytest.raises(ValueError, match=f"x: expected tokens that differ to report on, got {len(x)}"):
+            report(sae, x)
+
+
+def test_reviving_from_tokens_without_an_error():
+    training = _Training(sparse_data(T=1000)[0], 64, 3, 1e-3, seed=0)
+    training.revive(torch.zeros(10, 24))
+    assert training.revived == 0
+
+
+def test_training_that_diverges_is_named():
+    x, options = small()
+    with pytest.raises(RuntimeError, match="lr: expected training to stay finite, .* with lr=1e\\+30"):
+        fastfg.train_sae(x, **options, lr=1e30)
+
+
+TOKENS = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(
-    ("x", "options", "message"),
+    ("x", "options", "error", "message"),
     [
-        (torch.zeros(10), {}, r"x: expected floating tokens \[T, d\], got torch.float32 \[10\]"),
-        (torch.full((4000, 4), torch.nan), {}, "x: expected finite tokens"),
-        (torch.zeros(4000, 4), {"k": 65}, "k: expected 1 to n_features=64, got 65"),
-        (torch.zeros(4000, 4), {"held_out": 0}, "held_out: expected a share between 0 and 1, got 0"),
-        (torch.zeros(100, 4), {}, "x: expected at least one batch of 512 training tokens, got 100 in all"),
+        (torch.zeros(10), {}, ValueError, r"x: expected floating tokens \[T, d\], got torch.float32 \[10\]"),
+        (torch.zeros(10, 4).int(), {}, ValueError, r"x: expected floating tokens \[T, d\], got torch.int32 \[10, 4\]"),
+        (torch.zeros(4000, 0), {}, ValueError, r"x: expected floating tokens \[T, d\], got torch.float32 \[4000, 0\]"),
+        (TOKENS.numpy(), {}, ValueError, r"x: expected floating tokens \[T, d\], got ndarray"),
+        (torch.full((4000, 4), torch.nan), {}, ValueError, "x: expected finite tokens"),
+        (TOKENS.double() * 1e30, {}, ValueError, r"x: expected values up to 1e\+15, whose squares fit float32"),
+        (torch.full((4000, 4), 0.1), {}, ValueError, "x: expected training tokens that differ, got 3600 that are all"),
+        (
+            torch.cat([TOKENS[:3600], torch.ones(400, 4)]),
+            {},
+            ValueError,
+            "x: expected held-out tokens that differ, got 400",
+        ),
+        (TOKENS[:2], {}, ValueError, "x: expected at least one batch of 512 training tokens, got 2 in all"),
+        (TOKENS[:2], {"batch_size": 1}, ValueError, "held_out: expected a share that keeps at least 2 of the 2 tokens"),
+        (
+            TOKENS,
+            {"held_out": 1e-6},
+            ValueError,
+            "held_out: .* at least 2 of the 4000 tokens, got 1e-06, which keeps 0",
+        ),
+        (TOKENS, {"held_out": 0}, ValueError, "held_out: expected a share between 0 and 1, got 0"),
+        (TOKENS, {"held_out": "a"}, ValueError, "held_out: expected a share between 0 and 1, got 'a'"),
+        (TOKENS, {"k": 65}, ValueError, "k: expected 1 to n_features=64, got 65"),
+        (TOKENS, {"k": 0}, ValueError, "k: expected at least 1, got 0"),
+        (TOKENS, {"k": 2.0}, TypeError, "k: expected an int, got 2.0"),
+        (TOKENS, {"n_features": 0}, ValueError, "n_features: expected at least 1, got 0"),
+        (TOKENS, {"n_features": True}, TypeError, "n_features: expected an int, got True"),
+        (TOKENS, {"epochs": 0}, ValueError, "epochs: expected at least 1, got 0"),
+        (TOKENS, {"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
+        (TOKENS, {"batch_size": -1}, ValueError, "batch_size: expected at least 1, got -1"),
+        (TOKENS, {"revivals": -1}, ValueError, "revivals: expected at least 0, got -1"),
+        (TOKENS, {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
+        (TOKENS, {"lr": 0}, ValueError, "lr: expected a number > 0, got 0"),
+        (TOKENS, {"lr": float("nan")}, ValueError, "lr: expected a number > 0, got nan"),
     ],
 )
-def test_what_does_not_fit_is_named(x, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_does_not_fit_is_named(x, options, error, message):
+    with pytest.raises(error, match=message):
         fastfg.train_sae(x, **({"n_features": 64, "k": 3} | options))

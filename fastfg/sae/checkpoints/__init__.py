@@ -1,28 +1,31 @@
-"""Reading SAEs from disk, one file a format. Nothing here imports another SAE library or runs pickled code."""
+"""Reading SAEs from disk, one file per format. Nothing here imports another SAE library or runs pickled code."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastfg.sae.checkpoints import own, prisma
+from fastfg.sae.checkpoints.files import CONFIG
+from fastfg.sae.checkpoints.names import block_of
 from fastfg.sae.model import SparseAutoencoder
 
-FORMATS = (own, prisma)  # each: reads(folder) -> bool, read(folder) -> SparseAutoencoder, layer(config)
-BLOCK_IN_NAME = (r"(?:layers?|blocks?)[._-]?(\d+)", r"(\d+)")
+FORMATS = (own, prisma)  # each has WEIGHTS, FILES, reads(folder) -> bool and read(folder) -> SparseAutoencoder
 
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
-    """One SAE from its folder, or from a weights or config file inside it."""
-    folder = _folder(Path(path))
-    for form in FORMATS:
-        if form.reads(folder):
-            return form.read(folder)
-    known = "; ".join(form.FILES for form in FORMATS)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise ValueError(f"path: expected an SAE folder ({known}), got {folder} with {found}")
+    """One SAE from its folder, or from the weights or config file in it.
+
+    Raises FileNotFoundError for a path that does not exist, and ValueError that names the file and what is wrong with
+    it. A file that belongs to no known format is refused; no other file is read in its place.
+    """
+    folder, form = _locate(Path(path))
+    try:
+        return form.read(folder)
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        raise ValueError(text if str(folder) in text else f"path: {folder}: {text}") from error
 
 
 def load_saes(
@@ -31,17 +34,14 @@ def load_saes(
     """SAEs by block: ``{block: SparseAutoencoder}``.
 
     Args:
-        source: a folder that holds a folder a block (its name or its config tells which: ``layer_2``,
-            ``blocks.2.hook_resid_post``, ``2``); one SAE's folder or file; or a mapping ``{block: path}``.
-        layers: the blocks wanted, 0-based; None takes all that are there. Needed with one SAE whose files do
-            not tell their block.
+        source: a folder with one folder per block (its config or its name tells which: ``layer_2``, ``l2``,
+            ``blocks.2.hook_resid_post``, ``2``); the folder or a file of one SAE; or a mapping ``{block: path}``.
+        layers: the 0-based blocks that are wanted; None takes all that are there. Needed with one SAE whose files do
+            not tell its block.
 
     Raises FileNotFoundError or ValueError that names what is missing and what was found.
     """
-    if isinstance(source, Mapping):
-        paths = {int(block): Path(path) for block, path in source.items()}
-    else:
-        paths = _find(Path(source), layers)
+    paths = _given(source) if isinstance(source, Mapping) else _find(Path(source), layers)
     wanted = sorted(paths) if layers is None else list(layers)
     missing = [block for block in wanted if block not in paths]
     if missing:
@@ -49,42 +49,55 @@ def load_saes(
     return {block: load_sae(paths[block]) for block in wanted}
 
 
-def _folder(path: Path) -> Path:
+def _locate(path: Path) -> tuple[Path, Any]:
+    """The folder and the format of the SAE at ``path``."""
     if not path.exists():
         raise FileNotFoundError(f"path: expected an SAE file or folder, got {path}, which does not exist")
-    return path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else path.parent
+    known = "; ".join(form.FILES for form in FORMATS)
+    for form in FORMATS:
+        if form.reads(folder):
+            if path.is_file() and path.name not in (CONFIG, form.WEIGHTS):
+                raise ValueError(
+                    f"path: expected an SAE folder ({known}) or one of these files, got {path}, which is not read: "
+                    f"its folder's SAE is in {form.WEIGHTS}"
+                )
+            return folder, form
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"path: expected an SAE folder ({known}) or one of these files, got {path}; its folder has {found}"
+    )
+
+
+def _given(source: Mapping[int, str | Path]) -> dict[int, Path]:
+    wrong = [block for block in source if isinstance(block, bool) or not isinstance(block, int) or block < 0]
+    if wrong:
+        raise ValueError(f"source: expected blocks from 0 on as keys, got {wrong}")
+    return {block: Path(path) for block, path in source.items()}
 
 
 def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
-    folder = _folder(source)
-    if any(form.reads(folder) for form in FORMATS):
-        block = _block(folder)
+    """The SAEs of ``source`` by block: the one that it is, or those in its folders."""
+    if not source.is_dir() or any(form.reads(source) for form in FORMATS):
+        folder, _ = _locate(source)
+        block = block_of(folder)
         if layers is not None and len(layers) == 1 and block is None:
             block = layers[0]
         if block is None:
             raise ValueError(f"layers: expected the one block that {source} belongs to, got {layers}")
-        return {block: folder}
+        return {block: source}
     found: dict[int, Path] = {}
-    for child in sorted(p for p in folder.iterdir() if p.is_dir() and any(f.reads(p) for f in FORMATS)):
-        block = _block(child)
+    unknown = []
+    for child in sorted(p for p in source.iterdir() if p.is_dir() and any(f.reads(p) for f in FORMATS)):
+        block = block_of(child)
         if block is None:
-            continue
-        if block in found:
-            raise ValueError(f"source: expected one SAE a block, got {found[block]} and {child} for block {block}")
-        found[block] = child
+            unknown.append(child.name)
+        elif block in found:
+            raise ValueError(f"source: expected one SAE per block, got {found[block]} and {child} for block {block}")
+        else:
+            found[block] = child
+    if unknown and (layers is None or not set(layers) <= set(found)):
+        raise ValueError(f"source: expected the block in the config or the name of each SAE in {source}, got {unknown}")
     if not found:
-        raise ValueError(f"source: expected SAE folders named by block under {folder}, got none")
+        raise ValueError(f"source: expected SAE folders named by block under {source}, got none")
     return found
-
-
-def _block(folder: Path) -> int | None:
-    """The block an SAE belongs to: what its config says, else the number in its folder's name."""
-    config = json.loads((folder / "config.json").read_text())
-    for key in ("layer", "hook_point_layer"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    for pattern in BLOCK_IN_NAME:
-        match = re.search(pattern, folder.name)
-        if match:
-            return int(match.group(1))
-    return None

@@ -1,4 +1,4 @@
-"""fastfg's own format: ``config.json`` beside ``sae.safetensors``. It round-trips."""
+"""fastfg's own format: ``config.json`` beside ``sae.safetensors``. What is written is read back bit by bit."""
 
 from __future__ import annotations
 
@@ -6,28 +6,45 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.checkpoints.files import CONFIG, field, pick, read_config, read_tensors
+from fastfg.sae.model import ACTIVATION_TENSORS, SparseAutoencoder
 
-FILES = "fastfg: config.json + sae.safetensors"
+WEIGHTS = "sae.safetensors"
+FILES = f"fastfg: {CONFIG} + {WEIGHTS}"
 FORMAT = "fastfg"
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def reads(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("format") == FORMAT
+    """Whether the folder's config says that it is of this format."""
+    return (folder / CONFIG).is_file() and read_config(folder).get("format") == FORMAT
 
 
 def read(folder: Path) -> SparseAutoencoder:
+    """The SAE in ``folder``. Raises ValueError that names the file and what is wrong with it."""
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "config.json").read_text())
-    arguments: dict[str, Any] = {name: config[name] for name in ("activation", "k", "normalize", "subtract_b_dec")}
-    return SparseAutoencoder(**arguments | load_file(folder / "sae.safetensors"))
+    config, file = read_config(folder), folder / WEIGHTS
+    arguments: dict[str, Any] = {name: field(config, name, str, folder) for name in ("activation", "normalize")}
+    arguments["subtract_b_dec"] = field(config, "subtract_b_dec", bool, folder)
+    if config.get("k") is not None:
+        arguments["k"] = field(config, "k", int, folder)
+    state = read_tensors(file, load_file)
+    unknown = sorted(set(state) - {*TENSORS, *ACTIVATION_TENSORS})
+    if unknown:
+        raise ValueError(f"path: expected tensors among {(*TENSORS, *ACTIVATION_TENSORS)} in {file}, got {unknown}")
+    sae = SparseAutoencoder(**arguments, **pick(state, {*TENSORS, *state}, file))
+    for name, size in (("d", sae.d), ("n_features", sae.n_features)):
+        if field(config, name, int, folder) != size:
+            raise ValueError(f"path: expected {name}={config[name]} in {file}, as {CONFIG} says, got {size}")
+    return sae
 
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:
+    """Write ``sae`` into ``folder``, which is made where it does not exist."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in sae.state_dict().items()}, folder / "sae.safetensors")
-    (folder / "config.json").write_text(json.dumps({"format": FORMAT} | sae.config(), indent=2) + "\n")
+    # clones: safetensors refuses tensors that share memory, as W_enc does where it is W_dec.T
+    save_file({name: t.contiguous().clone() for name, t in sae.state_dict().items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({"format": FORMAT} | sae.config(), indent=2) + "\n", encoding="utf-8")

@@ -1,19 +1,21 @@
 """ViT-Prisma's format: ``config.json`` (a VisionModelSAERunnerConfig) beside ``weights.pt`` (a state dict).
 
-Its standard and gated SAEs always subtract ``b_dec``; ``layer_norm`` there divides by (std + 1e-5), unbiased.
+Its standard and gated SAEs always subtract ``b_dec``; ``layer_norm`` there divides by (std + 1e-5), unbiased. Its
+library has changed the defaults of normalisation and activation, so both must be in the config.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastfg.sae.checkpoints.files import CONFIG, field, pick, read_config, read_tensors
 from fastfg.sae.model import SparseAutoencoder
 
-FILES = "Prisma: config.json + weights.pt"
+WEIGHTS = "weights.pt"
+FILES = f"Prisma: {CONFIG} + {WEIGHTS}"
 ACTIVATIONS = {"relu": "relu", "topk": "topk", "tanh-relu": "tanh_relu"}
 NORMALIZATIONS = {
     None: "none",
@@ -22,38 +24,71 @@ NORMALIZATIONS = {
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "constant_norm",
 }
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+GATED = ("r_mag", "b_gate", "b_mag")
 
 
 def reads(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "weights.pt").is_file()
+    """Whether the folder holds this format's two files, and the config is not of fastfg's own format."""
+    both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    return both and "format" not in read_config(folder)
 
 
 def read(folder: Path) -> SparseAutoencoder:
-    config = json.loads((folder / "config.json").read_text())
-    state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
-    if "state_dict" in state:
-        state = state["state_dict"]
-    return SparseAutoencoder(
-        **{name: state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
-        normalize=_one_of(config, "normalize_activations", NORMALIZATIONS, "layer_norm"),
+    """The SAE in ``folder``. Raises ValueError that names the file and what is wrong with it."""
+    config, file = read_config(folder), folder / WEIGHTS
+    _check_site(config, folder)
+    state = read_tensors(file, lambda f: torch.load(f, map_location="cpu", weights_only=True))
+    state = state.get("state_dict", state)
+    if not isinstance(state, dict):
+        raise ValueError(f"path: expected state_dict in {file} to be a dict, got {type(state).__name__}")
+    if "b_dec_out" in state:
+        raise ValueError(f"path: expected a sparse autoencoder in {file}, got a transcoder (it has b_dec_out)")
+    activation = _activation(config, state, folder)
+    gated = GATED if activation["activation"] == "gated" else ()
+    sae = SparseAutoencoder(
+        **pick(state, (*TENSORS, *gated), file),
+        normalize=_one_of(config, "normalize_activations", NORMALIZATIONS, folder),
         subtract_b_dec=True,
-        **_activation(config, state),
+        **activation,
     )
+    if "d_in" in config and field(config, "d_in", int, folder) != sae.d:
+        raise ValueError(f"path: expected d_in={config['d_in']} in {file}, as {CONFIG} says, got {sae.d}")
+    return sae
 
 
-def _activation(config: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    name = _one_of(config, "activation_fn_str", ACTIVATIONS, "relu")
+def _check_site(config: dict[str, Any], folder: Path) -> None:
+    """The SAE was trained on the patch tokens of a block's output."""
+    for name, fits in (("layer_subtype", "hook_resid_post"), ("cls_token_only", False)):
+        if config.get(name, fits) != fits:
+            raise ValueError(f"path: expected {name} to be {fits!r} in {folder / CONFIG}, got {config[name]!r}")
+
+
+def _activation(config: dict[str, Any], state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    name = _one_of(config, "activation_fn_str", ACTIVATIONS, folder)
+    has_gate = any(key in state for key in GATED)
     architecture = config.get("architecture", "standard")
     if architecture == "gated" and name == "relu":
-        return {"activation": "gated"} | {key: state[key] for key in ("r_mag", "b_gate", "b_mag")}
-    if architecture == "standard":
-        k = (config.get("activation_fn_kwargs") or {}).get("k") if name == "topk" else None
-        return {"activation": name, "k": k}
-    raise ValueError(f"architecture: expected standard, or gated with relu, got {architecture!r} with {name!r}")
+        return {"activation": "gated"}
+    if architecture != "standard" or has_gate:
+        weights = " and weights of a gated SAE" if has_gate else ""
+        raise ValueError(
+            f"architecture: expected standard, or gated with relu, got {architecture!r} with {name!r}{weights} "
+            f"in {folder / CONFIG}"
+        )
+    if name != "topk":
+        return {"activation": name}
+    options = field(config, "activation_fn_kwargs", dict, folder)
+    return {"activation": name, "k": field(options, "k", int, folder)}
 
 
-def _one_of(config: dict[str, Any], key: str, known: dict[Any, str], default: str) -> str:
-    value = config.get(key, default)
-    if value not in known:
-        raise ValueError(f"{key}: expected one of {sorted(map(str, known))} in config.json, got {value!r}")
+def _one_of(config: dict[str, Any], key: str, known: dict[Any, str], folder: Path) -> str:
+    if key not in config:
+        raise ValueError(
+            f"{key}: expected one of {sorted(map(str, known))} in {folder / CONFIG}, which does not have the field; "
+            "no default is right for every version of Prisma"
+        )
+    value = config[key]
+    if not isinstance(value, (str, type(None))) or value not in known:
+        raise ValueError(f"{key}: expected one of {sorted(map(str, known))} in {folder / CONFIG}, got {value!r}")
     return known[value]

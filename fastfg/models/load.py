@@ -1,0 +1,126 @@
+"""A timm model by its name, with its weights and the transform that its images need."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfg.models.timm import import_timm, preprocessing
+
+
+def load(
+    name: str, weights: str | Path | None = None, *, pretrained: bool | None = None, **options: Any
+) -> tuple[Any, Callable[[Any], Tensor]]:
+    """timm's model ``name`` in eval mode, and its evaluation transform: a PIL image -> [C, H, W].
+
+    It imports timm by :func:`fastfg.models.import_timm`, which also works beside a torchvision that was built for
+    another torch. Nothing is fetched over the network unless ``pretrained`` is True.
+
+    Args:
+        name: of a timm ``VisionTransformer`` or ``Eva``, for example ``vit_base_patch16_224``.
+        weights: file with the model's state dict: .safetensors, or .pt and .pth, which are read without running
+            pickled code. The number of classes is that of the ``head`` in it.
+        pretrained: True: timm fetches its own weights. False: random weights. Needed where no ``weights`` are given.
+        options: of ``timm.create_model``, for example ``img_size`` and ``num_classes``.
+
+    Raises FileNotFoundError for a missing file, ValueError for weights that do not fit, and TypeError for a model of no
+    known family.
+
+    >>> import torch, fastfg
+    >>> from PIL import Image
+    >>> model, transform = fastfg.models.load("vit_tiny_patch16_224", pretrained=False, num_classes=5)
+    >>> images = torch.stack([transform(Image.new("RGB", (320, 240)))])
+    >>> fastfg.attribute(model, images).maps.shape
+    torch.Size([1, 14, 14])
+    """
+    if (weights is None) == (pretrained is None):
+        got = "neither" if weights is None else "both"
+        raise ValueError(f"weights: expected a file, or pretrained=True or False, got {got}")
+    from fastfg.models import adapt
+
+    state = {} if weights is None else read_state(weights)
+    if "head.weight" in state:
+        options = {"num_classes": len(state["head.weight"])} | options
+    model = _create(name, pretrained=bool(pretrained), **options)
+    adapt(model)  # refuses other architectures
+    if weights is not None:
+        load_state(model, state, name)
+    return model.eval(), preprocessing(model)
+
+
+def load_state(model: Any, state: dict[str, Tensor], name: str) -> None:
+    """Load ``state`` into ``model``. Raises ValueError that says where the names or shapes differ."""
+    if misfit := _misfit(model.state_dict(), state):
+        raise ValueError(f"weights: expected those of {name}, got a state dict with {misfit}")
+    model.load_state_dict(state)
+
+
+def read_state(file: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file, or in a .pt or .pth file, which is read without running pickled code.
+
+    The keys ``state_dict`` and ``model`` of training checkpoints are unwrapped. Raises FileNotFoundError where there
+    is no file, and ValueError for a file that does not hold a state dict.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"weights: expected a file, got {file}, which {'is a folder' if file.is_dir() else 'does not exist'}"
+        )
+    try:
+        state: Any = _read(file)
+    except Exception as error:  # damaged files make the readers raise anything
+        raise ValueError(
+            f"weights: expected a state dict of tensors (.safetensors, .pt or .pth), got {file}, which cannot be read "
+            f"as one: {type(error).__name__}: {_first_sentence(error)}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise ValueError(f"weights: expected a state dict {{name: tensor}}, got something else in {file}")
+    return state
+
+
+def _read(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _create(name: str, pretrained: bool, **options: Any) -> Any:
+    """timm's model; errors name the argument."""
+    timm = import_timm()
+    if "/" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(pretrained=False), n=3)
+        hint = f" (close: {', '.join(close)})" if close else ""
+        raise ValueError(f"model: expected the name of a timm model, got {name!r}{hint}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # the network, the hub and timm's own checks
+        what = "pretrained: timm could not fetch the weights of" if pretrained else "model: timm could not create"
+        raise ValueError(f"{what} {name}: {type(error).__name__}: {_first_sentence(error)}") from error
+
+
+def _misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
+    """Where the names or shapes of two state dicts differ, with the first few of each kind; empty where they agree."""
+    parts = {
+        "no": [name for name in expected if name not in got],
+        "unexpected": [name for name in got if name not in expected],
+        "other shapes for": [name for name in expected if name in got and expected[name].shape != got[name].shape],
+    }
+    return "; ".join(
+        f"{what} {', '.join(map(str, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in parts.items()
+        if names
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split("\n")[0].split(". ")[0]

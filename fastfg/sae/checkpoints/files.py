@@ -1,0 +1,72 @@
+"""Reading an SAE's files: every error names the file and what is wrong with it. No pickled code is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIG = "config.json"
+MAY_BE_INFINITE = {"b_enc": -torch.inf, "threshold": torch.inf}  # either one switches a feature off
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in the folder's ``config.json``."""
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # also text that is not UTF-8
+        raise ValueError(f"path: expected JSON in {file}, got {type(error).__name__}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"path: expected a JSON object in {file}, got {type(config).__name__}")
+    return config
+
+
+def read_tensors(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
+    """What ``reader`` reads from ``file``, which must be a mapping by name."""
+    try:
+        state = reader(file)
+    except Exception as error:  # of pickle, zip files, safetensors: a damaged file can raise nearly anything
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"path: expected tensors in {file}, got a file that is damaged or holds pickled code, which is never run "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"path: expected tensors by name in {file}, got {type(state).__name__}")
+    return state
+
+
+def pick(state: dict[str, Any], names: Iterable[str], file: Path) -> dict[str, Any]:
+    """The tensors ``names`` of ``state``, which must be there, be tensors and be finite."""
+    picked = {}
+    for name in names:
+        if name not in state:
+            raise ValueError(f"path: expected {name} in {file}, got {sorted(map(str, state))[:12]}")
+        tensor = state[name]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"path: expected {name} in {file} to be a tensor, got {type(tensor).__name__}")
+        finite = tensor.isfinite()
+        if name in MAY_BE_INFINITE:
+            finite |= tensor == MAY_BE_INFINITE[name]
+        if not bool(finite.all()):
+            raise ValueError(f"path: expected finite weights in {file}, got NaN or infinity in {name}")
+        picked[name] = tensor
+    return picked
+
+
+def field(config: dict[str, Any], name: str, kind: type, folder: Path) -> Any:
+    """The field ``name`` of a config, which must be there and be a ``kind``; a bool is no int."""
+    if name not in config:
+        raise ValueError(f"path: expected the field {name} in {folder / CONFIG}, got {sorted(config)[:12]}")
+    value = config[name]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"path: expected {name} in {folder / CONFIG} to be {_A[kind]}, got {value!r}")
+    return value
+
+
+_A = {int: "an integer", str: "a string", bool: "true or false", dict: "an object"}

@@ -1,0 +1,56 @@
+"""The block that an SAE belongs to: what its config says, else what its folder's name says. Never a guess."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from fastfg.sae.checkpoints.files import CONFIG, read_config
+
+KEYS = ("layer", "hook_point_layer")
+# "layer_9", "layers.9", "blocks.9", "block9": before "l9", which could also be the size of a model or an L1 penalty
+WORD = re.compile(r"(?<![a-z0-9])(?:layers?|blocks?)[._-]?(\d+)(?![a-z0-9])")
+LETTER = re.compile(r"(?<![a-z0-9])l(?![012][-_=.]\d)(\d+)(?![a-z0-9])")
+MODEL = re.compile(r"(?:vit|clip|siglip|dino(?:v\d)?|deit\d?|eva\d*|mae|beit)[-_.]?[tsblhg][-_.]?(?:8|14|16|32)(?!\d)")
+
+
+def block_of(folder: Path) -> int | None:
+    """The 0-based block of the SAE in ``folder``; None where neither config nor name tells it.
+
+    Raises ValueError where the two differ, and where the name holds several blocks and the config none.
+    """
+    told, named = block_in_config(read_config(folder), folder), blocks_in_name(folder.name)
+    if told is not None:
+        if len(named) == 1 and told not in named:
+            raise ValueError(
+                f"source: expected one block for {folder}, got {told} in {CONFIG} and {named.pop()} in its name "
+                "(a mapping {block: path} says which)"
+            )
+        return told
+    if len(named) > 1:
+        raise ValueError(
+            f"source: expected one block in the name of {folder}, got {sorted(named)} (a mapping {{block: path}} says "
+            "which)"
+        )
+    return named.pop() if named else None
+
+
+def block_in_config(config: dict[str, Any], folder: Path) -> int | None:
+    for key in KEYS:
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"path: expected {key} in {folder / CONFIG} to be a block from 0 on, got {value!r}")
+        return value
+    return None
+
+
+def blocks_in_name(name: str) -> set[int]:
+    """The blocks that a name speaks of: ``layer_9``, ``layers.9``, ``blocks.9``, ``l9``, or nothing but a number."""
+    name = name.lower()
+    if name.isdecimal():
+        return {int(name)}
+    words = WORD.findall(name) or LETTER.findall(MODEL.sub(" ", name))
+    return {int(number) for number in words}
