@@ -21,7 +21,7 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     ``stars``.
 
     ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``; NaN for itself, and
-    where fewer than two images have a score. Missing scores are left out: ``n`` of them were there, ``missing`` were not.
+    where fewer than two images have a score. Missing scores are left out: ``n`` were there, ``missing`` were not.
 
     Args:
         scores: columns ``variant`` and one per metric, besides those that say which image it is (see
