@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastfg.attribution.capture import Capture
-
 CLASS_TOKEN = slice(0, 1)
+
+
+class MeetsAttention(Protocol):
+    """What :attr:`Adapter.meet` is given: it is told of each attention of the model as it runs."""
+
+    def meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
+        """One attention: q, k, v [B, H, N, dh], its output [B, H, N, dh], or [B, N, H, dh] where ``transposed``.
+
+        Returns the output that the model has to go on with, in place of ``out``.
+        """
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Adapter:
         flags: (object, attribute, value) that must hold while the model is read, say fused attention on; they
             are put back afterwards.
         meet: for attention that is not ``F.scaled_dot_product_attention``: registers hooks that call
-            ``capture.meet`` and returns their handles.
+            ``capture.meet``, and yields the handle of each one as soon as it is registered.
     """
 
     model: nn.Module
@@ -49,7 +56,7 @@ class Adapter:
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     flags: tuple[tuple[Any, str, Any], ...] = ()
-    meet: Callable[[Capture], list[Any]] | None = None
+    meet: Callable[[MeetsAttention], Iterable[Any]] | None = None
 
     @property
     def parameter(self) -> Tensor:
