@@ -13,6 +13,7 @@ from torch import nn
 from fastfg.models import open_clip, prisma, timm, torchvision, transformers
 from fastfg.models.adapter import Adapter
 from fastfg.models.open_clip import ZeroShot
+from fastfg.torch_internals import uncompiled
 
 FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "timm.models.vision_transformer.VisionTransformer": timm.adapt,
@@ -30,7 +31,7 @@ def find_adapter(model: Any) -> Adapter | None:
     """The adapter of ``model``, or None where its family is not known."""
     if isinstance(model, Adapter):
         return model
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    model = uncompiled(model)
     if isinstance(model, ZeroShot):
         return open_clip.adapt_zero_shot(model, adapt(model.trunk))
     for cls in type(model).__mro__:
