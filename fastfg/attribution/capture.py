@@ -64,6 +64,7 @@ class Capture(TorchFunctionMode):
         self.root = root
         self.name = type(adapter.model).__qualname__
         self.inside: int | None = None  # the block that is running
+        self.stream: Tensor | None = None  # the output of the block that ran last
         self.ran: list[int] = []  # blocks, in the order in which they were called
         self.met: list[int | None] = []  # of each attention, the block in which it was met
         self.arrived: list[int] = []  # attentions whose gradient came
@@ -86,22 +87,29 @@ class Capture(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self.handles.close()
+        self.stream = None
         if exception[0] is not None:
             self.root = None  # its hook refers back to this object
 
     def _register(self) -> Iterable[Any]:
         for number, block in enumerate(self.adapter.blocks):
-            yield block.register_forward_pre_hook(in_this_thread(self._enters(number)))
+            yield block.register_forward_pre_hook(in_this_thread(self._enters(number)), with_kwargs=True)
             yield block.register_forward_hook(in_this_thread(self._leaves(number)))
         if self.adapter.meet is not None:
             yield from self.adapter.meet(self)
 
-    def _enters(self, block: int) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
+    def _enters(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self.inside is not None:
                 raise RuntimeError(
                     f"model: expected {self.name} to run one block after another, it ran block {block} inside block "
                     f"{self.inside}"
+                )
+            given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            if self.stream is not None and given is not None and not _reads(given, self.stream):
+                raise RuntimeError(
+                    f"model: expected block {block} of {self.name} to read the output of block {self.ran[-1]}, which "
+                    "ran before it; it does not"
                 )
             self.ran.append(block)
             self.inside = block
@@ -116,6 +124,7 @@ class Capture(TorchFunctionMode):
                 got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
                 B, N = self.shape
                 raise RuntimeError(f"model: expected the output of block {block} to be [{B}, {N}, d], got {got}")
+            self.stream = stream
             if block in self.layers and stream.requires_grad:
                 x = stream.detach()
                 stream.register_hook(lambda g: self._residual_arrives(block, x, g))
@@ -217,7 +226,7 @@ class Capture(TorchFunctionMode):
             if number != awaited:
                 raise RuntimeError(
                     f"model: expected the gradient of {self.name} to reach the attention of block {awaited} next, it "
-                    f"reached that of block {number}: each block must read the output of the one before it"
+                    f"reached that of block {number}: the target must depend on every block"
                 )
             if number in self.layers and number not in self.residuals:
                 raise RuntimeError(
@@ -228,3 +237,18 @@ class Capture(TorchFunctionMode):
         with torch.autocast(q.device.type, enabled=False):
             for callback in self.on_attention:
                 callback(number, q, k, v, dO, scale)
+
+
+def _reads(given: Tensor, stream: Tensor) -> bool:
+    """Whether ``given`` is ``stream``, or was computed from it; True where ``stream`` has no gradients to tell."""
+    if given is stream or stream.grad_fn is None:
+        return True
+    waiting, seen = [given.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is stream.grad_fn:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return False
