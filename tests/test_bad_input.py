@@ -90,7 +90,7 @@ def test_layers_that_the_model_or_the_saes_lack(model, images, saes):
         fastfg.attribute(model, images, saes=saes, gate=[{"layers": 1}])
     with refuses(ValueError, "gate: expected", "got an empty list"):
         fastfg.attribute(model, images, gate=[])
-    with refuses(ValueError, "layers: expected blocks from 0 to 3, got [4]"):
+    with refuses(ValueError, "layers: expected blocks from 0 to 3, as the model has, got [4]"):
         fastfg.residuals(model, images, [4])
 
 
@@ -104,7 +104,7 @@ def test_sae_of_another_width(model, images, gate):
     [
         (5, ValueError, ("target: expected classes from 0 to 4", "got [5, 5, 5]")),
         ([0, -1, 2], ValueError, ("target: expected classes from 0 to 4", "got [-1]")),
-        ([0, 1], ValueError, ("target: expected one class or 3", "got [2]")),
+        ([0, 1], ValueError, ("target: expected one class, or one per image (3)", "got [2]")),
         (0.5, TypeError, ("target: expected integers", "float")),
         (torch.rand(3), TypeError, ("target: expected", "LongTensor [3]")),
         ("cat", TypeError, ("target: expected", "'cat'")),

@@ -78,14 +78,15 @@ def in_order(blocks, x):
     return x
 
 
+UNREAD = "expected block 2 of VisionTransformer to read the output of block 1, which ran before it; it does not"
 RUNS = {
     by_forward: r"expected VisionTransformer to run its 4 blocks once each and in order, it ran \[\]",
     in_reverse: r"in order, it ran \[3, 2, 1, 0\]",
     one_twice: r"in order, it ran \[0, 1, 1, 2, 3\]",
     one_twice_another_not_at_all: r"in order, it ran \[0, 1, 1, 3\]",
-    in_parallel: "expected block 2 of VisionTransformer to read the output of block 1, which ran before it; it does not",
-    one_unread: "expected block 2 of VisionTransformer to read the output of block 1, which ran before it; it does not",
-    with_a_stop: "expected block 2 of VisionTransformer to read the output of block 1, which ran before it; it does not",
+    in_parallel: UNREAD,
+    one_unread: UNREAD,
+    with_a_stop: UNREAD,
     without_gradients: "expected gradients to flow through VisionTransformer, they stop before its attention number 1",
 }
 
