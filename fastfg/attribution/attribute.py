@@ -64,6 +64,10 @@ def attribute(
     adapter = adapt(model)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features, methods)
+    single = not isinstance(gate, Sequence)
+    if len(images) == 0:
+        options = {"saes": saes, "identity": identity, "backend": backend, "features": features, "methods": methods}
+        return _of_no_images(adapter, images, target, single, gate=gate, **options)
     grid = adapter.grid((images.shape[-2], images.shape[-1]))
     n_tokens = adapter.num_prefix_tokens + grid[0] * grid[1]
     relevancy = RelevancyPass(adapter, n_tokens, configs, saes or {}, identity, backend, features)
@@ -82,7 +86,7 @@ def attribute(
     if "gradient_x_input" in methods:
         found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid)
     logits = output.detach() if isinstance(output, Tensor) else output
-    return _result(relevancy, grid, chosen, logits, found, single=not isinstance(gate, Sequence))
+    return _result(relevancy, grid, chosen, logits, found, single)
 
 
 def _explained(output: Any, target: Target, n_images: int) -> tuple[Tensor | TargetFunction, Tensor]:
@@ -119,6 +123,25 @@ def _result(
         gates={block: pick(t) for block, t in sorted(relevancy.gates.items())},
         features={block: Features(*map(pick, t)) for block, t in sorted(relevancy.features.items())},
         methods=methods,
+    )
+
+
+def _of_no_images(adapter: Adapter, images: Tensor, target: Target, single: bool, **options: Any) -> Attribution:
+    """Empty results, cut from those of one blank image: many models can't run a batch of no images."""
+    alike = target if callable(target) or isinstance(target, int) else None
+    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=alike, **options)
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:0] if single else t[:, :0]
+
+    return Attribution(
+        maps=cut(one.maps),
+        target=target if callable(target) else resolve_target(target, one.logits[:0]),
+        logits=one.logits[:0] if isinstance(one.logits, Tensor) else one.logits,
+        scores={block: cut(t) for block, t in one.scores.items()},
+        gates={block: cut(t) for block, t in one.gates.items()},
+        features={block: Features(*map(cut, t)) for block, t in one.features.items()},
+        methods={name: t[:0] for name, t in one.methods.items()},
     )
 
 

@@ -140,8 +140,7 @@ class PatchScores:
             yield self._project_codes(gate)[1], *self.codes
             return
         for g, f in zip(self.g_sae.split(TOKENS_AT_ONCE), self._dense_codes(), strict=True):
-            most = int((f > 0).sum(-1).max()) if len(f) else 0
-            values, indices = topk_lowest_index(f, max(most, 1))
+            values, indices = topk_lowest_index(f, max(int((f > 0).sum(-1).max()), 1))
             yield self._project(gate, g, values, indices)[1], values, indices
 
 

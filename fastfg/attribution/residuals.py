@@ -34,7 +34,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
 
     def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[block] = resid_post(output)[:, adapter.num_prefix_tokens :].clone()
+            found[block] = resid_post(output)[: len(images), adapter.num_prefix_tokens :].clone()
 
         return hook
 
@@ -42,7 +42,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
         for block in layers:
             handle = adapter.blocks[block].register_forward_hook(in_this_thread(keep(block)))
             hooks.callback(handle.remove)
-        adapter.forward(images)
+        adapter.forward(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # not all run without
     missing = [block for block in layers if block not in found]
     if missing:
         raise RuntimeError(

@@ -7,6 +7,7 @@ import torch
 import fastfg
 from fastfg.attribution.patch_scores import SCORES
 from fastfg.types import METHODS, SCORE_KINDS
+from tests.models.families import build
 from tests.tools import ACTIVATIONS, random_sae
 
 GATES = [
@@ -42,6 +43,25 @@ def test_no_images(model, images, activation):
     assert {name: tuple(maps.shape) for name, maps in found.methods.items()} == dict.fromkeys(METHODS, (0, 4, 6))
     assert fastfg.attribute(model, images[:0]).maps.shape == (0, 4, 6)
     assert found.heatmap((32, 48)).shape == (C, 0, 32, 48)
+
+
+@pytest.mark.parametrize("name", ["transformers ViT", "open_clip tower", "vit-prisma HookedViT"])
+def test_no_images_for_models_that_refuse_none(name):
+    model, images = build(name), torch.randn(0, 3, 32, 32, dtype=torch.float64)
+    found = fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual"), target=1)
+    assert found.maps.shape == (0, 4, 4)
+    assert found.scores[1].shape == (0, 16)
+    assert found.target.shape == (0,)
+    assert fastfg.residuals(model, images, [1])[1].shape == (0, 16, 48)
+
+
+def test_targets_of_no_images(model, images):
+    assert fastfg.attribute(model, images[:0], target=[]).target.dtype == torch.int64
+    assert fastfg.attribute(model, images[:0], target=lambda logits: logits[:, 1]).maps.shape == (0, 4, 6)
+    with pytest.raises(ValueError, match=r"target: expected one class, or one per image \(0\), got \[2\]"):
+        fastfg.attribute(model, images[:0], target=[1, 2])
+    with pytest.raises(ValueError, match=r"target: expected classes from 0 to 4, got \[7\]"):
+        fastfg.attribute(model, images[:0], target=7)
 
 
 @pytest.mark.parametrize("activation", ["topk", "relu"])
