@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,16 +17,19 @@ SCORE_KINDS = ("combined", "activation", "gradient", "gradient_signed", "gradien
 
 @dataclass(frozen=True)
 class Gate:
-    """One configuration of the gate: which blocks, how sharp, how strong, and from which score.
+    """One configuration of the gate: which blocks it acts on, how sharply, how strongly, and by which score.
 
     Args:
-        layers: 0-based blocks whose attention maps are gated, from the residual stream at their output.
+        layers: 0-based blocks whose attention maps are gated, an int or several. The scores come from the residual
+            stream at the output of the same block.
         kappa: sharpness, > 0: ``w = exp(log(c_max) * tanh(kappa * z))``.
         c_max: strength, > 1: gates lie in [1/c_max, c_max].
-        score: ``combined`` (the method: feature times its gradient), ``activation``, ``gradient`` (absolute),
+        score: ``combined`` (the method: each feature times its gradient), ``activation``, ``gradient`` (absolute),
             ``gradient_signed``, or ``gradient_x_residual`` (``g . x``, the control without an SAE).
-        shuffle_seed: pair the codes with a decoder whose rows are permuted by this seed (``combined`` only).
-        rescale: multiply the scores by the token's own scale of a normalised SAE.
+        shuffle_seed: pairs the codes with a decoder whose rows are permuted by this seed (``combined`` only).
+        rescale: multiplies the scores of a normalised SAE by each token's own scale.
+
+    Raises ValueError or TypeError that names the argument.
 
     >>> import fastfg
     >>> fastfg.Gate(layers=(2, 3, 4), kappa=1.0, c_max=50.0).layers
@@ -40,7 +44,7 @@ class Gate:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        layers = (self.layers,) if isinstance(self.layers, int) else tuple(int(layer) for layer in self.layers)
+        layers = _integers("layers", self.layers)
         object.__setattr__(self, "layers", layers)
         if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
             raise ValueError(f"layers: expected distinct 0-based blocks, at least one, got {layers}")
@@ -50,6 +54,8 @@ class Gate:
             raise ValueError(f"c_max: expected a number > 1, got {self.c_max}")
         if self.score not in SCORE_KINDS:
             raise ValueError(f"score: expected one of {SCORE_KINDS}, got {self.score!r}")
+        if self.shuffle_seed is not None:
+            _integers("shuffle_seed", [self.shuffle_seed])
         if self.shuffle_seed is not None and self.score != "combined":
             raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
         if self.rescale and not self.needs_sae:
@@ -61,11 +67,22 @@ class Gate:
         return self.score != "gradient_x_residual"
 
 
-class Features(NamedTuple):
-    """Each patch's strongest feature contributions ``f_k (W_dec[k] . g)``, by absolute value.
+def _integers(name: str, value: Any) -> tuple[int, ...]:
+    """``value``, one integer or several, as a tuple of ints; bools and floats are refused."""
+    several = list(value) if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0 else [value]
+    try:
+        if any(isinstance(n, bool) for n in several):
+            raise TypeError
+        return tuple(operator.index(n) for n in several)
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, got {value!r}") from None
 
-    ``indices`` and ``values``: [B, P, n], or [C, B, P, n] for a list of gates; where a patch has fewer than n
-    active features, and for a configuration that does not gate the block, index -1 and value 0.
+
+class Features(NamedTuple):
+    """The strongest feature contributions ``f_k (W_dec[k] . g)`` of each patch, by absolute value.
+
+    ``indices`` and ``values``: [B, P, n], or [C, B, P, n] for a list of gates. Index -1 and value 0 fill up where a
+    patch has fewer than n active features, and where a configuration does not gate the block.
     """
 
     indices: Tensor
@@ -77,34 +94,34 @@ class Attribution:
     """What ``fastfg.attribute`` returns. For a list of gates every map, score and gate has a leading ``C``.
 
     Attributes:
-        maps: [B, gh, gw] raw relevancy of each patch, not normalised; float32 (float64 for a float64 model).
-        target: [B] int64, the class that was explained.
-        logits: [B, n] of the model.
-        scores: {block: [B, P]} the patches' scores ``s`` (eq. 3). In a list, NaN stands for a configuration
-            that does not gate that block: it has no score there.
-        gates: {block: [B, P]} the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
-        features: {block: Features}, empty unless ``features=n`` was asked for.
-        methods: {name: [B, gh, gw]}, other ways of explaining that were asked for, from the same pass.
+        maps: [B, gh, gw], the raw relevancy of each patch, not normalised; float32 (float64 for a float64 model).
+        target: [B] int64, the class that was explained per image; or the target function that was given.
+        logits: [B, n] of the model. For a target function, the model's output as it came (a tensor is detached).
+        scores: {block: [B, P]}, the scores ``s`` of the patches (eq. 3). For a list of gates, a configuration that
+            does not gate the block has no score there: it is NaN.
+        gates: {block: [B, P]}, the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
+        features: {block: Features}, empty unless ``features=n`` was given.
+        methods: {name: [B, gh, gw]}, the other explanations that were asked for, from the same pass.
     """
 
     maps: Tensor
-    target: Tensor
-    logits: Tensor
+    target: Any  # a tensor, but for a target function
+    logits: Any
     scores: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Features] = field(default_factory=dict)
     methods: dict[str, Tensor] = field(default_factory=dict)
 
     def heatmap(self, size: tuple[int, int]) -> Tensor:
-        """The maps upsampled to ``size`` (height, width) bilinearly and scaled to 0..1 an image: [..., H, W].
+        """The maps [..., H, W], upsampled bilinearly to ``size`` (height, width), each scaled to the range 0 to 1.
 
-        An image whose map is the same everywhere has nothing to show: its heatmap is 0.
+        A map that has the same value everywhere becomes 0.
         """
         return heatmap(self.maps, size)
 
 
 def heatmap(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """``maps`` [..., gh, gw] upsampled to [..., H, W] bilinearly, each scaled to 0..1."""
+    """``maps`` [..., gh, gw] upsampled bilinearly to ``size``, [..., H, W], each scaled to the range 0 to 1."""
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     large = F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
     low, high = large.amin((-2, -1), keepdim=True), large.amax((-2, -1), keepdim=True)

@@ -63,6 +63,22 @@ def test_gate(options, parts):
         fastfg.Gate(**({"layers": (2, 3)} | options))
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"layers": (2.7,)}, ("layers: expected integers", "got (2.7,)")),
+        ({"layers": 2.0}, ("layers: expected integers", "got 2.0")),
+        ({"layers": True}, ("layers: expected integers", "got True")),
+        ({"layers": (1, True)}, ("layers: expected integers", "got (1, True)")),
+        ({"layers": "23"}, ("layers: expected integers", "got '23'")),
+        ({"shuffle_seed": 1.5}, ("shuffle_seed: expected integers", "got [1.5]")),
+    ],
+)
+def test_gate_of_other_types(options, parts):
+    with refuses(TypeError, *parts):
+        fastfg.Gate(**({"layers": (2, 3)} | options))
+
+
 def test_layers_that_the_model_or_the_saes_lack(model, images, saes):
     with refuses(ValueError, "gate.layers: expected blocks from 0 to 3", "got [9]"):
         fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 9)))
@@ -126,7 +142,7 @@ def test_models(images):
 
 def test_an_adapter_that_miscounts_tokens_is_never_a_wrong_map(model, images):
     wrong = dataclasses.replace(fastfg.models.adapt(model), num_prefix_tokens=2)
-    with pytest.raises(RuntimeError, match="model: expected 26 tokens in block 3, met 25"):
+    with pytest.raises(RuntimeError, match="model: expected 26 tokens in block 0, met 25"):
         fastfg.attribute(wrong, images)
 
 

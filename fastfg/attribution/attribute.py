@@ -1,25 +1,27 @@
-"""The method: one forward, one backward, and the maps of any number of gates.
+"""The method: one forward pass, one backward pass, and the maps of any number of gates.
 
-``r <- r + (r @ E_l) * w_l`` from the last block to the first is the order in which the backward pass visits the
-blocks, so the attribution is finished when the backward pass is. No block's attention map is kept.
+``r <- r + (r @ E_l) * w_l`` goes from the last block to the first. The backward pass visits the blocks in the same
+order, so the attribution is finished when the backward pass is. No block's attention map is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.capture import Capture
+from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.checks import check_gates, check_images, check_saes, check_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Target, resolve_target
-from fastfg.types import METHODS, Attribution, Gate
+from fastfg.targets import Target, TargetFunction, resolve_target, target_logit, target_value
+from fastfg.types import METHODS, Attribution, Features, Gate
 
 
 def attribute(
@@ -37,20 +39,22 @@ def attribute(
     """Feature-Gradient Attribution maps of ``images`` (Šula), or TransMM's (Chefer et al.) without a gate.
 
     Args:
-        model: a Vision Transformer of a known family (see :mod:`fastfg.models`); left as it was found.
-        images: [B, C, H, W], preprocessed as the model wants them, in the model's dtype and on its device.
-        saes: {block: SparseAutoencoder}, one for each gated block; none for ``gradient_x_residual``.
-        gate: a :class:`Gate`, None for vanilla TransMM, or a list of them: all from one forward and backward.
-        target: the class to explain: None (the predicted one), an int, or one an image.
+        model: a Vision Transformer of a known family (see :mod:`fastfg.models`); it is left as it was.
+        images: [B, C, H, W], preprocessed as the model expects, in the model's dtype and on its device.
+        saes: {block: SparseAutoencoder}, one per gated block; none is needed for ``gradient_x_residual``.
+        gate: a :class:`Gate`, None for vanilla TransMM, or a list of these: all from one forward and backward pass.
+        target: the class to explain: None (the predicted one), an int, or one per image. A single logit ``z`` is read
+            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a differentiable function that takes the
+            model's output to one value per image [B].
         identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` reads eq. 1 by the letter.
-        backend: ``auto``, or the one that must serve every op (see ``fastfg info``).
-        features: how many of each patch's strongest feature contributions to return, per gated block.
-        methods: other ways of explaining to return beside the maps: ``rollout`` (attention rollout),
-            ``last_attention`` (the raw attention of the last block, or of the pooling head, heads averaged) and
+        backend: ``auto``, or the backend that must serve every op (see ``fastfg info``).
+        features: how many of the strongest feature contributions to return per patch and gated block.
+        methods: other explanations to return beside the maps: ``rollout`` (attention rollout), ``last_attention``
+            (the raw attention of the last block, or of the pooling head, averaged over heads) and
             ``gradient_x_input`` (summed over each patch; the backward pass then goes down to the pixels).
 
-    Returns an :class:`Attribution`. Raises ValueError or TypeError that names the argument, and RuntimeError
-    where the model's attention was not met once a block.
+    Returns an :class:`Attribution`. Raises ValueError or TypeError that names the argument, and RuntimeError where
+    the model does not run each block once, in order, with one attention over all tokens.
 
     >>> import torch, timm, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -61,28 +65,85 @@ def attribute(
     check_target(adapter, target)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features, methods)
+    single = not isinstance(gate, Sequence)
+    if len(images) == 0:
+        options = {"saes": saes, "identity": identity, "backend": backend, "features": features, "methods": methods}
+        return _of_no_images(adapter, images, target, single, gate=gate, **options)
     grid = adapter.grid((images.shape[-2], images.shape[-1]))
-    relevancy = RelevancyPass(adapter, grid, configs, saes or {}, identity, backend, features, methods)
+    n_tokens = adapter.num_prefix_tokens + grid[0] * grid[1]
+    relevancy = RelevancyPass(adapter, n_tokens, configs, saes or {}, identity, backend, features)
+    others = OtherMethods(adapter, n_tokens, methods)
+    callbacks = (relevancy.on_residual, [relevancy.on_attention, others.on_attention])
+
     with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
         root = images.detach().clone().requires_grad_() if "gradient_x_input" in methods else None
-        with Capture(adapter, relevancy.layers, relevancy.on_residual, relevancy.on_attention, root) as capture:
-            chosen, logits = _run(adapter, images.detach() if root is None else root, target, capture, relevancy)
-    return relevancy.result(chosen, logits, single=not isinstance(gate, Sequence))
+        capture = Capture(adapter, (len(images), n_tokens), relevancy.layers, *callbacks, root)
+        with capture:
+            output = adapter.forward(images.detach() if root is None else root)
+        chosen, y = _explained(output, target, len(images))
+        gradient = capture.backward(y.sum())
+
+    found = others.maps(grid)
+    if "gradient_x_input" in methods:
+        found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid, adapter.patch_size)
+    logits = output.detach() if isinstance(output, Tensor) else output
+    return _result(relevancy, grid, chosen, logits, found, single)
 
 
-def _run(
-    adapter: Adapter, images: Tensor, target: Target, capture: Capture, relevancy: RelevancyPass
-) -> tuple[Tensor, Tensor]:
-    """The forward and the backward pass; the targets and the logits."""
-    logits = adapter.forward(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+def _explained(output: Any, target: Target, n_images: int) -> tuple[Tensor | TargetFunction, Tensor]:
+    """What is explained, classes [B] or the function that was given, and its value per image [B]."""
+    if callable(target):
+        return target, target_value(target, output, n_images)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"model: expected logits [B, n] from model(images), got {got}")
-    chosen = resolve_target(target, logits)
-    gradient = capture.backward(logits.gather(1, chosen[:, None]).sum())
-    if images.requires_grad:
-        relevancy.on_input(images.detach(), gradient)
-    return chosen, logits.detach()
+    classes = resolve_target(target, output).clone()  # not the caller's own tensor
+    return classes, target_logit(output, classes)
+
+
+def _result(
+    relevancy: RelevancyPass,
+    grid: tuple[int, int],
+    target: Tensor | TargetFunction,
+    logits: Any,
+    methods: dict[str, Tensor],
+    single: bool,
+) -> Attribution:
+    """What was asked for; ``single``: without the leading dimension of configurations."""
+    assert relevancy.rows is not None  # Capture.backward reached every block
+    P = grid[0] * grid[1]
+
+    def pick(t: Tensor) -> Tensor:
+        return t[0] if single else t
+
+    return Attribution(
+        maps=pick(relevancy.rows[..., -P:].unflatten(-1, grid)).contiguous(),
+        target=target,
+        logits=logits,
+        scores={block: pick(t) for block, t in sorted(relevancy.scores.items())},
+        gates={block: pick(t) for block, t in sorted(relevancy.gates.items())},
+        features={block: Features(*map(pick, t)) for block, t in sorted(relevancy.features.items())},
+        methods=methods,
+    )
+
+
+def _of_no_images(adapter: Adapter, images: Tensor, target: Target, single: bool, **options: Any) -> Attribution:
+    """Empty results, cut from those of one blank image: many models can't run a batch of no images."""
+    alike = target if callable(target) or isinstance(target, int) else None
+    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=alike, **options)
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:0] if single else t[:, :0]
+
+    return Attribution(
+        maps=cut(one.maps),
+        target=target if callable(target) else resolve_target(target, one.logits[:0]),
+        logits=one.logits[:0] if isinstance(one.logits, Tensor) else one.logits,
+        scores={block: cut(t) for block, t in one.scores.items()},
+        gates={block: cut(t) for block, t in one.gates.items()},
+        features={block: Features(*map(cut, t)) for block, t in one.features.items()},
+        methods={name: t[:0] for name, t in one.methods.items()},
+    )
 
 
 def _check(
@@ -96,15 +157,26 @@ def _check(
 ) -> None:
     parameter = adapter.parameter
     check_images(images, adapter.in_chans, parameter)
+    _check_weights(adapter.model)
     if not configs:
         raise ValueError("gate: expected a Gate, None or a list with at least one of them, got an empty list")
     check_gates(configs, adapter)
+    if isinstance(features, bool) or not isinstance(features, int) or features < 0:
+        raise ValueError(f"features: expected a number >= 0, got {features!r}")
     need = sorted({layer for c in configs if c is not None and (c.needs_sae or features) for layer in c.layers})
     check_saes(saes, need, parameter.device)
     if identity not in IDENTITIES:
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
-    if features < 0:
-        raise ValueError(f"features: expected a number >= 0, got {features}")
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise ValueError(f"methods: expected names among {METHODS}, got {unknown}")
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Autograd refuses weights that were made under ``torch.inference_mode``."""
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if weight.is_inference() and weight.is_floating_point():
+            raise ValueError(
+                f"model: expected weights that gradients can flow through, got {name} made under "
+                "torch.inference_mode(): build and load the model outside of it"
+            )

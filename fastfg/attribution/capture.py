@@ -1,18 +1,17 @@
 """Meet attention where every family calls it: ``F.scaled_dot_product_attention``.
 
-Inside a :class:`Capture` each attention of the model runs as it always does, fused. A hook on its output then
-receives ``dO`` during the backward pass, which visits the blocks from the last to the first; with ``q, k, v``
-that is all that relevancy needs, so no attention map is ever kept.
+During the forward pass each attention runs as it always does, fused. A hook on its output receives ``dO`` during the
+backward pass, which visits the blocks from the last to the first. Relevancy needs only that and ``q, k, v``, so no
+attention map is ever kept.
 
-The output of the FIRST attention becomes the leaf of the graph: nothing before it is recorded, and the
-backward pass ends there.
+The output of the FIRST attention becomes the leaf of the graph: nothing before it is recorded, and the backward pass
+ends there.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection
-from types import FunctionType
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,106 +20,126 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastfg.models.adapter import Adapter, resid_post
+from fastfg.models.hooks import in_this_thread, reader
+from fastfg.torch_internals import multi_head_attention_forward
 
 OnAttention = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]  # number, q, k, v, dO, scale
 OnResidual = Callable[[int, Tensor, Tensor], None]  # block, x, g
 
-_active = threading.local()  # .stack: the captures that this thread is in, the innermost last
+HINT = (
+    "fastfg meets calls of F.scaled_dot_product_attention and nn.MultiheadAttention in blocks that are called as "
+    "modules, block(x). Switch the model's other kinds of attention to one of these, or give a fastfg.models.Adapter "
+    "with its own `meet`"
+)
 
 
 class Capture(TorchFunctionMode):
-    """While active, in this thread: meets every attention and the residual stream of chosen blocks.
+    """``with`` it, in this thread: every attention of one forward pass, and the residual stream of chosen blocks.
+
+    Every block must run once, in order, with one attention of its own over all tokens; anything else is an error.
 
     Args:
-        adapter: the model. layers: the blocks whose output ``x_l`` and gradient ``g_l`` are wanted.
-        on_residual: called with (block, x [B, N, d], g [B, N, d]) when the gradient at ``x_l`` is complete,
-            which is before the attention of that block is reached.
-        on_attention: called with (number, q, k, v, dO, scale), tensors [B, H, N, dh]; the attention of block
-            ``l`` is number ``l``, and a pooling head's comes after the last block's.
-        root: where the backward pass ends, a leaf that requires gradients; None is the first attention's output.
+        adapter: the model.
+        shape: (B, N), images and tokens.
+        layers: the blocks whose output ``x_l`` and gradient ``g_l`` are wanted.
+        on_residual: called in the backward pass with (block, x [B, N, d], g [B, N, d]), before the attention of that
+            block is reached.
+        on_attention: each is called in the backward pass with (number, q, k, v, dO, scale), tensors [B, H, N, dh].
+            The attention of block ``l`` is number ``l``; the one of a pooling head comes after the last block's.
+        root: where the backward pass ends, a leaf that requires gradients; None: at the first attention's output.
     """
 
     def __init__(
         self,
         adapter: Adapter,
+        shape: tuple[int, int],
         layers: Collection[int],
         on_residual: OnResidual,
-        on_attention: OnAttention,
+        on_attention: Sequence[OnAttention],
         root: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.adapter, self.layers = adapter, layers
+        self.adapter, self.shape, self.layers = adapter, shape, layers
         self.on_residual, self.on_attention = on_residual, on_attention
-        self.met = 0  # attentions seen
         self.root = root
-        self.handles: list[Any] = []
+        self.name = type(adapter.model).__qualname__
+        self.inside: int | None = None  # the block that is running
+        self.stream: Tensor | None = None  # the output of the block that ran last
+        self.ran: list[int] = []  # blocks, in the order in which they were called
+        self.met: list[int | None] = []  # of each attention, the block in which it was met
+        self.arrived: list[int] = []  # attentions whose gradient came
+        self.residuals: set[int] = set()  # blocks whose residual's gradient came
+
+    # The forward pass ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Capture:
-        _active.stack = [*getattr(_active, "stack", []), self]
-        for block in self.layers:
-            self.handles.append(self.adapter.blocks[block].register_forward_hook(self._residual_hook(block)))
-        if self.adapter.meet is not None:
-            self.handles += self.adapter.meet(self)
+        blocks = self.adapter.blocks
+        shared = [i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i])]
+        if shared:
+            raise RuntimeError(f"model: expected {len(blocks)} distinct blocks in {self.name}, got {shared} twice")
+        self.owner = reader()
+        with ExitStack() as handles:  # removes the hooks if one can't be registered
+            for handle in self._register():
+                handles.callback(handle.remove)
+            self.handles = handles.pop_all()
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        _active.stack = [capture for capture in _active.stack if capture is not self]
-        for handle in self.handles:
-            handle.remove()
-        self.root = None  # its hook refers back to this object
+        self.handles.close()
+        self.stream = None
+        if exception[0] is not None:
+            self.root = None  # its hook refers back to this object
 
-    def mine(self) -> bool:
-        """Whether what is running now is this capture's model: not another thread's, nor a call inside the call."""
-        return getattr(_active, "stack", [])[-1:] == [self]
+    def _register(self) -> Iterable[Any]:
+        for number, block in enumerate(self.adapter.blocks):
+            yield block.register_forward_pre_hook(in_this_thread(self._enters(number)), with_kwargs=True)
+            yield block.register_forward_hook(in_this_thread(self._leaves(number)))
+        if self.adapter.meet is not None:
+            yield from self.adapter.meet(self)
 
-    def backward(self, y: Tensor) -> Tensor:
-        """Run the backward pass of the scalar ``y`` as far as the root; the callbacks do the work.
+    def _enters(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.inside is not None:
+                raise RuntimeError(
+                    f"model: expected {self.name} to run one block after another, it ran block {block} inside block "
+                    f"{self.inside}"
+                )
+            given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            if self.stream is not None and given is not None and not _reads(given, self.stream):
+                raise RuntimeError(
+                    f"model: expected block {block} of {self.name} to read the output of block {self.ran[-1]}, which "
+                    "ran before it; it does not"
+                )
+            self.ran.append(block)
+            self.inside = block
 
-        Returns the gradient at the root.
-        """
-        expected = len(self.adapter.blocks) + self.adapter.later_attentions
-        if self.met != expected or self.root is None:
-            raise RuntimeError(
-                f"model: expected one attention in each of its {len(self.adapter.blocks)} blocks and "
-                f"{self.adapter.later_attentions} after them, met {self.met}. fastfg meets calls of "
-                "F.scaled_dot_product_attention and nn.MultiheadAttention: switch the model's other kinds of attention "
-                "to one of these, or give a fastfg.models.Adapter with its own `meet`"
-            )
-        (gradient,) = torch.autograd.grad(y, self.root)
-        return gradient
+        return hook
 
-    def meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
-        """Register one attention; returns the output to go on with, which takes the place of ``out``.
+    def _leaves(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.inside = None
+            stream = resid_post(output)
+            if not isinstance(stream, Tensor) or stream.ndim != 3 or tuple(stream.shape[:2]) != self.shape:
+                got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+                B, N = self.shape
+                raise RuntimeError(f"model: expected the output of block {block} to be [{B}, {N}, d], got {got}")
+            self.stream = stream
+            if block in self.layers and stream.requires_grad:
+                x = stream.detach()
+                stream.register_hook(lambda g: self._residual_arrives(block, x, g))
 
-        Args:
-            q, k, v: [B, H, N, dh]. out: [B, H, N, dh], or [B, N, H, dh] where ``transposed``.
-        """
-        if self.root is None:
-            out = self.root = out.detach().requires_grad_()
-        number, q, k, v = self.met, q.detach(), k.detach(), v.detach()
-
-        def arrive(dO: Tensor) -> None:
-            self.on_attention(number, q, k, v, dO.transpose(1, 2) if transposed else dO, scale)
-
-        out.register_hook(arrive)
-        self.met += 1
-        return out
+        return hook
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.mine():
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            # Its inner call can't be met from here, where the mode is off: run the library's own code with two
-            # of its names replaced, in a copy that no one else sees. The weights are only averaged for return.
-            names = {"scaled_dot_product_attention": self._attention, "has_torch_function": lambda *_: False}
-            own = FunctionType(func.__code__, func.__globals__ | names, func.__name__, func.__defaults__)
-            return own(*args, **kwargs | {"need_weights": False})
+        if reader() == self.owner:
+            if func is F.scaled_dot_product_attention:
+                return self._attention(*args, **kwargs)
+            if func is F.multi_head_attention_forward:
+                return multi_head_attention_forward(self._attention, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -131,11 +150,105 @@ class Capture(TorchFunctionMode):
         out = F.scaled_dot_product_attention(query, key, value, **options)
         return self.meet(query, key, value, out, options.get("scale") or query.shape[-1] ** -0.5)
 
-    def _residual_hook(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self.mine():
-                stream = resid_post(output)
-                x = stream.detach()
-                stream.register_hook(lambda g: self.on_residual(block, x, g))
+    def meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
+        """Register one attention; see :class:`fastfg.models.adapter.MeetsAttention`."""
+        if self.inside is not None:
+            self._check_tokens(q, k, v)
+        if self.root is None:
+            out = self.root = out.detach().requires_grad_()
+        if not out.requires_grad:
+            raise RuntimeError(
+                f"model: expected gradients to flow through {self.name}, they stop before its attention number "
+                f"{len(self.met)} (torch.no_grad or gradient checkpointing in its forward?)"
+            )
+        number, q, k, v = len(self.met), q.detach(), k.detach(), v.detach()
+        out.register_hook(
+            lambda dO: self._attention_arrives(number, q, k, v, dO.transpose(1, 2) if transposed else dO, scale)
+        )
+        self.met.append(self.inside)
+        return out
 
-        return hook
+    def _check_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """The attention of a block is over all tokens of all images."""
+        B, N = self.shape
+        for name, t in (("queries", q), ("keys", k), ("values", v)):
+            if t.ndim != 4 or t.shape[2] != N:
+                met = t.shape[2] if t.ndim == 4 else list(t.shape)
+                raise RuntimeError(f"model: expected {N} tokens in block {self.inside}, met {met} ({name})")
+            if t.shape != q.shape or t.shape[0] != B:
+                raise RuntimeError(
+                    f"model: expected {name} [{B}, H, {N}, dh] in block {self.inside}, the same for queries, keys and "
+                    f"values, met {list(t.shape)}"
+                )
+
+    # The backward pass ---------------------------------------------------------------------------------------
+
+    def backward(self, y: Tensor) -> Tensor:
+        """Run the backward pass of the scalar ``y`` as far as the root; the callbacks do the work.
+
+        Returns the gradient at the root. Raises RuntimeError where a block or its attention was not met as it should.
+        """
+        self._check_forward()
+        root, self.root = self.root, None  # its hook refers back to this object
+        assert root is not None
+        gradient = torch.autograd.grad(y, root, allow_unused=True)[0] if y.requires_grad else None
+        missing = sorted(set(range(len(self.adapter.blocks))) - set(self.arrived))
+        if missing or gradient is None:
+            raise RuntimeError(
+                f"model: expected the target to depend on the attention of every block of {self.name}, it does not on "
+                f"that of {missing}"
+            )
+        return gradient
+
+    def _check_forward(self) -> None:
+        blocks = list(range(len(self.adapter.blocks)))
+        if self.ran != blocks:
+            raise RuntimeError(
+                f"model: expected {self.name} to run its {len(blocks)} blocks once each and in order, it ran "
+                f"{self.ran}. {HINT}"
+            )
+        if self.met != [*blocks, *[None] * self.adapter.later_attentions]:
+            where = ["outside of them" if block is None else block for block in self.met]
+            raise RuntimeError(
+                f"model: expected one attention of {self.name} in each of its {len(blocks)} blocks and "
+                f"{self.adapter.later_attentions} after them, met {len(where)}, in blocks {where}. {HINT}"
+            )
+
+    def _residual_arrives(self, block: int, x: Tensor, g: Tensor) -> None:
+        self.residuals.add(block)
+        with torch.autocast(x.device.type, enabled=False):
+            self.on_residual(block, x, g)
+
+    def _attention_arrives(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
+        L = len(self.adapter.blocks)
+        if number < L:
+            awaited = L - 1 - sum(n < L for n in self.arrived)
+            if number != awaited:
+                raise RuntimeError(
+                    f"model: expected the gradient of {self.name} to reach the attention of block {awaited} next, it "
+                    f"reached that of block {number}: the target must depend on every block"
+                )
+            if number in self.layers and number not in self.residuals:
+                raise RuntimeError(
+                    f"model: expected the target to depend on the output of block {number} of {self.name}, which is "
+                    "gated; it does not"
+                )
+        self.arrived.append(number)
+        with torch.autocast(q.device.type, enabled=False):
+            for callback in self.on_attention:
+                callback(number, q, k, v, dO, scale)
+
+
+def _reads(given: Tensor, stream: Tensor) -> bool:
+    """Whether ``given`` is ``stream``, or was computed from it; True where ``stream`` has no gradients to tell."""
+    if given is stream or stream.grad_fn is None:
+        return True
+    waiting, seen = [given.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is stream.grad_fn:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return False

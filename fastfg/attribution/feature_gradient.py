@@ -1,4 +1,4 @@
-"""A class in the shape of Captum's, for those who use Captum, and for Quantus's ``explain_func``."""
+"""Feature-Gradient Attribution as a class with the interface of Captum's, which also serves Quantus."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class FeatureGradient:
     """Feature-Gradient Attribution as an attribution method: ``attribute(inputs, target=...)``.
 
     Args:
-        model, saes, gate: as for :func:`fastfg.attribute`. options: more of its arguments, for every call.
-        interpolation: how a patch's relevancy is spread over its pixels: ``nearest`` (each pixel its patch's value,
-            so that masks cover exactly the patches) or ``bilinear``.
+        model, saes, gate: as for :func:`fastfg.attribute`. options: its other arguments, used in every call.
+        interpolation: ``nearest`` gives each pixel the value of its patch, so that masks cover whole patches;
+            ``bilinear`` interpolates between patches.
 
     >>> import torch, timm, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -48,7 +48,7 @@ class FeatureGradient:
     def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
         """Relevancy of each pixel: ``inputs`` [B, C, H, W] -> [B, 1, H, W], raw, not normalised.
 
-        ``target``: None (the predicted class), an int, or one an image; a tensor [B, 1] is taken as [B].
+        ``target``: as for :func:`fastfg.attribute`; a tensor [B, 1] is read as [B].
         """
         if isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] == 1:
             target = target[:, 0]

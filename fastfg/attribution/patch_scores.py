@@ -1,8 +1,8 @@
-"""The patches' scores in one block: every score kind from one reading of the SAE."""
+"""The scores of one block's patches: every kind of score from one run of the SAE."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -15,21 +15,23 @@ from fastfg.reference.encode_topk import topk_lowest_index
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Features, Gate
 
-FEATURES_AT_ONCE = 4096  # of the dictionary, where all of it must be read
+FEATURES_AT_ONCE = 4096  # where a score needs the whole dictionary
 TOKENS_AT_ONCE = 1024  # where codes are dense
 
 
 def shuffled(n_features: int, seed: int, device: torch.device) -> Tensor:
     """The permutation of a shuffled decoder, drawn on the CPU so that every device gets the same one."""
-    return torch.randperm(n_features, generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randperm(n_features, generator=generator, device="cpu").to(device)
 
 
 class PatchScores:
-    """Scores of one block's patches for any number of gates; the SAE is run once, when first needed.
+    """Scores of one block's patches for any number of gates; the SAE runs once, when it is first needed.
 
     Args:
-        x: [B, P, d] residual stream at the patches. g: [B, P, d] gradient of the target there.
+        x: [B, P, d], the residual stream at the patches. g: [B, P, d], the gradient of the target there.
         sae: the block's SAE; None where only ``gradient_x_residual`` is asked for.
+        backend: of the ops.
     """
 
     def __init__(self, x: Tensor, g: Tensor, sae: SparseAutoencoder | None, backend: str = "auto") -> None:
@@ -40,7 +42,7 @@ class PatchScores:
 
     def score(self, gate: Gate) -> Tensor:
         """``gate``'s scores [B, P]."""
-        scores = getattr(self, f"_{gate.score}")(gate)
+        scores = SCORES[gate.score](self, gate)
         if gate.rescale:
             scores = scores * self.normalized.scale.squeeze(-1)
         return scores.reshape(self.shape)
@@ -51,7 +53,7 @@ class PatchScores:
         indices, values = (torch.cat(part).reshape(*self.shape, n) for part in zip(*parts, strict=True))
         return Features(indices, values)
 
-    # What each kind needs of the SAE -------------------------------------------------------------------------
+    # What the scores need of the SAE -------------------------------------------------------------------------
 
     @property
     def sae(self) -> SparseAutoencoder:
@@ -77,18 +79,18 @@ class PatchScores:
 
     @cached_property
     def centred(self) -> Tensor:
-        """The encoder's input with ``b_dec`` taken off where the SAE does so."""
+        """The encoder's input: with ``b_dec`` subtracted, where the SAE does so."""
         values = self.normalized.values
         return values if self.sae.subtracted is None else values - self.sae.subtracted
 
     def _decoder_rows(self, gate: Gate, indices: Tensor) -> Tensor:
-        """The decoder's row for each feature: with a shuffled decoder, another one's."""
+        """The decoder's row of each feature; in a shuffled decoder it is the row of another feature."""
         if gate.shuffle_seed is None:
             return indices
         return shuffled(self.sae.n_features, gate.shuffle_seed, indices.device)[indices]
 
     def _project_codes(self, gate: Gate) -> tuple[Tensor, Tensor]:
-        """Scores [T] and contributions [T, K] of a TopK SAE's codes, made once for each decoder."""
+        """Scores [T] and contributions [T, K] of a TopK SAE's codes, computed once per decoder."""
         seed = gate.shuffle_seed
         if seed not in self._projected:
             self._projected[seed] = self._project(gate, self.g_sae, *self.codes)
@@ -127,13 +129,13 @@ class PatchScores:
     # Features ------------------------------------------------------------------------------------------------
 
     def _dense_codes(self) -> Iterator[Tensor]:
-        """Codes [<= TOKENS_AT_ONCE, F], some tokens at a time."""
+        """Codes [T, F], for TOKENS_AT_ONCE tokens at a time."""
         sae = self.sae
         for x in self.centred.split(TOKENS_AT_ONCE):
             yield encode(x, sae.W_enc, sae.b_enc, None, sae.activation)
 
     def _terms(self, gate: Gate) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Eq. 3's terms of the active features, and these features' values and indices; some tokens at a time."""
+        """The terms of eq. 3, values and indices of the active features, each [T, K], for some tokens at a time."""
         if self.sae.activation_name == "topk":
             yield self._project_codes(gate)[1], *self.codes
             return
@@ -142,8 +144,17 @@ class PatchScores:
             yield self._project(gate, g, values, indices)[1], values, indices
 
 
+SCORES: dict[str, Callable[[PatchScores, Gate], Tensor]] = {
+    "combined": PatchScores._combined,
+    "activation": PatchScores._activation,
+    "gradient": PatchScores._gradient,
+    "gradient_signed": PatchScores._gradient_signed,
+    "gradient_x_residual": PatchScores._gradient_x_residual,
+}
+
+
 def _strongest(n: int, terms: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and terms [T, n] of the ``n`` largest by absolute value; index -1 and value 0 fill up."""
+    """Indices and terms [T, n] of the ``n`` largest terms by absolute value, filled up with index -1 and value 0."""
     _, order = topk_lowest_index(terms.abs(), min(n, terms.shape[-1]))
     active = values.gather(-1, order) > 0
     strongest = torch.where(active, terms.gather(-1, order), 0.0)

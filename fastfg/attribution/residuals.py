@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ from fastfg.models.hooks import in_this_thread
 
 
 def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """``x_l`` at the patch tokens: {block: [B, P, d]} for each 0-based block of ``layers``, without gradients.
+    """The residual stream ``x_l`` at the patches: {block: [B, P, d]} for each 0-based block of ``layers``.
+
+    The tensors have no gradients. Raises ValueError or TypeError that names the argument.
 
     >>> import torch, timm, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -28,19 +32,21 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     check_layers("layers", layers, len(adapter.blocks))
     found: dict[int, Tensor] = {}
 
-    def keep(block: int) -> None:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            found[block] = resid_post(output)[:, adapter.num_prefix_tokens :].clone()
+    def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[block] = resid_post(output)[: len(images), adapter.num_prefix_tokens :].clone()
 
-        handles.append(adapter.blocks[block].register_forward_hook(in_this_thread(hook)))
+        return hook
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    try:
-        for layer in layers:
-            keep(layer)
-        with hold(adapter.model), torch.no_grad():
-            adapter.forward(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hold(adapter.model), torch.no_grad(), ExitStack() as hooks:
+        for block in layers:
+            handle = adapter.blocks[block].register_forward_hook(in_this_thread(keep(block)))
+            hooks.callback(handle.remove)
+        adapter.forward(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # not all run without
+    missing = [block for block in layers if block not in found]
+    if missing:
+        raise RuntimeError(
+            f"model: expected {type(adapter.model).__qualname__} to call its blocks as modules, block(x), it did not "
+            f"call {missing}"
+        )
     return found

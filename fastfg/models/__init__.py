@@ -16,6 +16,7 @@ from fastfg.models.adapter import Adapter
 from fastfg.models.load import load
 from fastfg.models.open_clip import ZeroShot
 from fastfg.models.timm import import_timm
+from fastfg.torch_internals import uncompiled
 
 FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "timm.models.vision_transformer.VisionTransformer": timm.adapt,
@@ -33,7 +34,7 @@ def find_adapter(model: Any) -> Adapter | None:
     """The adapter of ``model``, or None where its family is not known."""
     if isinstance(model, Adapter):
         return model
-    model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
+    model = uncompiled(model)
     if isinstance(model, ZeroShot):
         return open_clip.adapt_zero_shot(model, adapt(model.trunk))
     for cls in type(model).__mro__:

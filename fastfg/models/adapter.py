@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastfg.attribution.capture import Capture
-
 CLASS_TOKEN = slice(0, 1)
+
+
+class MeetsAttention(Protocol):
+    """What :attr:`Adapter.meet` is given: it is told of each attention of the model as it runs."""
+
+    def meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
+        """One attention: q, k, v [B, H, N, dh], its output [B, H, N, dh], or [B, N, H, dh] where ``transposed``.
+
+        Returns the output that the model has to go on with, in place of ``out``.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Adapter:
         flags: (object, attribute, value) triples that are set while the model is read, for example fused attention
             on. The earlier values are restored afterwards.
         meet: for attention that is not ``F.scaled_dot_product_attention``: a function that registers hooks which
-            call ``capture.meet``, and returns their handles.
+            call ``capture.meet``, and yields the handle of each one as soon as it is registered.
         patch_size: (height, width) of one patch in pixels. The first patch starts at the top left corner; pixels to
             the right of and below the last whole patch belong to no patch. None: the patches divide the image evenly.
         has_logits: whether ``forward`` returns one logit per class. A tower without a head returns an embedding
@@ -54,7 +61,7 @@ class Adapter:
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     flags: tuple[tuple[Any, str, Any], ...] = ()
-    meet: Callable[[Capture], list[Any]] | None = None
+    meet: Callable[[MeetsAttention], Iterable[Any]] | None = None
     patch_size: tuple[int, int] | None = None
     has_logits: bool = True
 

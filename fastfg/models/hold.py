@@ -1,71 +1,96 @@
-"""Hold a model still while it is read: eval mode, parameters without gradients, all put back afterwards."""
+"""Hold a model still while it is read: eval mode, parameters without gradients, everything restored afterwards."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastfg.models.hooks import reading
+from fastfg.torch_internals import is_compiled
 
 
 class _Held:
-    """What a model was like before the first of its present holders came."""
+    """One attribute of one object: the value before the first holder came, the value held, the holders."""
 
-    def __init__(self) -> None:
+    def __init__(self, thing: Any, attribute: str, value: Any) -> None:
+        self.thing, self.attribute, self.value = thing, attribute, value
+        self.before = getattr(thing, attribute)
         self.holders = 0
-        self.before: list[tuple[Any, str, Any]] = []  # (module or parameter, attribute, value)
 
-    def set(self, thing: Any, attribute: str, value: Any) -> None:
-        before = getattr(thing, attribute)
-        if before != value:
-            self.before.append((thing, attribute, before))
-            setattr(thing, attribute, value)
-
-    def restore(self) -> None:
-        for thing, attribute, value in reversed(self.before):
-            setattr(thing, attribute, value)
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` was asked for the model or a part of it."""
-    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled parts run as they were written: a compiled graph has no hooks and no calls to meet."""
-    return torch.compiler.set_stance("force_eager")
+    def set(self, value: Any) -> None:
+        if getattr(self.thing, self.attribute) == value:
+            return
+        made_in_inference_mode = isinstance(self.thing, Tensor) and self.thing.is_inference()
+        with torch.inference_mode() if made_in_inference_mode else nullcontext():  # torch refuses to set it outside
+            setattr(self.thing, self.attribute, value)
 
 
 _lock = threading.Lock()
-_held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+_held: dict[tuple[int, str], _Held] = {}  # by the object's id: what is here keeps the object alive
+_eager: list[Any] = []  # one entry per holder of a compiled model; the first is the stance that the last one restores
 
 
 @contextmanager
 def hold(model: nn.Module, flags: Iterable[tuple[Any, str, Any]] = ()) -> Iterator[None]:
     """``model`` in eval mode, its parameters without gradients, and ``flags`` (object, attribute, value) set.
 
-    Restored when the last holder leaves: counting the holders keeps nested calls, and threads that share a
-    model, from restoring too early.
+    Each attribute is restored when its last holder leaves. Holders may be nested or in several threads, and their
+    models may share parts. Compiled parts of the model run as they were written meanwhile.
+
+    Raises RuntimeError where another holder needs another value of the same attribute.
     """
-    with _lock:
-        held = _held.setdefault(model, _Held())
-        held.holders += 1
+    with ExitStack() as stack:
         for module in model.modules():
-            held.set(module, "training", False)
+            _take(stack, module, "training", False)
         for parameter in model.parameters():
-            held.set(parameter, "requires_grad", False)
+            _take(stack, parameter, "requires_grad", False)
         for thing, attribute, value in flags:
-            held.set(thing, attribute, value)
-    try:
-        with _eager() if _compiled(model) else nullcontext():
-            yield
-    finally:
-        with _lock:
-            held.holders -= 1
-            if held.holders == 0:
-                held.restore()
-                del _held[model]
+            _take(stack, thing, attribute, value)
+        if is_compiled(model):
+            _take_eager(stack)
+        stack.enter_context(reading())
+        yield
+
+
+def _take(stack: ExitStack, thing: Any, attribute: str, value: Any) -> None:
+    """Hold one attribute at ``value``; ``stack`` gives it back."""
+    key = (id(thing), attribute)
+    with _lock:
+        held = _held.get(key) or _Held(thing, attribute, value)
+        if held.value != value:
+            raise RuntimeError(
+                f"{attribute}: expected {value!r} while the model is read, but another reader of the same "
+                f"{type(thing).__name__} holds it at {held.value!r}"
+            )
+        held.set(value)
+        held.holders += 1
+        _held[key] = held
+    stack.callback(_give_back, key)
+
+
+def _give_back(key: tuple[int, str]) -> None:
+    with _lock:
+        held = _held[key]
+        held.holders -= 1
+        if held.holders == 0:
+            del _held[key]
+            held.set(held.before)
+
+
+def _take_eager(stack: ExitStack) -> None:
+    """Run compiled parts eagerly: a compiled graph has no hooks and no calls to meet. The stance is the process's."""
+    with _lock:
+        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
+    stack.callback(_give_back_eager)
+
+
+def _give_back_eager() -> None:
+    with _lock:
+        if len(_eager) == 1:
+            _eager[0].__exit__(None, None, None)
+        _eager.pop()

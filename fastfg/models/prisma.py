@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor
 
-from fastfg.models.adapter import CLASS_TOKEN, Adapter, pair, patch_grid
-
-if TYPE_CHECKING:
-    from fastfg.attribution.capture import Capture
+from fastfg.models.adapter import CLASS_TOKEN, Adapter, MeetsAttention, pair, patch_grid
+from fastfg.models.hooks import in_this_thread
 
 POOLED = {"cls": (CLASS_TOKEN,), "gaap": (slice(0, None),)}
 
@@ -33,28 +31,26 @@ def adapt(model: Any) -> Adapter:
         grid=lambda given: patch_grid(given, patch, size, only_native=True),
         in_chans=config.n_channels,
         pooled=POOLED[config.classification_type],
-        meet=lambda capture: [h for block in model.blocks for h in _meet(block.attn, capture)],
+        meet=lambda capture: (handle for block in model.blocks for handle in _meet(block.attn, capture)),
         patch_size=patch,
         has_logits=config.return_type != "pre_logits",
     )
 
 
-def _meet(attn: Any, capture: Capture) -> list[Any]:
-    """Hooks on one attention's hook points: q, k, v on the way in, z (the heads' output) on the way out."""
+def _meet(attn: Any, capture: MeetsAttention) -> Iterator[Any]:
+    """Register hooks on one attention's hook points: q, k and v before it, z (the heads' output) after it."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            if capture.mine():
-                seen[name] = output.transpose(1, 2)  # [B, N, H, dh] -> [B, H, N, dh]
+            seen[name] = output.transpose(1, 2)  # [B, N, H, dh] -> [B, H, N, dh]
 
         return hook
 
-    def leave(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
-        if not capture.mine():
-            return None
+    def leave(module: Any, inputs: Any, output: Tensor) -> Tensor:
         q, k, v = seen.pop("q"), seen.pop("k"), seen.pop("v")
         return capture.meet(q, k, v, output, 1 / float(attn.attn_scale), transposed=True)
 
-    hooks = [getattr(attn, f"hook_{name}").register_forward_hook(keep(name)) for name in "qkv"]
-    return [*hooks, attn.hook_z.register_forward_hook(leave)]
+    for name in "qkv":
+        yield getattr(attn, f"hook_{name}").register_forward_hook(in_this_thread(keep(name)))
+    yield attn.hook_z.register_forward_hook(in_this_thread(leave))

@@ -1,4 +1,4 @@
-"""The library's row form, from hooks in one backward pass, against the matrix form from recorded maps."""
+"""The row form, computed by hooks during one backward pass, against the matrix form of recorded maps."""
 
 import itertools
 import threading
@@ -171,7 +171,7 @@ def test_autocast_inference_mode_and_no_grad(model, images, saes, gate):
     assert low.maps.isfinite().all()
 
 
-def test_heatmap_is_scaled_an_image(model, images):
+def test_each_heatmap_is_scaled(model, images):
     result = fastfg.attribute(model, images)
     heat = result.heatmap((32, 48))
     assert heat.shape == (3, 32, 48)
@@ -246,7 +246,7 @@ def test_threads_with_one_model_do_not_mix_nor_restore_too_early(model, images, 
 
 
 def test_no_attention_map_is_kept(model, images):
-    """What a block's hook receives is q, k, v and dO; nothing of size N x N lives from one block to the next."""
+    """A block's hook receives q, k, v and dO; nothing of size N x N is kept for the backward pass."""
     sizes = []
     stop = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(tuple(t.shape)) or t, lambda t: t)
     with stop:

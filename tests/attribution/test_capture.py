@@ -1,4 +1,4 @@
-"""Baselines of the same pass, compiled models, nested calls, early stops, and two models in two threads."""
+"""Other methods of the same pass, compiled models, nested calls, early stops, and two models in two threads."""
 
 import threading
 
@@ -11,7 +11,7 @@ from tests.models.families import build
 from tests.tools import record, tiny_vit
 
 
-def test_baselines_of_the_same_pass(model, images):
+def test_other_methods_of_the_same_pass(model, images):
     _, _, attn, _, _, _ = record(model, images)
     found = fastfg.attribute(model, images, methods=["rollout", "last_attention"]).methods
     R = torch.eye(25, dtype=torch.float64).expand(3, -1, -1)
@@ -23,7 +23,7 @@ def test_baselines_of_the_same_pass(model, images):
         fastfg.attribute(model, images, methods=["lime"])
 
 
-def test_baselines_under_a_pooling_head():
+def test_other_methods_under_a_pooling_head():
     model = build("timm SigLIP")
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     maps = []
@@ -65,15 +65,26 @@ def test_compiled_models(images, how):
 
 
 def test_a_call_inside_a_call(model, images):
-    """A hook of the user's own that explains another model in the middle of a forward pass."""
+    """A user's hook may explain another model, or the same one, in the middle of a forward pass."""
     other = tiny_vit(seed=5)
     expected, inner_expected = fastfg.attribute(model, images).maps, fastfg.attribute(other, images).maps
+    gated = fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual")).maps
     inner = []
     handle = model.blocks[1].register_forward_hook(lambda m, i, o: inner.append(fastfg.attribute(other, images).maps))
     found = fastfg.attribute(model, images).maps
     handle.remove()
     assert torch.equal(found, expected)
     assert torch.equal(inner[0], inner_expected)
+    stream = fastfg.residuals(model, images, [0])[0]
+
+    def same_model(*_):
+        handle.remove()
+        inner.extend([fastfg.attribute(model, images).maps, fastfg.residuals(model, images, [0])[0]])
+
+    handle = model.blocks[1].register_forward_hook(same_model)
+    assert torch.equal(fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual")).maps, gated)
+    assert torch.equal(inner[1], expected)
+    assert torch.equal(inner[2], stream)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -57,14 +57,10 @@ def test_what_does_not_fit_is_named(tmp_path, state):
         load(NAME, tmp_path / "nowhere.pt")
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_bytes(b"\x00" * 20)
-        with pytest.raises(
-            ValueError, match=f"weights: expected a state dict .* got .*{name}, which cannot be read"
-        ):
+        with pytest.raises(ValueError, match=f"weights: expected a state dict .* got .*{name}, which cannot be read"):
             load(NAME, tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(
-        ValueError, match="weights: expected a state dict {name: tensor}, got .*list.pt"
-    ):
+    with pytest.raises(ValueError, match="weights: expected a state dict {name: tensor}, got .*list.pt"):
         load(NAME, tmp_path / "list.pt")
     save_file({"cls_token": torch.zeros(1, 1, 5)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=f"weights: expected those of {NAME}, got a state dict with "):

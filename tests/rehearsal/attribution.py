@@ -1,4 +1,4 @@
-"""Attribution on the card is that on the CPU, whatever the model, the gate and the SAE; run by test_rehearsal.py."""
+"""Attribution on the card equals attribution on the CPU for every model, gate and SAE; run by test_rehearsal.py."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +49,7 @@ def same(found, expected, rtol=1e-9):
 
 
 def same_result(found, expected, rtol=1e-9):
-    """All that is returned; scores that cancel to all but nothing are compared by their gates."""
+    """Everything that is returned."""
     same(found.maps, expected.maps, rtol)
     same(found.logits, expected.logits, rtol)
     assert found.target.tolist() == expected.target.tolist()
@@ -110,6 +110,64 @@ def test_every_score_of_a_topk_sae_by_triton(caplog):
     assert all(line.endswith("triton") for line in chosen)
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the ops that ``attribute`` calls, in order."""
+    names = []
+
+    def counted(name, op):
+        return lambda *given, **options: names.append(name) or op(*given, **options)
+
+    for name in ("encode_topk", "encode_project", "project", "gate", "relevancy", "gated_relevancy"):
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    return names
+
+
+ONE_LAUNCH = {
+    "one gate": fastfg.Gate((1, 2), kappa=1.0, c_max=50.0),
+    "several gates that share blocks": [
+        None,
+        fastfg.Gate((1,), kappa=1.0, c_max=50.0),
+        fastfg.Gate((1, 2), kappa=0.5, c_max=10.0),
+        fastfg.Gate((2,), kappa=2.0, c_max=20.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("identity", ["transmm", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float64 is served by the reference
+@pytest.mark.parametrize("gate", ONE_LAUNCH.values(), ids=ONE_LAUNCH)
+def test_gated_blocks_in_one_launch(gate, dtype, identity, launched):
+    model, images, saes = given(dtype, normalize="layer_norm", reg_tokens=2)
+    options = {"gate": gate, "identity": identity, "target": 1}
+    expected = fastfg.attribute(model, images, saes=saes, **options)
+    assert "gated_relevancy" not in launched  # the CPU goes by the separate ops
+    model, images, saes = to_card(model, images, saes)
+    launched.clear()
+    found = fastfg.attribute(model, images, saes=saes, **options)
+    steps = ["relevancy", "encode_topk", "gated_relevancy", "encode_topk", "gated_relevancy", "relevancy"]
+    assert launched == steps  # blocks 3 to 0
+    same_result(found, expected, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("other", ["shuffle", "score", "rescale", "features"])
+def test_what_one_launch_does_not_serve_goes_by_the_separate_ops(other, launched):
+    model, images, saes = given(normalize="layer_norm")
+    gates = {
+        "shuffle": fastfg.Gate((1,), shuffle_seed=3),
+        "score": fastfg.Gate((1,), score="activation"),
+        "rescale": fastfg.Gate((1,), rescale=True),
+        "features": fastfg.Gate((1,)),
+    }
+    options = {"gate": [fastfg.Gate((1, 2)), gates[other]], "features": 2 * (other == "features"), "target": 1}
+    expected = fastfg.attribute(model, images, saes=saes, **options)
+    model, images, saes = to_card(model, images, saes)
+    launched.clear()
+    same_result(fastfg.attribute(model, images, saes=saes, **options), expected)
+    assert launched.count("gated_relevancy") == (other != "features")  # block 2 has one gate, which is served
+    assert launched.count("relevancy") == 3 + (other == "features")
+
+
 @pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
 def test_other_saes_by_triton(activation):
     model, images, saes = given(torch.float32, activation, normalize="layer_norm")
@@ -147,7 +205,7 @@ def test_under_autocast():
 
 
 def test_gates_of_several_images():
-    """Numbers reach the kernel as tensors, one a row."""
+    """Numbers reach the kernel as tensors, one per row."""
     scores = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     for kappa, c_max in ((1.0, 10.0), (torch.tensor([0.5, 2.0])[:, None, None], 50.0)):
         expected = ops.gate(scores, kappa, c_max, backend="reference")
@@ -155,7 +213,7 @@ def test_gates_of_several_images():
 
 
 def test_a_gated_block_in_one_op():
-    """With rows and numbers that are views of one another's memory, as an expanded start is."""
+    """Its rows and numbers may be expanded, as the start of relevancy is."""
     random = torch.Generator().manual_seed(0)
     q, k, v, dO = torch.randn(4, 2, 2, 6, 8, generator=random)
     g, W_dec = torch.randn(2, 5, 16, generator=random), torch.randn(30, 16, generator=random)

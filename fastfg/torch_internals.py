@@ -1,0 +1,46 @@
+"""What fastfg uses of torch that is not public. All of it is here, so that a new torch is tried in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from torch import nn
+
+TRIED_ON = ("2.11", "2.13")  # the versions of torch that fastfg was run on: 2.11 on a GPU, 2.13 on a CPU
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` was called for ``model`` or for a part of it."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
+
+
+def uncompiled(model: Any) -> Any:
+    """The module that ``torch.compile`` was given, or ``model`` itself where it is not compiled."""
+    return getattr(model, "_orig_mod", model)
+
+
+def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``F.multi_head_attention_forward`` with ``attention`` in place of ``F.scaled_dot_product_attention``.
+
+    A torch-function mode is off inside the function, so it does not see the inner call. This runs a copy of the
+    function in which two global names are replaced; torch's own function stays as it is. The attention weights are
+    not returned: torch calls ``scaled_dot_product_attention`` only without them.
+    """
+    original = F.multi_head_attention_forward
+    names = {"scaled_dot_product_attention": attention, "has_torch_function": lambda *_: False}
+    function = FunctionType(original.__code__, original.__globals__ | names, original.__name__, original.__defaults__)
+    return function(*args, **kwargs | {"need_weights": False})
+
+
+def constant_when_traced(function: Function) -> Function:
+    """``function``, whose result a traced program takes as a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, and loads the whole compiler (and triton) to do it.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function

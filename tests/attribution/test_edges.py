@@ -1,0 +1,109 @@
+"""No images, more features than there are, and a default device that is not the model's."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastfg
+from fastfg.attribution.patch_scores import SCORES
+from fastfg.types import METHODS, SCORE_KINDS
+from tests.models.families import build
+from tests.tools import ACTIVATIONS, random_sae
+
+GATES = [
+    None,
+    fastfg.Gate((1, 2)),
+    fastfg.Gate((1,), shuffle_seed=3),
+    *(fastfg.Gate((1,), score=s) for s in SCORE_KINDS),
+]
+
+
+def test_every_kind_of_score_is_there():
+    assert set(SCORES) == set(SCORE_KINDS)
+
+
+def test_blocks_as_numpy_counts_them():
+    assert fastfg.Gate(np.arange(1, 3)).layers == (1, 2)
+    assert fastfg.Gate(np.int64(2)).layers == (2,)
+    assert fastfg.Gate(2).layers == (2,)
+    assert all(type(layer) is int for layer in fastfg.Gate(np.arange(1, 3)).layers)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_no_images(model, images, activation):
+    saes = {block: random_sae(32, 100, activation, **ACTIVATIONS[activation]) for block in (1, 2)}
+    found = fastfg.attribute(model, images[:0], saes=saes, gate=GATES, features=3, methods=METHODS)
+    C = len(GATES)
+    assert found.maps.shape == (C, 0, 4, 6)
+    assert found.target.shape == (0,)
+    assert found.logits.shape == (0, 5)
+    for block in (1, 2):
+        assert found.scores[block].shape == found.gates[block].shape == (C, 0, 24)
+        assert found.features[block].indices.shape == found.features[block].values.shape == (C, 0, 24, 3)
+    assert {name: tuple(maps.shape) for name, maps in found.methods.items()} == dict.fromkeys(METHODS, (0, 4, 6))
+    assert fastfg.attribute(model, images[:0]).maps.shape == (0, 4, 6)
+    assert found.heatmap((32, 48)).shape == (C, 0, 32, 48)
+
+
+@pytest.mark.parametrize("name", ["transformers ViT", "open_clip tower", "vit-prisma HookedViT"])
+def test_no_images_for_models_that_refuse_none(name):
+    model, images = build(name), torch.randn(0, 3, 32, 32, dtype=torch.float64)
+    found = fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual"), target=1)
+    assert found.maps.shape == (0, 4, 4)
+    assert found.scores[1].shape == (0, 16)
+    assert found.target.shape == (0,)
+    assert fastfg.residuals(model, images, [1])[1].shape == (0, 16, 48)
+
+
+def test_targets_of_no_images(model, images):
+    assert fastfg.attribute(model, images[:0], target=[]).target.dtype == torch.int64
+    assert fastfg.attribute(model, images[:0], target=lambda logits: logits[:, 1]).maps.shape == (0, 4, 6)
+    with pytest.raises(ValueError, match=r"target: expected one class, or one per image \(0\), got \[2\]"):
+        fastfg.attribute(model, images[:0], target=[1, 2])
+    with pytest.raises(ValueError, match=r"target: expected classes from 0 to 4, got \[7\]"):
+        fastfg.attribute(model, images[:0], target=7)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_more_features_than_the_dictionary_has(model, images, activation):
+    sae = random_sae(32, 6, activation, **({"k": 4} if activation == "topk" else {}))
+    options = {"saes": {1: sae}, "gate": fastfg.Gate((1,))}
+    some = fastfg.attribute(model, images, features=6, **options).features[1]
+    more = fastfg.attribute(model, images, features=9, **options).features[1]
+    assert more.indices.shape == more.values.shape == (3, 24, 9)
+    assert torch.equal(more.indices[..., :6], some.indices)
+    assert torch.equal(more.values[..., :6], some.values)
+    assert (more.indices[..., 6:] == -1).all()
+    assert (more.values[..., 6:] == 0).all()
+
+
+@pytest.mark.parametrize("features", [2.5, True, "3"])
+def test_features_that_are_no_count(model, images, features):
+    with pytest.raises(ValueError, match="features: expected a number >= 0, got"):
+        fastfg.attribute(model, images, features=features)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_a_default_device_is_not_the_models(model, images, activation):
+    saes = {block: random_sae(32, 100, activation, **ACTIVATIONS[activation]) for block in (1, 2)}
+    options = {"saes": saes, "gate": GATES, "features": 3, "methods": METHODS, "target": [1, 2, 0]}
+    expected, heat = fastfg.attribute(model, images, **options), fastfg.attribute(model, images).heatmap((32, 48))
+    pixels = fastfg.FeatureGradient(model).attribute(images, target=1)
+    residuals = fastfg.residuals(model, images, [1])
+    torch.set_default_device("meta")
+    try:
+        found = fastfg.attribute(model, images, **options)
+        assert torch.equal(fastfg.attribute(model, images).heatmap((32, 48)), heat)
+        assert torch.equal(fastfg.FeatureGradient(model).attribute(images, target=1), pixels)
+        assert torch.equal(fastfg.residuals(model, images, [1])[1], residuals[1])
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found.maps, expected.maps)
+    assert torch.equal(found.target, expected.target)
+    for block in (1, 2):
+        assert torch.equal(found.scores[block].nan_to_num(), expected.scores[block].nan_to_num())
+        assert torch.equal(found.gates[block], expected.gates[block])
+        assert torch.equal(found.features[block].indices, expected.features[block].indices)
+        assert torch.equal(found.features[block].values, expected.features[block].values)
+    for name in METHODS:
+        assert torch.equal(found.methods[name], expected.methods[name])

@@ -1,0 +1,87 @@
+"""What is explained: a class, one of the two classes of a single logit, or a function of the model's output."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastfg
+from tests.attribution.test_attribute import same
+from tests.tools import oracle, tiny_vit
+
+
+def with_head(model, weight, bias):
+    """A copy of ``model`` with a head of one logit."""
+    model = copy.deepcopy(model)
+    model.head = torch.nn.Linear(32, 1).double()
+    model.head.weight.data, model.head.bias.data = weight.detach().clone(), bias.detach().clone()
+    return model
+
+
+def test_a_single_logit_is_a_sigmoid(images, saes, gate):
+    model = tiny_vit(num_classes=1)
+    negative = with_head(model, -model.head.weight, -model.head.bias)
+    index = torch.zeros(3, dtype=torch.int64)
+    options = {"saes": saes, "gate": gate}
+    one = fastfg.attribute(model, images, target=1, **options)
+    zero = fastfg.attribute(model, images, target=[0, 0, 0], **options)
+    same(one.maps, oracle(model, images, gate, saes, target=index))
+    same(zero.maps, oracle(negative, images, gate, saes, target=index))
+    assert one.target.tolist() == [1, 1, 1]
+    assert one.logits.shape == (3, 1)
+    free = fastfg.attribute(model, images, **options)
+    assert torch.equal(free.target, (free.logits[:, 0] > 0).long())
+    for i, predicted in enumerate(free.target):
+        torch.testing.assert_close(free.maps[i], (one if predicted else zero).maps[i], rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="target: expected classes from 0 to 1, got \\[2, 2, 2\\]"):
+        fastfg.attribute(model, images, target=2)
+
+
+def test_a_target_is_one_number_per_image(model, images):
+    given = torch.tensor([1, 0, 4])
+    for target in (3, [3, 1, 2], given, None):
+        found = fastfg.attribute(model, images, target=target).target
+        assert found.shape == (3,)
+        assert found.dtype == torch.int64
+        found[0] = 9  # its own memory
+        assert (found[1:] != 9).all()
+    assert given.tolist() == [1, 0, 4]
+
+
+def test_a_function_of_the_logits(model, images, saes, gate):
+    def difference(logits):
+        return logits[:, 3] - logits[:, 1]
+
+    found = fastfg.attribute(model, images, saes=saes, gate=gate, target=difference)
+    head = model.head
+    single = with_head(model, head.weight[3:4] - head.weight[1:2], head.bias[3:4] - head.bias[1:2])
+    same(found.maps, oracle(single, images, gate, saes, target=torch.zeros(3, dtype=torch.int64)))
+    assert found.target is difference
+    torch.testing.assert_close(found.logits, model(images).detach())
+    assert not found.logits.requires_grad
+
+
+def test_a_function_of_another_output(model, images):
+    expected = fastfg.attribute(model, images, target=2).maps
+    plain = model.forward
+    model.forward = lambda x: SimpleNamespace(scores=plain(x))
+    found = fastfg.attribute(model, images, target=lambda output: output.scores[:, 2])
+    assert torch.equal(found.maps, expected)
+    assert found.logits.scores.shape == (3, 5)
+    with pytest.raises(ValueError, match=r"model: expected logits \[B, n\] from model\(images\), got SimpleNamespace"):
+        fastfg.attribute(model, images)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (lambda logits: logits, ValueError, r"one value per image, \[3\], got torch.float64 \[3, 5\]"),
+        (lambda logits: logits.argmax(1), ValueError, r"one value per image, \[3\], got torch.int64 \[3\]"),
+        (lambda logits: 1.0, ValueError, r"one value per image, \[3\], got float"),
+        (lambda logits: logits.detach()[:, 0], RuntimeError, "expected the target to depend on the attention of every"),
+    ],
+)
+def test_functions_that_do_not_fit(model, images, target, error, message):
+    with pytest.raises(error, match=message):
+        fastfg.attribute(model, images, target=target)
