@@ -10,6 +10,7 @@ import torch
 
 import fastfg
 from fastfg.models.timm import import_timm
+from tests.subprocesses import pytest_pycollect_makeitem  # noqa: F401  a hook of pytest's
 from tests.tools import installed, tiny_vit
 
 import_timm()

@@ -121,7 +121,7 @@ def insert_card() -> None:
     """From now on torch has the card; ``card.cpp`` was loaded before torch was (see ``plugin``)."""
     if torch.accelerator.current_accelerator() != torch.device("cuda"):
         raise RuntimeError("the card came too late: torch had looked for one already")
-    import tests.kernels.tools  # noqa: F401  chooses the interpreter, as there is no card yet
+    import tests.kernels.interpreter  # noqa: F401  mends what launches kernels here
 
     LIBRARY.impl("empty.memory_format", _empty, "CUDA")  # all factories are made of these two
     LIBRARY.impl("empty_strided", _empty_strided, "CUDA")

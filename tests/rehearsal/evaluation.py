@@ -6,7 +6,7 @@ import torch
 import fastfg
 from fastfg.perturb import FILLS
 from tests.rehearsal import card
-from tests.test_attribution import assert_unchanged, state_of
+from tests.attribution.test_attribute import assert_unchanged, state_of
 from tests.tools import random_sae, tiny_vit
 
 SIZE = (32, 48)  # 4 x 6 patches
