@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of ``x`` [..., F] in descending order; among equals the lowest index comes first.
+    """The ``k`` largest of ``x`` [..., F] in descending order; among equal values the lowest index comes first.
 
-    ``torch.topk`` leaves open which of several equal values at the threshold it takes; that choice is made again
-    here, for the tokens where it matters.
+    ``torch.topk`` does not say which of several values that equal the k-th it takes. For tokens with such ties, the
+    choice is made again here.
     """
     values, indices = x.topk(k, dim=-1)
     threshold = values[..., -1:]
     tied = (x == threshold).sum(-1, keepdim=True) > (values == threshold).sum(-1, keepdim=True)
-    if torch.compiler.is_compiling() or bool(tied.any()):  # a traced program can't depend on numbers
+    if torch.compiler.is_compiling() or bool(tied.any()):  # a traced program can't branch on numbers
         indices = torch.where(tied, _lowest_of_equal(x, threshold, k), indices)
     indices = indices.sort(dim=-1).values
     values, order = x.gather(-1, indices).sort(dim=-1, descending=True, stable=True)
@@ -23,7 +23,7 @@ def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_of_equal(x: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """All above the threshold (as a NaN is) and the first of those that equal it: where there are ties, ``k``."""
+    """Indices of all values above the threshold, NaN included, and of the first that equal it: ``k`` per token."""
     above, equal = ~(x <= threshold), x == threshold
     wanted = k - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= wanted))
@@ -34,10 +34,10 @@ def encode_topk(
     x: Tensor,  # [T, d], already normalised
     W_enc: Tensor,  # [d, F]
     b_enc: Tensor,  # [F]
-    b_dec: Tensor | None,  # [d], None: not subtracted
+    b_dec: Tensor | None,  # [d], or None: not subtracted
     k: int,
 ) -> tuple[Tensor, Tensor]:
     """Values [T, K] >= 0 in descending order and indices [T, K]; ties go to the lowest index."""
-    pre = (x if b_dec is None else x - b_dec) @ W_enc + b_enc
-    values, indices = topk_lowest_index(pre, k)
-    return torch.relu(values), indices
+    centred = x if b_dec is None else x - b_dec
+    values, indices = topk_lowest_index(centred.to(W_enc.dtype) @ W_enc + b_enc, k)
+    return torch.relu(values).to(x.dtype), indices
