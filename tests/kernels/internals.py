@@ -17,7 +17,7 @@ from tests.ops.compare import check, run
 from tests.ops.test_parity import _poison  # noqa: F401
 
 # isort: split
-from fastfg.kernels import encode_project, encode_topk, gated_relevancy, relevancy, tuning
+from fastfg.kernels import encode_topk, gated_relevancy, relevancy, tuning
 
 
 def typical(op, dtype=torch.float32):
@@ -43,36 +43,19 @@ def test_gated_relevancy_of_few_and_many_programs(programs, monkeypatch):
 
 
 def test_relevancy_takes_a_log_sum_exp():
-    arguments = typical("relevancy")[:7]
-    _, q, k, _, _, scale, _ = arguments
+    *tensors, _ = typical("relevancy")
+    _, q, k, _, _, scale, _ = tensors
     lse = torch.logsumexp(q @ k.mT * scale, -1)
-    found = relevancy.relevancy(*arguments, lse=lse)
-    torch.testing.assert_close(found, relevancy.relevancy(*arguments), rtol=1e-5, atol=1e-5)
+    found = relevancy.relevancy(*tensors, False, lse=lse)
+    torch.testing.assert_close(found, relevancy.relevancy(*tensors, False), rtol=1e-5, atol=1e-5)
 
 
 def test_gated_relevancy_takes_a_log_sum_exp():
-    arguments = typical("gated_relevancy")[:12]
-    _, q, k, _, _, scale = arguments[:6]
-    found = gated_relevancy.gated_relevancy(*arguments, lse=torch.logsumexp(q @ k.mT * scale, -1))
-    for ours, expected in zip(found, gated_relevancy.gated_relevancy(*arguments), strict=True):
+    *tensors, _ = typical("gated_relevancy")
+    _, q, k, _, _, scale = tensors[:6]
+    found = gated_relevancy.gated_relevancy(*tensors, False, lse=torch.logsumexp(q @ k.mT * scale, -1))
+    for ours, expected in zip(found, gated_relevancy.gated_relevancy(*tensors, False), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-# Wrong arguments ------------------------------------------------------------------------------------------------------
-
-
-def test_the_kernels_name_what_is_wrong():
-    with pytest.raises(ValueError, match="identity: expected 'transmm' or 'paper', got 'none'"):
-        relevancy.relevancy(*typical("relevancy")[:7], "none")
-    arguments = typical("gated_relevancy")[:12]
-    with pytest.raises(ValueError, match="identity: expected 'transmm' or 'paper', got 'none'"):
-        gated_relevancy.gated_relevancy(*arguments, "none")
-    arguments[8] = torch.zeros(2, 51, 13, device=DEVICE)
-    with pytest.raises(ValueError, match=r"values: expected \[B, P, K\] with P from 1 to 50, .* got \[2, 51, 13\]"):
-        gated_relevancy.gated_relevancy(*arguments)
-    *tensors, _ = typical("encode_project")
-    with pytest.raises(ValueError, match="activation: expected one of .* got 'topk'"):
-        encode_project.encode_project(*tensors, reference.Activation("topk", 3))
 
 
 # encode_topk's tiles and lists ----------------------------------------------------------------------------------------
