@@ -22,6 +22,7 @@ from tests.kernels.tools import (
     draw,
     encoder,
     error,
+    launch,
     poisoned,  # noqa: F401
     widen,
 )
@@ -61,13 +62,13 @@ def test_relevancy_without_gates():
 def test_relevancy_takes_the_log_sum_exp_that_a_model_kept():
     rows, q, k, v, dO, scale, gates = block(1, 50, 32)
     lse = torch.logsumexp(q @ k.mT * scale, -1)
-    got = relevancy.relevancy(rows, q, k, v, dO, scale, gates, lse=lse)
-    torch.testing.assert_close(got, relevancy.relevancy(rows, q, k, v, dO, scale, gates), rtol=1e-5, atol=1e-5)
+    got = launch(relevancy.relevancy, rows, q, k, v, dO, scale, gates, lse=lse)
+    torch.testing.assert_close(got, launch(relevancy.relevancy, rows, q, k, v, dO, scale, gates), rtol=1e-5, atol=1e-5)
 
 
 def test_relevancy_with_logits_that_overflow_an_exponential():
     rows, q, k, v, dO, scale, gates = block(1, 50, 32)
-    got = relevancy.relevancy(rows, 40 * q, k, v, dO, scale, gates)
+    got = launch(relevancy.relevancy, rows, 40 * q, k, v, dO, scale, gates)
     exact = reference.relevancy(*map(widen, (rows, 40 * q, k, v, dO)), scale, widen(gates))
     assert error(got, exact) < 1e-4  # of logits near 100, float32 keeps 1e-5
 
@@ -83,12 +84,7 @@ def test_relevancy_is_nan_where_its_input_is():
 
 @pytest.mark.parametrize(("C", "B"), [(0, 2), (1, 0)])
 def test_relevancy_of_nothing(C, B):
-    assert relevancy.relevancy(*block(C, 5, 32, B=B)).shape == (C, B, 5)
-
-
-def test_relevancy_names_the_wrong_identity():
-    with pytest.raises(ValueError, match="identity: expected 'transmm' or 'paper', got 'none'"):
-        relevancy.relevancy(*block(1, 5, 32), "none")
+    assert launch(relevancy.relevancy, *block(C, 5, 32, B=B)).shape == (C, B, 5)
 
 
 # project --------------------------------------------------------------------------------------------------------
@@ -124,6 +120,21 @@ def test_project_is_nan_where_its_input_is():
     scores, contributions = check(project.project, reference.project, draw(5, 33), draw(300, 33), values, indices)
     assert scores.isnan().nonzero().tolist() == [[2]]
     assert contributions.isnan().nonzero().tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("index", [-1, 300, -(2**40), 2**40])
+def test_project_is_nan_for_a_feature_that_the_decoder_lacks(index):
+    """Its row is not read; it would be outside of memory."""
+    values, indices = codes(5, 300, 13)
+    g, W_dec = draw(5, 33), draw(300, 33, seed=1)
+    expected_scores, expected = project.project(g, W_dec, values, indices)
+    indices[2, 3] = index
+    scores, contributions = project.project(g, W_dec, values, indices)
+    assert scores.isnan().nonzero().tolist() == [[2]]
+    assert contributions.isnan().nonzero().tolist() == [[2, 3]]
+    expected[2, 3], expected_scores[2] = torch.nan, torch.nan
+    torch.testing.assert_close(contributions, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
 
 
 def test_project_of_nothing():
@@ -172,7 +183,7 @@ def test_gate_of_odd_scores(scores):
 
 
 def test_gate_of_nothing():
-    assert gate.gate(draw(0, 50), 1.0, 5.0).shape == (0, 50)
+    assert launch(gate.gate, draw(0, 50), 1.0, 5.0).shape == (0, 50)
 
 
 # encode_topk ----------------------------------------------------------------------------------------------------
@@ -188,6 +199,16 @@ def test_encode_topk(T, d, F, k):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_encode_topk_of_narrow_numbers(dtype):
     check_topk(encode_topk.encode_topk, *encoder(5, 192, 501, dtype), 13)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_encode_topk_of_an_sae_with_float32_biases(dtype):
+    x, W_enc, b_enc, b_dec = encoder(5, 192, 501, dtype)
+    values, indices = encode_topk.encode_topk(x, W_enc, b_enc.float(), b_dec.float(), 13)
+    assert values.dtype == dtype
+    expected = encode_topk.encode_topk(x, W_enc, b_enc, b_dec, 13)  # the same numbers
+    assert torch.equal(values, expected[0])
+    assert torch.equal(indices, expected[1])
 
 
 def test_encode_topk_of_strided_inputs():
@@ -299,6 +320,36 @@ def test_encode_project_of_narrow_numbers(name, dtype):
     check(encode_project.encode_project, reference.encode_project, *arguments)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_encode_project_of_tokens_that_were_centred_in_float32(dtype):
+    x, W_enc, b_enc, _ = encoder(49, 192, 300, dtype)
+    others = (draw(49, 192, dtype=dtype, seed=4), W_enc, b_enc.float(), draw(300, 192, dtype=dtype))
+    got = launch(encode_project.encode_project, x.float(), *others, activation("relu", 300))
+    expected = launch(encode_project.encode_project, x, *others, activation("relu", 300))
+    assert got.dtype == torch.float32
+    assert torch.equal(got.to(dtype), expected)
+
+
+def test_encode_project_keeps_the_relative_precision_of_tanh():
+    """The code of one feature, whose pre-activation is x itself."""
+    x = torch.logspace(-8, 1.3, 200, dtype=torch.float64, device=DEVICE).float()[:, None]
+    one, none = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    for sign in (1, -1):  # a negative code is 0, so the sign is the decoder's
+        relu = reference.Activation("tanh_relu")
+        got = launch(encode_project.encode_project, x, torch.ones_like(x), one, none, sign * one, relu)
+        torch.testing.assert_close(got.double(), sign * x[:, 0].double().tanh(), rtol=1e-6, atol=0)
+
+
+def test_gate_keeps_the_relative_precision_of_tanh():
+    """Of log(w) / log(c_max), for z around 1 and every kappa; log(w) is as large as float32 has room for."""
+    kappa = torch.logspace(-6, 1.3, 100, dtype=torch.float64, device=DEVICE).float()[:, None]
+    scores = torch.tensor([-1.0, 0.0, 1.0], device=DEVICE)
+    for c_max in (1e30, 1e-30):
+        got = launch(gate.gate, scores, kappa, torch.full_like(kappa, c_max)).double().log()
+        exact = reference.gate(scores.double(), kappa.double(), torch.full_like(kappa, c_max).double()).log()
+        torch.testing.assert_close(got, exact, rtol=2e-6, atol=1.2e-7)
+
+
 def test_encode_project_of_strided_inputs():
     x, W_enc, b_enc, _ = encoder(5, 33, 300)
     g, W_dec = draw(33, 5, seed=4).T, draw(33, 300, seed=5).T
@@ -315,9 +366,9 @@ def test_encode_project_is_nan_where_its_input_is():
 
 def test_encode_project_of_no_tokens_and_of_topk():
     x, W_enc, b_enc, _ = encoder(0, 33, 100)
-    assert encode_project.encode_project(x, x, W_enc, b_enc, W_enc.T, activation("relu", 100)).shape == (0,)
+    assert launch(encode_project.encode_project, x, x, W_enc, b_enc, W_enc.T, activation("relu", 100)).shape == (0,)
     with pytest.raises(ValueError, match="activation: expected one of .* got 'topk'"):
-        encode_project.encode_project(x, x, W_enc, b_enc, W_enc.T, reference.Activation("topk", 3))
+        launch(encode_project.encode_project, x, x, W_enc, b_enc, W_enc.T, reference.Activation("topk", 3))
 
 
 # all ------------------------------------------------------------------------------------------------------------
@@ -325,7 +376,7 @@ def test_encode_project_of_no_tokens_and_of_topk():
 
 def test_results_are_equal_run_to_run():
     arguments = block(3, 50, 32)
-    assert torch.equal(relevancy.relevancy(*arguments), relevancy.relevancy(*arguments))
+    assert torch.equal(launch(relevancy.relevancy, *arguments), launch(relevancy.relevancy, *arguments))
     tokens = encoder(3, 33, 700)
     for once, again in zip(encode_topk.encode_topk(*tokens, 13), encode_topk.encode_topk(*tokens, 13), strict=True):
         assert torch.equal(once, again)

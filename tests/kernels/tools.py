@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastfg import reference
+from fastfg.ops.gate import as_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -112,10 +113,27 @@ def every(result):
     return result if isinstance(result, tuple) else (result,)
 
 
+def launch(kernel, *arguments, **options):
+    """``kernel``, which has its torch op's signature, on the arguments of its reference."""
+    op = kernel.__name__
+    if op == "gate":
+        rows, *numbers = as_rows(*arguments)
+        gates = kernel(rows.reshape(-1, rows.shape[-1]), *(n.reshape(-1) for n in numbers))
+        return gates.reshape(rows.shape).to(arguments[0].dtype)
+    if op == "encode_project":
+        *tensors, a = arguments
+        return kernel(*tensors, a.name, a.threshold, a.r_mag, a.b_gate, a.b_mag)
+    if op in ("relevancy", "gated_relevancy"):
+        *tensors, identity = arguments if isinstance(arguments[-1], str) else (*arguments, "transmm")
+        tensors = (*tensors, None)[:7] if op == "relevancy" else tensors  # gates may be left out
+        return kernel(*tensors, identity == "paper", **options)
+    return kernel(*arguments)
+
+
 def check(kernel, judge, *arguments, allowed=0.0):
     """float32: to 1e-5; narrower: at most twice the same-dtype reference's error. No argument changes."""
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    got, exact, same = every(kernel(*arguments)), every(judge(*map(widen, arguments))), every(judge(*arguments))
+    got, exact, same = every(launch(kernel, *arguments)), every(judge(*map(widen, arguments))), every(judge(*arguments))
     for a, b in zip(arguments, before, strict=True):
         assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
     dtype = arguments[0].dtype

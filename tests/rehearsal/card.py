@@ -181,9 +181,9 @@ def _launch_from_the_card() -> None:
     launch = GridExecutor.__call__
 
     def launch_from_the_card(self: Any, *args: Any, **kwargs: Any) -> None:
-        for i, given in enumerate(args):
+        for where, given in (*enumerate(args), *kwargs.items()):
             if isinstance(given, Tensor) and not isinstance(given, OnCard):
-                raise ValueError(f"Pointer argument (at {i}) cannot be accessed from Triton (cpu tensor?)")
+                raise ValueError(f"Pointer argument (at {where}) cannot be accessed from Triton (cpu tensor?)")
         launch(self, *map(below, args), **{name: below(given) for name, given in kwargs.items()})
 
     GridExecutor.__call__ = launch_from_the_card
