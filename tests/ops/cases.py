@@ -89,49 +89,40 @@ def gated_relevancy(C, B, H, N, dh, P, d, F, K, identity="transmm"):
     return (*relevancy(C, B, H, N, dh)[:6], *codes, kappa, c_max, identity)
 
 
-SHAPES = {
+SHAPES = {  # small enough for Triton's interpreter
     encode_topk: [
-        (1, 33, 100, 1),
         (1, 33, 300, 13),
         (49, 192, 70, 1),
-        (49, 33, 1000, 13, False),
-        (5, 192, 501, 13),
         (5, 33, 1501, 13),
+        (5, 192, 501, 13),
         (3, 33, 100, 100),
         (0, 33, 100, 5),
     ],
     project: [
-        (1, 33, 100, 1),
         (1, 33, 300, 13),
-        (49, 33, 1000, 13),
         (49, 192, 301, 1),
         (49, 192, 300, 13),
-        (57, 33, 50, 13),
         (5, 300, 77, 77),
-        (5, 768, 50, 50),
+        (57, 33, 50, 13),
         (3, 33, 100, 0),
         (0, 33, 100, 5),
     ],
     encode_project: [
-        (name, *sizes)
-        for name in STREAMING
-        for sizes in [(1, 33, 100), (1, 33, 300), (49, 192, 77), (49, 192, 300), (49, 33, 501), (0, 33, 100)]
+        *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 300), (49, 192, 77)]),
+        *((name, 49, 192, 300) for name in ("relu", "gated")),
+        ("relu", 0, 33, 100),
     ],
-    gate: [(1,), (2,), (3, 1), (3, 2), (7, 49), (3, 50), (3, 196), (2, 3, 257), (3, 1369), (1, 1370), (0, 5)],
+    gate: [(1,), (2,), (3, 1), (3, 2), (7, 49), (3, 50), (3, 196), (2, 3, 257), (3, 1369), (0, 5)],
     many_gates: [(3, 2, 9), (2, 49), (2, 50)],
     one_gate_for_all: [(3, 50), (4, 2, 50)],
     relevancy: [
         *(
-            (C, 2, 2, *sizes, True, one)
+            (C, 2, 2, *sizes, True, identity)
             for C in (1, 3, 17)
             for sizes in [(5, 32), (50, 48), (50, 33)]
-            for one in IDENTITIES
+            for identity in IDENTITIES
         ),
-        (1, 2, 2, 1, 64),
-        (1, 1, 1, 5, 32),
-        (2, 2, 1, 49, 128),
         (2, 2, 2, 50, 32, False),
-        (3, 2, 3, 50, 48, False, "paper"),
         (1, 1, 2, 197, 64),
         (3, 1, 2, 197, 64),
         (2, 0, 2, 5, 32),
@@ -139,29 +130,57 @@ SHAPES = {
     ],
     gated_relevancy: [
         *((C, 2, 2, 50, 32, 50 - prefix, 33, 77, 13) for C in (1, 3, 17) for prefix in (0, 1, 5)),
-        (1, 1, 1, 5, 32, 4, 33, 100, 1),
-        (3, 2, 2, 50, 64, 49, 192, 301, 13, "paper"),
-        (2, 2, 1, 49, 128, 49, 33, 100, 100),  # no prefix token
+        (1, 1, 1, 5, 32, 4, 33, 100, 1, "paper"),
         (0, 2, 2, 6, 32, 5, 33, 77, 13),
         (2, 0, 2, 6, 32, 5, 33, 77, 13),
     ],
 }
-LONG = {  # in float32 and float64 alone; the interpreter takes minutes for them
-    encode_topk: [(196, 192, 2500, 128), (257, 768, 1001, 13), (1370, 33, 501, 1)],
-    project: [(197, 192, 300, 128), (1370, 33, 501, 13)],
-    encode_project: [("gated", 49, 192, 4999), ("relu", 1370, 33, 501), ("jumprelu", 197, 768, 1001)],
+COMPILED = {  # the interpreter would take minutes for them
+    encode_topk: [
+        (1, 33, 100, 1),
+        (49, 33, 1000, 13, False),
+        (196, 192, 2500, 128),
+        (257, 768, 1001, 13),
+        (1370, 33, 501, 1),
+    ],
+    project: [(1, 33, 100, 1), (49, 33, 1000, 13), (197, 192, 300, 128), (5, 768, 50, 50), (1370, 33, 501, 13)],
+    encode_project: [
+        *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 100), (49, 33, 501), (0, 33, 101)]),
+        ("gated", 49, 192, 4999),
+        ("relu", 1370, 33, 501),
+        ("jumprelu", 197, 768, 1001),
+    ],
+    gate: [(1, 1370)],
     relevancy: [
+        (1, 2, 2, 1, 64),
+        (1, 1, 1, 5, 32),
+        (2, 2, 1, 49, 128),
+        (3, 2, 3, 50, 48, False, "paper"),
         (2, 2, 6, 197, 64),
         (17, 1, 2, 196, 64, False),
         (1, 1, 2, 257, 80, True, "paper"),
         (1, 1, 2, 1370, 32),
     ],
     gated_relevancy: [
+        (1, 1, 1, 5, 32, 4, 33, 100, 1),
+        (3, 2, 2, 50, 64, 49, 192, 301, 13, "paper"),
         (2, 1, 2, 197, 48, 196, 768, 1001, 128),
+        (2, 2, 1, 49, 128, 49, 33, 100, 100),  # no prefix token
         (1, 1, 2, 257, 80, 252, 33, 50, 13),
         (1, 1, 1, 1370, 32, 1369, 33, 501, 13),
     ],
 }
+INTERPRETED_HALVES = [
+    "encode_topk 5 192 501 13",
+    "project 49 192 300 13",
+    "encode_project relu 49 192 300",
+    "encode_project gated 49 192 300",
+    "gate 3 50",
+    "relevancy 1 1 2 197 64",
+    "relevancy 3 1 2 197 64",
+    "gated_relevancy 1 2 2 50 32 49 33 77 13",
+    "gated_relevancy 3 2 2 50 32 49 33 77 13",
+]
 OF = {many_gates: "gate", one_gate_for_all: "gate"}  # the op, where the builder has another name
 
 
@@ -174,16 +193,24 @@ def named(shapes):
     }
 
 
-CASES = named(SHAPES)
-LONG_CASES = {} if INTERPRETED else named(LONG)
-TYPICAL = {  # one case an op, of several tokens, images and configurations
-    "encode_topk": partial(encode_topk, 49, 33, 1000, 13),
-    "project": partial(project, 49, 33, 1000, 13),
-    "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
+CASES = named(SHAPES) | ({} if INTERPRETED else named(COMPILED))
+HALVES = (
+    INTERPRETED_HALVES if INTERPRETED else [case for case in CASES if "1370" not in case]
+)  # cases of half precision
+TYPICAL = {  # one case per op, of several tokens, images and configurations
+    "encode_topk": partial(encode_topk, 7, 33, 300, 13),
+    "project": partial(project, 7, 33, 300, 13),
+    "encode_project": partial(encode_project, "jumprelu", 7, 33, 300),
     "gate": partial(gate, 7, 49),
     "relevancy": partial(relevancy, 3, 2, 3, 50, 48, True, "paper"),
     "gated_relevancy": partial(gated_relevancy, 3, 2, 2, 50, 32, 49, 33, 301, 13),
 }
+if not INTERPRETED:
+    TYPICAL |= {
+        "encode_topk": partial(encode_topk, 49, 33, 1000, 13),
+        "project": partial(project, 49, 33, 1000, 13),
+        "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
+    }
 
 WIDE = {"relevancy": (0, 6), "gated_relevancy": (0, 10, 11)}  # the rows and what multiplies them: float32 at least
 

@@ -13,9 +13,9 @@ from tests.ops import cases
 from tests.ops.cases import (
     BACKENDS,
     CASES,
+    HALVES,
     INTERPRETED,
     LAYOUTS,
-    LONG_CASES,
     PAIRS,
     TYPICAL,
     cast,
@@ -28,11 +28,10 @@ from tests.ops.cases import (
 from tests.ops.compare import check, error, errors, exact, run
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-HALVES = (torch.bfloat16, torch.float16)
 EXACT = [  # the reference in float64 is the judge, and Triton has no float64
     (case, backend, dtype)
     for backend in BACKENDS
-    for case in (CASES if backend == "reference" else CASES | LONG_CASES)
+    for case in CASES
     for dtype in TOLERANCE
     if dtype == torch.float32 or backend == "cpp"
 ]
@@ -44,7 +43,10 @@ every_pair = pytest.mark.parametrize(("op", "backend"), PAIRS)
 
 @pytest.fixture(autouse=True, scope="module")
 def _poison():
-    """New memory is full of NaN (of the largest number, where it is of integers) until it is written."""
+    """New memory is full of NaN (of the largest number, where it is of integers) until it is written.
+
+    An element of a result that a kernel leaves out is therefore wrong in every test of this file.
+    """
     assert torch.utils.deterministic.fill_uninitialized_memory  # torch's default
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=cases.DEVICE).isnan().all()
@@ -58,7 +60,7 @@ def typical(op, backend, dtype=torch.float32):
 
 @pytest.mark.parametrize(("case", "backend", "dtype"), EXACT, ids=str)
 def test_equals_the_reference_in_float64(case, backend, dtype):
-    op, build = (CASES | LONG_CASES)[case]
+    op, build = CASES[case]
     arguments = cast(op, build(), dtype, device_of(backend))
     expected = exact(op, arguments)
     found = outputs(run(op, arguments, backend))
@@ -69,8 +71,8 @@ def test_equals_the_reference_in_float64(case, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", HALVES)
 def test_half_precision_is_no_worse_than_twice_torchs(case, dtype, backend):
     op, build = CASES[case]
     arguments = cast(op, build(), dtype, device_of(backend))
@@ -277,15 +279,6 @@ def test_arguments_may_be_views_of_one_anothers_memory(op, backend):
     found = outputs(run(op, views, backend))
     for a, b in zip(found, outputs(run(op, each(views, lambda _, t: t.contiguous()), backend)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", CASES)
-@every_backend
-def test_every_element_is_written(case, backend):
-    op, build = CASES[case]
-    for result in outputs(run(op, cast(op, build(), torch.float32, device_of(backend)), backend)):
-        assert not result.isnan().any()
-        assert result.is_floating_point() or bool((result < 2**31).all())
 
 
 # What holds among results -------------------------------------------------------------------------------------------
