@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.skips import forbid
 
 ROOT = Path(__file__).parents[1]
 ENDED = (0, 1)  # pytest's exit codes of a run that came to its end: all tests passed, some failed
@@ -160,21 +161,12 @@ class SuiteItem(pytest.Item):
         report = self.config.hook.pytest_report_from_serializable(config=self.config, data=event["report"])
         if isinstance(report.longrepr, list):  # a skip's (file, line, reason), which JSON turned into a list
             report.longrepr = tuple(report.longrepr)
-        self.forbid(report)
+        forbid(report, self.suite.skips)
         if report.when == "teardown":
             process.finished.add(report.nodeid)
         with self.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             self.ihook.pytest_runtest_logreport(report=report)
         return report.failed
-
-    def forbid(self, report: pytest.TestReport) -> None:
-        """Makes a failure of a skip that is not allowed."""
-        if not report.skipped or hasattr(report, "wasxfail"):
-            return
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-        if not any(re.search(pattern, reason) for pattern in self.suite.skips):
-            report.outcome = "failed"
-            report.longrepr = f"unexpected skip: {reason}"
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
         return str(excinfo.value) if isinstance(excinfo.value, SuiteError) else super().repr_failure(excinfo)

@@ -73,6 +73,23 @@ def outcome(tmp_path):
     return run
 
 
+def test_a_skip_of_the_main_run_fails_where_none_is_expected(tmp_path):
+    (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')")
+    text = "import pytest\ndef test_a(): pytest.skip('no time')\ndef test_b(): pytest.skip('needs a CUDA device')"
+    (tmp_path / "test_both.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-ra", "-p", "tests.skips", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for option, summary in (
+        ([], "3 skipped"),
+        (["--no-unexpected-skips", "--continue-on-collection-errors"], "1 failed, 1 skipped, 1 error"),
+    ):
+        run = [*command, *option]
+        done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert summary in done.stdout, done.stdout
+    assert "unexpected skip: Skipped: no time" in done.stdout
+    assert "unexpected skip: Skipped: could not import 'no_such_module'" in done.stdout
+
+
 def test_each_test_is_counted_and_named(outcome):
     code, out = outcome(GOOD, "def test_other(): pass")
     assert code == 0, out
