@@ -47,11 +47,12 @@ install() { # MODE, of the native ops
   env FASTFG_BUILD="$1" "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 }
 export -f install; export python out
-# where no compiler serves, all but the native ops can go on without them
+# where no compiler serves, all but the native ops go on without them; their own tests then fail
 part build bash -c 'install require' || part build-without-native bash -c 'install skip'
 part info "$python" -m fastfg.cli info
 
-# a kernel is compiled by the CPU for each kind of shape, which is most of the time that these take
+# The tests name the backends that must be there (tests/ops/cases.py): here the reference, the native ops and Triton.
+# A kernel is compiled by the CPU for each kind of shape, which is most of the time that these take.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(--numprocesses 8)
 part parity "$python" -m pytest -q "${workers[@]}" tests/ops tests/kernels --ignore tests/kernels/test_ahead_of_time.py
@@ -69,8 +70,8 @@ part engine-loop bash -c 'engine --loop'
 if command -v compute-sanitizer >/dev/null; then
   # without torch's own cache of memory each tensor has a place of its own, past whose end it is seen
   part sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
-    tests/kernels/parity.py tests/kernels/parity_gated.py --noconftest -p no:cacheprovider \
-    -k "real_length or narrow or strided or configurations or run_to_run"
+    tests/ops/test_parity.py tests/ops/test_modes.py --noconftest -p no:cacheprovider \
+    -k "triton and (layout or views or lacks or repeat or c_max_1)"
 else
   echo "== sanitizer: skipped, compute-sanitizer is not there"
 fi

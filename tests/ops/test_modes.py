@@ -132,7 +132,7 @@ def test_tanh_keeps_its_relative_precision(backend):
 @pytest.mark.parametrize("c_max", [1e30, 1e-30])
 def test_gates_keep_the_relative_precision_of_tanh(c_max, backend):
     """Of log(w) / log(c_max), for z around 1 and every kappa; log(w) is as large as float32 has room for."""
-    kappa = torch.logspace(-6, 1.3, 100, dtype=torch.float64).float()[:, None].to(device_of(backend))
+    kappa = torch.logspace(-6, 1.3, 30, dtype=torch.float64).float()[:, None].to(device_of(backend))
     scores = torch.tensor([-1.0, 0.0, 1.0]).to(kappa)
     found = ops.gate(scores, kappa, torch.full_like(kappa, c_max), backend=backend).double().log()
     exact = reference.gate(scores.double(), kappa.double(), torch.full_like(kappa, c_max).double()).log()
