@@ -187,3 +187,9 @@ def test_callables(images):
         fastfg.evaluate(lambda x: x.mean((2, 3)), images, torch.rand(3, 5, 6), target=0)
     with refuses(TypeError, "model: expected a model or a callable", "got str"):
         fastfg.evaluate("vit", images, maps, target=0)
+
+
+@pytest.mark.parametrize("k", [0, -1, 51])
+def test_active_features_of_a_topk_sae(k):
+    with refuses(ValueError, f"k: expected 1 to 50 for a topk SAE, got {k}"):
+        random_sae(32, 50, "topk", k=k)

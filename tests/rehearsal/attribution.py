@@ -9,9 +9,9 @@ import torch
 import fastfg
 from fastfg import ops
 from fastfg.types import METHODS, SCORE_KINDS
+from tests.attribution.test_attribute import assert_unchanged, state_of
 from tests.models.families import FAMILIES, build
 from tests.rehearsal.card import OnCard
-from tests.attribution.test_attribute import assert_unchanged, state_of
 from tests.tools import ACTIVATIONS, random_sae, tiny_vit
 
 SIZE = (16, 24)  # 2 x 3 patches

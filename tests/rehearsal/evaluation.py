@@ -5,8 +5,8 @@ import torch
 
 import fastfg
 from fastfg.perturb import FILLS
-from tests.rehearsal import card
 from tests.attribution.test_attribute import assert_unchanged, state_of
+from tests.rehearsal import card
 from tests.tools import random_sae, tiny_vit
 
 SIZE = (32, 48)  # 4 x 6 patches
