@@ -21,10 +21,9 @@ from . import tuning
 from .gate import median_and_scale, multiplier
 from .project import contributions_of
 from .relevancy import (
+    flow_arguments,
     flow_tile,
-    head_width,
     log_sum_exp,
-    rows_precision,
     step,
     sum_splits,
     tiling,
@@ -147,7 +146,7 @@ def gated_relevancy(
 
     For an index outside of [0, F), the patch's score and its image's gates are NaN.
     """
-    (C, B, N), (_, H, _, dh), (_, P, K), d = rows.shape, q.shape, values.shape, g.shape[-1]
+    (C, B, N), H, (_, P, K), d = rows.shape, q.shape[1], values.shape, g.shape[-1]
     out, scores, gates = (
         torch.empty(shape, dtype=rows.dtype, device=rows.device) for shape in ((C, B, N), (B, P), (C, B, P))
     )
@@ -155,13 +154,7 @@ def gated_relevancy(
         return out, scores, gates
     lse = log_sum_exp(q, k, scale) if lse is None else lse.float().contiguous()
     kappa, c_max = (t.to(rows.device, torch.float32).contiguous() for t in (kappa, c_max))
-    shared = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "dO_ptr": dO,
-        "lse_ptr": lse,
-        "rows_ptr": rows,
+    shared = flow_arguments(rows, q, k, v, dO, lse, scale, paper) | {
         "g_ptr": g,
         "W_ptr": W_dec,
         "values_ptr": values,
@@ -171,28 +164,14 @@ def gated_relevancy(
         "scores_ptr": scores,
         "gates_ptr": gates,
         "out_ptr": out,
-        "scale": scale,
-        "C": C,
-        "B": B,
-        "H": H,
-        "N": N,
-        "DH": dh,
         "P": P,
         "K": K,
         "D": d,
         "F": W_dec.shape[0],
-        "q_s": q.stride(),
-        "k_s": k.stride(),
-        "v_s": v.stride(),
-        "o_s": dO.stride(),
-        "r_s": rows.stride(),
         "g_s": g.stride(),
         "W_s": W_dec.stride(),
         "f_s": values.stride(),
         "i_s": indices.stride(),
-        "IDENTITY": paper,
-        "ROWS_PRECISION": rows_precision(q.dtype),
-        "BLOCK_D": head_width(dh),
         "BLOCK_F": COLUMNS,
         "BLOCK_P": triton.next_power_of_2(P),
         "BLOCK_STEP": min(1024, triton.next_power_of_2(N)),

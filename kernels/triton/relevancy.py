@@ -13,6 +13,8 @@ one exponential per entry of ``B H N^2``. Bytes: q, k, v and dO once, ``4 B H N 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -221,34 +223,18 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return run(tuning.choose("log_sum_exp", q, q.shape, configs(q, LOG_SUM_EXP), run))
 
 
-def relevancy(
-    rows: Tensor,  # [C, B, N]
-    q: Tensor,  # [B, H, N, dh]
-    k: Tensor,  # [B, H, N, dh]
-    v: Tensor,  # [B, H, N, dh]
-    dO: Tensor,  # [B, H, N, dh]
-    scale: float,
-    gates: Tensor | None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
-    paper: bool,  # whether E includes the identity
-    *,
-    lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, where the model kept it
-) -> Tensor:
-    """The new rows [C, B, N], of ``rows``' dtype; sums are in float32."""
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    if out.numel() == 0:
-        return out
+def flow_arguments(
+    rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, lse: Tensor, scale: float, paper: bool
+) -> dict[str, Any]:
+    """What every kernel with a ``flow_tile`` takes."""
     (C, B, N), (_, H, _, dh) = rows.shape, q.shape
-    lse = log_sum_exp(q, k, scale) if lse is None else lse.float().contiguous()
-    gates = None if gates is None else gates.contiguous()
-
-    shared = {
+    return {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "dO_ptr": dO,
         "lse_ptr": lse,
         "rows_ptr": rows,
-        "gates_ptr": gates,
         "scale": scale,
         "C": C,
         "B": B,
@@ -265,12 +251,35 @@ def relevancy(
         "BLOCK_D": head_width(dh),
     }
 
+
+def relevancy(
+    rows: Tensor,  # [C, B, N]
+    q: Tensor,  # [B, H, N, dh]
+    k: Tensor,  # [B, H, N, dh]
+    v: Tensor,  # [B, H, N, dh]
+    dO: Tensor,  # [B, H, N, dh]
+    scale: float,
+    gates: Tensor | None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
+    paper: bool,  # whether E includes the identity
+    *,
+    lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, where the model kept it
+) -> Tensor:
+    """The new rows [C, B, N], of ``rows``' dtype; sums are in float32."""
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    if out.numel() == 0:
+        return out
+    (C, B, N), H = rows.shape, q.shape[1]
+    lse = log_sum_exp(q, k, scale) if lse is None else lse.float().contiguous()
+    gates = None if gates is None else gates.contiguous()
+    shared = flow_arguments(rows, q, k, v, dO, lse, scale, paper)
+
     def run(config: tuning.Config) -> Tensor:
         BLOCK_C, key_tiles, row_tiles, splits, heads = tiling(C, B, H, N, config["BLOCK_M"])
         whole = splits == C == 1
         flow = out if whole else torch.empty(splits, C, B, N, dtype=torch.float32, device=rows.device)
         flow_kernel[(key_tiles, splits * row_tiles, B)](
             **shared,
+            gates_ptr=gates,
             out_ptr=flow,
             splits=splits,
             heads=heads,
