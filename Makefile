@@ -13,7 +13,7 @@ demo: venv
 	$(BIN)/fastfg demo --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --no-unexpected-skips
 
 lint: venv
 	$(BIN)/ruff check .

@@ -48,11 +48,12 @@ install() { # MODE, of the native ops
   env FASTFG_BUILD="$1" "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 }
 export -f install; export python out
-# without a compiler, everything but the C++ ops can still run
+# without a compiler, everything but the native ops can still run; their own tests then fail
 part build bash -c 'install require' || part build-without-native bash -c 'install skip'
 part info "$python" -m fastfg.cli info
 
-# most of the time goes into compiling each kernel for each kind of shape, on the CPU
+# The tests name the backends that must be there (tests/ops/cases.py): here the reference, the native ops and Triton.
+# Most of the time goes into compiling each kernel for each kind of shape, on the CPU.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(--numprocesses 8)
 part parity "$python" -m pytest -q "${workers[@]}" tests/ops tests/kernels --ignore tests/kernels/test_ahead_of_time.py
@@ -70,8 +71,8 @@ part engine-loop bash -c 'engine --loop'
 if command -v compute-sanitizer >/dev/null; then
   # without torch's caching allocator, reading past the end of a tensor is detected
   part sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q \
-    tests/kernels/parity.py tests/kernels/parity_gated.py --noconftest -p no:cacheprovider \
-    -k "real_length or narrow or strided or configurations or run_to_run"
+    tests/ops/test_parity.py tests/ops/test_modes.py --noconftest -p no:cacheprovider \
+    -k "triton and (layout or views or lacks or repeat or c_max_1)"
 else
   echo "== sanitizer: skipped, compute-sanitizer was not found"
 fi

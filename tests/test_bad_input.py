@@ -125,8 +125,8 @@ def test_options(model, images):
         fastfg.attribute(model, images, features=-1)
     with refuses(ValueError, "backend: expected 'auto' or one of", "got 'gpu'"):
         fastfg.attribute(model, images, backend="gpu")
-    with pytest.raises(RuntimeError, match="backend: 'cuda' can't run relevancy: "):
-        fastfg.attribute(model, images, backend="cuda")
+    with pytest.raises(RuntimeError, match="backend: 'triton' can't run relevancy: "):
+        fastfg.attribute(model, images, backend="triton")
 
 
 def test_models(images):
@@ -203,3 +203,9 @@ def test_callables(images):
         fastfg.evaluate(lambda x: x.mean((2, 3)), images, torch.rand(3, 5, 6), target=0)
     with refuses(TypeError, "model: expected a model or a callable", "got str"):
         fastfg.evaluate("vit", images, maps, target=0)
+
+
+@pytest.mark.parametrize("k", [0, -1, 51])
+def test_active_features_of_a_topk_sae(k):
+    with refuses(ValueError, f"k: expected 1 to 50 for a topk SAE, got {k}"):
+        random_sae(32, 50, "topk", k=k)

@@ -1,4 +1,8 @@
-"""The public ops: each checks its arguments and hands them to the backend that serves them."""
+"""The public ops. Each file is one op: its checks, its torch schema, and how its arguments reach a backend.
+
+:mod:`fastfg.ops.dispatch` chooses the backend: plain torch (:mod:`fastfg.reference`), C++ (:mod:`fastfg.ops.native`) or
+Triton (:mod:`fastfg.ops.launch`). No op is differentiable: inputs may require grad, and results never do.
+"""
 
 from fastfg.ops.encode_project import encode_project
 from fastfg.ops.encode_topk import encode_topk

@@ -1,16 +1,18 @@
-"""One way to say that an argument doesn't fit."""
+"""Checks of the ops' arguments."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastfg.reference.relevancy import IDENTITIES
 
 
 def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) -> None:
-    """Each argument is (tensor, its letters): ``g=(g, "T d")`` must agree with the sizes known so far.
+    """Compare each argument's shape with its letters and with the ``sizes`` that are known so far.
 
-    A letter that is new takes its size from the tensor. Raises ValueError that names the argument.
+    An argument is a pair of a tensor and its letters, as in ``g=(g, "T d")``. A new letter takes its size from the
+    tensor. Raises ValueError that names the argument.
     """
     for name, (tensor, letters) in arguments.items():
         if tensor is None:
@@ -27,6 +29,29 @@ def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) 
             raise ValueError(f"{name}: expected [{expected}] ({letters}), got {list(tensor.shape)}")
 
 
+def check_indices(indices: Tensor, F: int) -> None:
+    """Raise IndexError for a feature that the decoder does not have.
+
+    For indices on the CPU alone: on a GPU this would wait for the device. A traced program can't depend on numbers.
+    """
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    for extreme in map(int, indices.aminmax()):
+        if not 0 <= extreme < F:
+            raise IndexError(f"indices: expected features from 0 to {F - 1}, got {extreme}")
+
+
 def check_identity(identity: str) -> None:
     if identity not in IDENTITIES:
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
+
+
+def check_rows(rows: Tensor) -> None:
+    """Raise ValueError for rows that are not precise enough to be summed through the blocks."""
+    if rows.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rows: expected float32 or float64, whatever the model's dtype, got {rows.dtype}")
+
+
+def widest(rows: Tensor, q: Tensor) -> torch.dtype:
+    """The dtype that asks more of a backend: rows may be float64 where the model is not."""
+    return rows.dtype if rows.dtype == torch.float64 else q.dtype

@@ -1,62 +1,109 @@
-"""Which backend may serve an op, and why not.
+"""The choice of a backend for an op.
 
-``auto`` picks by the tensors' device, and says once in the log what it picked. A backend that is named runs, or
-raises with every reason; nothing falls back to another one after a kernel has failed.
+``backend="auto"`` chooses by the tensors' device and logs each choice once. A named backend runs, or raises every
+reason why it can't. Nothing falls back to another backend after a kernel has failed.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastfg import reference
 from fastfg.ops import launch, native
-from fastfg.ops.schema import FAKES, call
+from fastfg.reference.encode import Activation
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+BACKENDS = ("reference", "cpp", "triton")
 PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}  # by device, best first
 NAMESPACES = {"cpp": "fastfg", "triton": "fastfg_triton"}  # of torch.ops
-OPS = tuple(FAKES)
+OPS: list[str] = []  # all that are registered
 
 log = logging.getLogger("fastfg")
+_lock = threading.Lock()
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for can't serve this op; the message says why."""
+    """The backend that was asked for can't serve this op. The message says why."""
 
 
-def run(op: str, backend: str, *arguments: Any, like: Tensor | None = None) -> Any:
-    """``op`` on the arguments of its reference, by a backend that serves tensors as ``like`` (None: the first)."""
-    like = arguments[0] if like is None else like
-    chosen = choose(op, backend, like.device.type, like.dtype)
-    if chosen == "reference":
-        return getattr(reference, op)(*arguments)
-    return call(op, getattr(getattr(torch.ops, NAMESPACES[chosen]), op), *arguments)
+# What torch knows of an op ------------------------------------------------------------------------------------------
 
 
-def choose(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
-    """The name of the backend that serves ``op`` there.
+def register(fake: Fake) -> Fake:
+    """Register the torch op that ``fake`` describes with every backend that has it; runs once, on import.
 
-    Raises ValueError for an unknown name, and BackendError with the reasons where a named backend can't.
+    ``_gate`` describes the op ``gate``. Its signature is the op's schema. Its body makes the results' shapes and dtypes
+    without their numbers, for tracing.
     """
-    return _choose(op, backend, device, dtype)
+    op = fake.__name__.removeprefix("_")
+    schema = schema_of(op, fake)
+    native.register(op, schema, fake)
+    launch.register(op, schema, fake)
+    OPS.append(op)
+    return fake
 
 
-# A traced program takes the answer as it is, instead of tracing how it was found: what
-# torch.compiler.assume_constant_result says, which would load the whole compiler (and triton) here.
+def schema_of(op: str, fake: Callable[..., Any]) -> str:
+    """``op``'s schema in torch's words, as in ``gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor``."""
+    return op + torch.library.infer_schema(fake, mutates_args=()).replace("SymInt", "int")
+
+
+def torch_op(op: str, backend: str) -> Callable[..., Any]:
+    """The torch op of a backend other than the reference."""
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), op)
+
+
+def detached(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorator of the public ops: no gradient is recorded, and the result is a normal tensor in inference mode too.
+
+    Kernels run in threads that know neither ``no_grad`` nor inference mode, so they get tensors without a gradient.
+    """
+
+    def without_gradient(value: Any) -> Any:
+        if isinstance(value, Activation):
+            return value.map(Tensor.detach)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    @functools.wraps(op)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False):
+            return op(*map(without_gradient, args), **{name: without_gradient(arg) for name, arg in kwargs.items()})
+
+    return run
+
+
+# Which backend, and why not -----------------------------------------------------------------------------------------
+
+
+def choose(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The name of the backend that serves ``op`` for tensors of ``dtype`` on ``device``.
+
+    Raises ValueError for an unknown backend, and BackendError with all reasons where a named one can't run.
+    """
+    with _lock:
+        return _choose(op, backend, torch.device(device), dtype)
+
+
+# A traced program takes the answer as a constant and does not trace how it was found. This is what
+# torch.compiler.assume_constant_result does; calling that here would import the whole compiler (and triton).
 choose.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def _choose(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
+def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "auto":
-        candidates = PREFERRED.get(device, ("reference",))
+        candidates = PREFERRED.get(device.type, ("reference",))
         chosen = next(name for name in candidates if not reasons(op, name, device, dtype))
-        log.info("%s on %s (%s): %s", op, device, dtype, chosen)
+        log.info("%s on %s (%s): %s", op, device.type, dtype, chosen)
         return chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
@@ -66,23 +113,30 @@ def _choose(op: str, backend: str, device: str, dtype: torch.dtype) -> str:
 
 
 def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:
-    """None where ``backend`` can serve ``op`` on tensors as ``like`` (None: on some), else the reasons."""
-    found = reasons(op, backend) if like is None else reasons(op, backend, like.device.type, like.dtype)
+    """All reasons why ``backend`` can't serve ``op`` for tensors like ``like``; None where it can.
+
+    Without ``like``: why it can't on any device of this machine. Only asks; registers and loads nothing.
+    """
+    found = reasons(op, backend) if like is None else reasons(op, backend, like.device, like.dtype)
     return "; ".join(found) or None
 
 
-def reasons(op: str, backend: str, device: str | None = None, dtype: torch.dtype | None = None) -> list[str]:
-    """All that keeps ``backend`` from serving ``op`` on such tensors; None: on any."""
+def reasons(op: str, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> list[str]:
+    """All that keeps ``backend`` from serving ``op`` there; without a device and dtype: anywhere on this machine."""
     if backend == "reference":
         return []
-    if backend == "cuda":
-        return ["there is no CUDA C++ version"]
-    sibling, home, name = (native, "cpu", "the CPU") if backend == "cpp" else (launch, "cuda", "CUDA devices")
-    found = [sibling.why_not(op)]
-    if device not in (None, home):
-        found.append(f"it runs on {name}, and the tensors are on {device}")
-    if backend == "triton" and device is None and not torch.cuda.is_available():
-        found.append("there is no CUDA device")
-    if backend == "triton" and dtype == torch.float64:
-        found.append("it has no float64 version")
+    if backend == "cpp":
+        found = [native.why_not(op), _misplaced(device, "cpu", "the CPU")]
+    else:
+        found = [launch.why_not(op), _misplaced(device, "cuda", "CUDA devices")]
+        if device is None or device.type == "cuda":
+            found.append(launch.why_not_on(device))
+        if dtype == torch.float64:
+            found.append("it has no float64 version")
     return [reason for reason in found if reason is not None]
+
+
+def _misplaced(device: torch.device | None, home: str, name: str) -> str | None:
+    if device is None or device.type == home:
+        return None
+    return f"it runs on {name}, and the tensors are on {device.type}"

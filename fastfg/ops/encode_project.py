@@ -6,9 +6,26 @@ from torch import Tensor
 
 from fastfg import reference
 from fastfg.ops.check import check_shapes
-from fastfg.ops.dispatch import run
+from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
+@register
+def _encode_project(
+    x: Tensor,
+    g: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    activation: str,
+    threshold: Tensor | None,
+    r_mag: Tensor | None,
+    b_gate: Tensor | None,
+    b_mag: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0])
+
+
+@detached
 def encode_project(
     x: Tensor,
     g: Tensor,
@@ -19,11 +36,30 @@ def encode_project(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Scores [T] of a relu, tanh_relu, jumprelu, gated or batch_topk SAE; no array [T, F] is kept.
+    """Scores ``s_t = sum_f f_t,f (W_dec[f] . g_t)`` of an SAE that is not TopK; no array [T, F] is kept.
 
     Args:
-        x: [T, d], already normalised, ``b_dec`` already subtracted where the SAE does so. g: [T, d].
-        W_enc: [d, F]. b_enc: [F]. W_dec: [F, d]. activation: any but ``topk``.
+        x: [T, d] residual stream, already normalised, ``b_dec`` already subtracted where the SAE does so.
+        g: [T, d] gradient of the target at the residual stream.
+        W_enc: [d, F] encoder. ``x`` may be of another dtype; products take the encoder's.
+        b_enc: [F]. Not used by a ``gated`` SAE.
+        W_dec: [F, d] decoder, of ``g``'s dtype.
+        activation: ``relu``, ``tanh_relu``, ``jumprelu``, ``batch_topk`` or ``gated``, with its parameters.
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+
+    Returns:
+        Scores [T], of ``x``'s dtype.
+
+    Raises:
+        ValueError: for shapes that don't fit, or an activation that needs all features at once (``topk``).
+        BackendError: where the named backend can't run; the message has every reason.
+
+    Source: equations 2 and 3.
     """
     check_shapes({}, W_enc=(W_enc, "d F"), x=(x, "T d"), g=(g, "T d"), b_enc=(b_enc, "F"), W_dec=(W_dec, "F d"))
-    return run("encode_project", backend, x, g, W_enc, b_enc, W_dec, activation)
+    chosen = choose("encode_project", backend, x.device, x.dtype)
+    if chosen == "reference":
+        return reference.encode_project(x, g, W_enc, b_enc, W_dec, activation)
+    a = activation
+    parameters = (a.threshold, a.r_mag, a.b_gate, a.b_mag)
+    return torch_op("encode_project", chosen)(x, g, W_enc, b_enc, W_dec, a.name, *parameters)

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastfg import reference
 from fastfg.ops.check import check_shapes
-from fastfg.ops.dispatch import run
+from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
+@register
+def _encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+@detached
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Sparse codes of a TopK SAE.
 
     Args:
-        x: [T, d], already normalised. W_enc: [d, F]. b_enc: [F]. b_dec: [d], or None where it is not subtracted.
-        k: active features a token, 1 to F.
+        x: [T, d] residual stream, already normalised.
+        W_enc: [d, F] encoder, of ``x``'s dtype.
+        b_enc: [F]. May be of another dtype than ``x``.
+        b_dec: [d], or None for an SAE that does not subtract it. May be of another dtype than ``x``.
+        k: active features per token, from 1 to F.
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
-    Returns values [T, K] >= 0 in descending order, and indices [T, K] int64; ties go to the lowest index.
+    Returns:
+        Values [T, K] >= 0 in descending order, of ``x``'s dtype, and indices [T, K] int64. Ties go to the lowest index.
+
+    Raises:
+        ValueError: for shapes that don't fit, or ``k`` out of range.
+        BackendError: where the named backend can't run; the message has every reason.
+
+    Source: the TopK SAEs of Gao et al. 2024, arXiv 2406.04093.
     """
     sizes: dict[str, int] = {}
     check_shapes(sizes, W_enc=(W_enc, "d F"), x=(x, "T d"), b_enc=(b_enc, "F"), b_dec=(b_dec, "d"))
     if not 1 <= k <= sizes["F"]:
         raise ValueError(f"k: expected 1 to {sizes['F']}, got {k}")
-    return run("encode_topk", backend, x, W_enc, b_enc, b_dec, k)
+    chosen = choose("encode_topk", backend, x.device, x.dtype)
+    if chosen == "reference":
+        return reference.encode_topk(x, W_enc, b_enc, b_dec, k)
+    return torch_op("encode_topk", chosen)(x, W_enc, b_enc, b_dec, k)

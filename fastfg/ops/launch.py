@@ -1,6 +1,6 @@
-"""The Triton ops, each a torch op on its tensors' own device; ``native`` is their C++ sibling.
+"""The Triton ops: ``torch.ops.fastfg_triton``.
 
-Triton itself is first imported when an op is first launched.
+Triton itself is imported when an op is first launched.
 """
 
 from __future__ import annotations
@@ -8,31 +8,51 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfg.ops.schema import FAKES, as_reference, schema
-
 LIBRARY = torch.library.Library("fastfg_triton", "DEF")
+LEAST = (8, 0)  # compute capability: the tiles need more shared memory than older devices have
+
+
+def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define the Triton op, whether or not it can run on this machine."""
+    LIBRARY.define(schema)
+    LIBRARY.impl(op, functools.partial(launch, op), "CUDA")
+    torch.library.register_fake(f"fastfg_triton::{op}", fake)
+
+
+def launch(op: str, first: Tensor, *rest: Any) -> Any:
+    """Run ``fastfg/kernels/<op>.py`` on the tensors' own device: Triton launches on the current one."""
+    function = getattr(importlib.import_module(f"fastfg.kernels.{op}"), op)
+    with torch.cuda.device(first.device):
+        return function(first, *rest)
 
 
 @functools.cache
 def why_not(op: str) -> str | None:
-    """None where ``torch.ops.fastfg_triton`` has ``op``, whatever the device, else the reason."""
+    """The reason why no device can run the Triton version of ``op``, or None."""
+    if torch.version.hip is not None:
+        return "ROCm is not supported: the kernels hold NVIDIA instructions"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec(f"fastfg.kernels.{op}") is None:
+    if importlib.util.find_spec("fastfg.kernels") is None or importlib.util.find_spec(f"fastfg.kernels.{op}") is None:
         return "there is no Triton version"
-    LIBRARY.define(schema(op))
-    LIBRARY.impl(op, functools.partial(launch, op), "CUDA")
-    torch.library.register_fake(f"fastfg_triton::{op}", FAKES[op])
     return None
 
 
-def launch(op: str, first: Tensor, *rest: Any) -> Any:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    function = getattr(importlib.import_module(f"fastfg.kernels.{op}"), op)
-    with torch.cuda.device(first.device):
-        return function(*as_reference(op, first, *rest))
+def why_not_on(device: torch.device | None) -> str | None:
+    """The reason why ``device`` (None: every device of this machine) is not one for Triton kernels, or None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device" if device is None else None  # else a tensor without numbers, to be traced
+    every = (torch.device("cuda", number) for number in range(torch.cuda.device_count()))
+    devices = every if device is None else [device]
+    found = {torch.cuda.get_device_name(one): torch.cuda.get_device_capability(one) for one in devices}
+    if any(capability >= LEAST for capability in found.values()):
+        return None
+    least = ".".join(map(str, LEAST))
+    names = ", ".join(f"{name} has {major}.{minor}" for name, (major, minor) in found.items())
+    return f"it needs a device of compute capability {least} (sm_{LEAST[0]}{LEAST[1]}) or later: {names}"

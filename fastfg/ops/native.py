@@ -1,26 +1,44 @@
-"""The C++ ops, where they were built; ``launch`` is their Triton sibling."""
+"""The C++ ops, where they were built: ``torch.ops.fastfg``."""
 
 from __future__ import annotations
 
-import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from fastfg.ops.schema import FAKES, schema
 
-
-@functools.cache
-def why_not(op: str) -> str | None:
-    """None where ``torch.ops.fastfg`` has ``op``, else the reason."""
+def load() -> str | None:
+    """Load the library, which registers the C++ ops. Returns None, or the reason why it can't be loaded."""
     try:
-        importlib.import_module("fastfg._C")  # registers torch.ops.fastfg
+        importlib.import_module("fastfg._C")
     except ImportError as error:
         return f"fastfg._C is not built or does not load ({error}); see FASTFG_BUILD in setup.py"
+    return None
+
+
+UNLOADED = load()
+REASONS: dict[str, str | None] = {}  # why an op can't be used, or None; by op
+
+
+def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Give the C++ op its fake, where it is there and has this schema."""
+    REASONS[op] = UNLOADED or mismatch(op, schema)
+    if REASONS[op] is None:
+        torch.library.register_fake(f"fastfg::{op}", fake)
+
+
+def mismatch(op: str, schema: str) -> str | None:
+    """Why the library that is loaded does not have ``op`` with this schema, or None."""
     if not hasattr(torch.ops.fastfg, op):
         return "there is no C++ version"
-    built, expected = str(getattr(torch.ops.fastfg, op).default._schema), f"fastfg::{schema(op)}"
+    built, expected = str(getattr(torch.ops.fastfg, op).default._schema), f"fastfg::{schema}"
     if built != expected:
         return f"fastfg._C was built from other sources and must be built again: it has {built}, not {expected}"
-    torch.library.register_fake(f"fastfg::{op}", FAKES[op])
     return None
+
+
+def why_not(op: str) -> str | None:
+    """The reason why ``torch.ops.fastfg`` can't serve ``op``, or None."""
+    return REASONS[op]

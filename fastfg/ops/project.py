@@ -1,23 +1,46 @@
-"""``project``: equations 2 and 3 on the active features."""
+"""``project``: scores of sparse codes, on the active features alone (equations 2 and 3)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.ops.check import check_shapes
-from fastfg.ops.dispatch import run
+from fastfg import reference
+from fastfg.ops.check import check_indices, check_shapes
+from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
+@register
+def _project(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return g.new_empty(g.shape[0]), g.new_empty(values.shape)
+
+
+@detached
 def project(
     g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Scores [T], ``s_t = sum_k c_tk``, and contributions [T, K], ``c_tk = values_tk (W_dec[indices_tk] . g_t)``.
+    """Scores ``s_t = sum_k c_tk`` and their contributions ``c_tk = values_tk (W_dec[indices_tk] . g_t)``.
 
     Args:
-        g: [T, d] gradient of the target at the residual stream. W_dec: [F, d].
-        values: [T, K] codes. indices: [T, K] int64, the features they belong to.
+        g: [T, d] gradient of the target at the residual stream.
+        W_dec: [F, d] decoder.
+        values: [T, K] codes.
+        indices: [T, K] int64, the features they belong to, from 0 to F - 1.
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
-    Both are of ``g``'s dtype.
+    Returns:
+        Scores [T] and contributions [T, K], both of ``g``'s dtype.
+
+    Raises:
+        ValueError: for shapes that don't fit.
+        IndexError: on the CPU, for an index out of range. A Triton kernel can't raise: there, the contribution of
+            that index and the token's score are NaN. On a GPU, the reference ends in torch's device-side assertion.
+        BackendError: where the named backend can't run; the message has every reason.
+
+    Source: equations 2 and 3.
     """
     check_shapes({}, g=(g, "T d"), W_dec=(W_dec, "F d"), values=(values, "T K"), indices=(indices, "T K"))
-    return run("project", backend, g, W_dec, values, indices)
+    chosen = choose("project", backend, g.device, g.dtype)
+    if chosen == "reference":
+        check_indices(indices, W_dec.shape[0])
+        return reference.project(g, W_dec, values, indices)
+    return torch_op("project", chosen)(g, W_dec, values, indices)

@@ -1,14 +1,23 @@
-"""``relevancy``: equations 1 and 6, one block of the row form."""
+"""``relevancy``: one block's step of the relevancy rows (equations 1 and 6)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastfg.ops.check import check_identity, check_shapes
-from fastfg.ops.dispatch import run
+from fastfg import reference
+from fastfg.ops.check import check_identity, check_rows, check_shapes, widest
+from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
+@register
+def _relevancy(
+    rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float, gates: Tensor | None, paper: bool
+) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+@detached
 def relevancy(
     rows: Tensor,
     q: Tensor,
@@ -24,26 +33,32 @@ def relevancy(
     """One block's step ``r <- r + (r @ E) * w`` with ``E = mean_h max(A * dy/dA, 0)``.
 
     Args:
-        rows: [C, B, N], float32 or float64; their precision is the result's, whatever the model's.
-        q, k, v, dO: [B, H, N, dh]; dO is the gradient at the attention's output.
-        scale: of the attention's logits. gates: [C, B, N], 1 for prefix tokens, or None.
-        identity: ``transmm`` (no identity inside E) or ``paper`` (eq. 1 by the letter).
+        rows: [C, B, N], float32 or float64; the results have their precision, whatever the model's.
+        q, k, v: [B, H, N, dh] queries, keys and values.
+        dO: [B, H, N, dh] gradient of the target at the attention's output.
+        scale: factor of the attention's logits ``q @ k^T``.
+        gates: [C, B, N], 1 for prefix tokens; None for a block that is not gated.
+        identity: ``transmm`` (no identity inside E) or ``paper`` (equation 1 by the letter).
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
-    Returns the new rows [C, B, N]; the inputs are left as they are.
+    Returns:
+        The new rows [C, B, N]. The inputs are left as they are.
+
+    Raises:
+        ValueError: for shapes that don't fit, rows of another dtype, or an unknown ``identity``.
+        BackendError: where the named backend can't run; the message has every reason.
+
+    Source: equations 1 and 6, in the row form (docs/method.md).
     """
     check_identity(identity)
+    check_rows(rows)
     shape = "B H N dh"
     check_shapes({}, rows=(rows, "C B N"), q=(q, shape), k=(k, shape), v=(v, shape), dO=(dO, shape))
     if gates is not None and gates.shape != rows.shape:
         raise ValueError(f"gates: expected {list(rows.shape)}, as rows, got {list(gates.shape)}")
-    return run("relevancy", backend, rows, q, k, v, dO, scale, gates, identity, like=widest(rows, q))
-
-
-def widest(rows: Tensor, q: Tensor) -> Tensor:
-    """The one that asks more of a backend: rows may be of a higher precision than the model.
-
-    Raises ValueError where rows are not precise enough to be summed through the blocks.
-    """
-    if rows.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"rows: expected float32 or float64, whatever the model's dtype, got {rows.dtype}")
-    return rows if rows.dtype == torch.float64 else q
+    chosen = choose("relevancy", backend, rows.device, widest(rows, q))
+    if rows.numel() == 0:
+        return torch.empty_like(rows)
+    if chosen == "reference":
+        return reference.relevancy(rows, q, k, v, dO, scale, gates, identity)
+    return torch_op("relevancy", chosen)(rows, q, k, v, dO, scale, gates, identity == "paper")

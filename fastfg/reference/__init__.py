@@ -1,10 +1,10 @@
-"""The method in plain torch, one equation a line. Every faster backend is held against these functions.
+"""The method in plain torch, one line per equation. Every faster backend is compared with these functions.
 
 Letters, the same everywhere: ``B`` images, ``P`` patches, ``N`` tokens (``P`` + prefix tokens), ``H`` heads,
-``dh`` head width, ``d`` model width, ``L`` blocks, ``F`` SAE features, ``K`` active features a token, ``C`` gate
+``dh`` head width, ``d`` model width, ``L`` blocks, ``F`` SAE features, ``K`` active features per token, ``C`` gate
 configurations, ``T`` tokens in a flat batch.
 
-All of it runs in float64 where the inputs are float64, on any device.
+Every function runs on any device, and in float64 for float64 inputs.
 """
 
 from fastfg.reference.encode import Activation, Normalized, encode, normalize, preactivations

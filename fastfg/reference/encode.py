@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,10 +18,10 @@ LAYER_NORM_EPS = 1e-5  # added to the standard deviation, outside the root
 
 @dataclass(frozen=True)
 class Activation:
-    """Which nonlinearity an SAE has, and what it needs.
+    """An SAE's nonlinearity and its parameters.
 
-    ``topk`` needs ``k``; ``batch_topk`` a scalar ``threshold``; ``jumprelu`` a ``threshold`` [F]; ``gated``
-    ``r_mag``, ``b_gate`` and ``b_mag``, each [F] (it has no ``b_enc``).
+    ``topk`` needs ``k``, ``batch_topk`` a scalar ``threshold``, and ``jumprelu`` a ``threshold`` [F]. ``gated`` needs
+    ``r_mag``, ``b_gate`` and ``b_mag``, each [F]; it has no ``b_enc``. ``relu`` and ``tanh_relu`` need nothing.
     """
 
     name: str
@@ -31,16 +32,17 @@ class Activation:
     b_mag: Tensor | None = None  # [F]
 
     def slice(self, start: int, stop: int) -> Activation:
-        """The same activation for the features ``start:stop`` (those without a choice among all features)."""
-        part = [
-            t[start:stop] if t is not None and t.ndim else t
-            for t in (self.threshold, self.r_mag, self.b_gate, self.b_mag)
-        ]
-        return Activation(self.name, self.k, *part)
+        """The same activation for the features ``start:stop``; any but ``topk``, which compares all features."""
+        return self.map(lambda t: t[start:stop] if t.ndim else t)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Activation:
+        """The same activation with ``change`` applied to each of its tensors."""
+        tensors = (self.threshold, self.r_mag, self.b_gate, self.b_mag)
+        return Activation(self.name, self.k, *(None if t is None else change(t) for t in tensors))
 
 
 class Normalized(NamedTuple):
-    """``x = values * scale + shift``: scale and shift are the token's own, [..., 1]."""
+    """``x = values * scale + shift``, with one scale and one shift per token, [..., 1]."""
 
     values: Tensor
     scale: Tensor
@@ -65,14 +67,18 @@ def normalize(x: Tensor, kind: str) -> Normalized:
 
 
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
-    """``(x - b_dec) @ W_enc + b_enc`` [..., F]; ``b_dec`` None where the SAE does not subtract it."""
-    return (x if b_dec is None else x - b_dec) @ W_enc + b_enc
+    """``(x - b_dec) @ W_enc + b_enc`` [..., F]; ``b_dec`` is None for an SAE that does not subtract it.
+
+    The product is taken in the encoder's dtype, whatever that of ``b_dec``.
+    """
+    centred = x if b_dec is None else x - b_dec
+    return centred.to(W_enc.dtype) @ W_enc + b_enc
 
 
 def activate(pre: Tensor, activation: Activation) -> Tensor:
-    """The codes of pre-activations [..., F]; for ``gated`` these are ``(x - b_dec) @ W_enc``, without a bias.
+    """The codes of pre-activations [..., F]. Those of ``gated`` are ``(x - b_dec) @ W_enc``, without a bias.
 
-    What is off is what compares so: a NaN compares as nothing, and stays.
+    Codes are set to 0 where the pre-activation is at most the threshold. A NaN never is, so it stays.
     """
     kind = activation
     if kind.name == "relu":
@@ -100,7 +106,7 @@ def encode(
     b_dec: Tensor | None,  # [d], None: not subtracted
     activation: Activation,
 ) -> Tensor:
-    """Dense codes ``f`` [..., F] of SPEC's section on sparse autoencoders."""
+    """Dense codes ``f`` [..., F] of any SAE."""
     if activation.name == "gated":
         b_enc = torch.zeros_like(b_enc)
     return activate(preactivations(x, W_enc, b_enc, b_dec), activation)

@@ -1,4 +1,4 @@
-"""Equations 2 and 3 for SAEs of any sparsity, streaming over the features: no array [T, F] is kept."""
+"""Equations 2 and 3 for SAEs of any sparsity, some features at a time: no array [T, F] is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def encode_project(
     W_dec: Tensor,  # [F, d]
     activation: Activation,
 ) -> Tensor:
-    """Scores [T] of relu, tanh_relu, jumprelu, gated and batch_topk SAEs; topk needs all features at once."""
+    """Scores [T] of an SAE with any activation but ``topk``, which needs all features at once."""
     if activation.name == "topk":
         raise ValueError("activation: expected one that acts on each feature alone, got 'topk' (use encode_topk)")
     scores = x.new_zeros(x.shape[0])
@@ -26,4 +26,4 @@ def encode_project(
         part = slice(start, start + FEATURES_AT_ONCE)
         f = encode(x, W_enc[:, part], b_enc[part], None, activation.slice(part.start, part.stop))
         scores = scores + project_dense(g, W_dec[part], f)
-    return scores
+    return scores.to(x.dtype)

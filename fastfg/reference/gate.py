@@ -10,10 +10,11 @@ MAD_TO_STD = 1.4826  # of a normal distribution
 
 
 def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor) -> Tensor:
-    """Gates [..., P] of ``scores`` [..., P], per image and layer.
+    """Gates [..., P] of ``scores`` [..., P], which are the patches of one image and layer.
 
-    The median is the LOWER one for even ``P`` (torch's). ``kappa`` and ``c_max`` are numbers, or tensors that
-    broadcast against [..., 1] (several configurations at once). In float32 at least: MAD_EPS is 0 in float16.
+    The median of an even number of patches is the lower one, as torch's is. ``kappa`` and ``c_max`` are numbers, or
+    tensors that broadcast against [..., 1], for several configurations at once. Computed in float32 at least, because
+    MAD_EPS is 0 in float16.
     """
     s = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kappa, c_max = (torch.as_tensor(number, dtype=s.dtype, device=s.device) for number in (kappa, c_max))

@@ -1,4 +1,4 @@
-"""Equations 2 and 3: how much each token's active features, times their gradients, speak for the target."""
+"""Equations 2 and 3: a token's score is the sum of its features' codes times their gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TILE = 2**22  # entries of gathered decoder rows at a time, 16 MiB in float32
 
 
 def project_dense(g: Tensor, W_dec: Tensor, f: Tensor) -> Tensor:
-    """``s_t = sum_k (D^T g_t)_k f_tk`` as it is written: ``g`` [..., d], ``W_dec`` [F, d], ``f`` [..., F] -> [...]."""
+    """``s_t = sum_k (D^T g_t)_k f_tk`` [...], as in the paper: ``g`` [..., d], ``W_dec`` [F, d], ``f`` [..., F]."""
     feature_gradient = g @ W_dec.mT  # eq. 2
     return (feature_gradient * f).sum(-1)  # eq. 3
 
@@ -21,9 +21,9 @@ def project(
     values: Tensor,  # [T, K]
     indices: Tensor,  # [T, K]
 ) -> tuple[Tensor, Tensor]:
-    """The same on the active features alone: scores [T], and the terms [T, K] that they sum. ``D^T g`` is never formed.
+    """Scores [T] from the active features alone, and the terms [T, K] of their sums. ``D^T g`` is never formed.
 
-    Some tokens at a time, so that the decoder's rows [T, K, d] are not held.
+    Tokens are taken some at a time, so that the decoder's rows [T, K, d] are never held together.
     """
     tokens = max(1, TILE // max(1, values.shape[1] * g.shape[1]))
     parts = zip(g.split(tokens), values.split(tokens), indices.split(tokens), strict=True)
@@ -32,6 +32,6 @@ def project(
 
 
 def contributions(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """The terms of eq. 3 one by one: ``f_tk (W_dec[k] . g_t)`` [T, K], in the order of ``indices``."""
+    """The terms ``f_tk (W_dec[k] . g_t)`` of eq. 3 [T, K], in the order of ``indices``."""
     feature_gradient = (F.embedding(indices, W_dec) @ g.unsqueeze(-1)).squeeze(-1)  # eq. 2, at the active features
     return values * feature_gradient

@@ -1,8 +1,8 @@
 """Equations 1 and 6: gradient-weighted attention, gated by column, summed up through the blocks.
 
-Two forms of the same thing. The row form follows only the row(s) that the head reads, from the last block to
-the first, which is the order of the backward pass; the library uses it. The matrix form builds the whole
-N x N relevancy from the first block to the last, as the paper writes it; it is the oracle.
+There are two forms with the same result. The row form keeps only the row or rows that the head reads, and goes from
+the last block to the first, as the backward pass does. The library uses it. The matrix form builds the whole N x N
+relevancy from the first block to the last, as the paper writes it. The tests compare with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TILE = 2**20  # entries of attention at a time, 4 MiB in float32: about what a c
 
 
 def attention_map(attn: Tensor, dattn: Tensor) -> Tensor:
-    """``E = mean_h max(A * dy/dA, 0)``: ``attn`` and ``dattn`` [B, H, N, N] -> [B, N, N]. Clamped, then averaged."""
+    """``E = mean_h max(A * dy/dA, 0)`` [B, N, N] from ``attn`` and ``dattn`` [B, H, N, N]: clamped, then averaged."""
     return (attn * dattn).clamp(min=0).mean(1)
 
 
@@ -31,10 +31,10 @@ def relevancy(
     gates: Tensor | None = None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
     identity: str = "transmm",
 ) -> Tensor:
-    """One block of the row form: ``r <- r + (r @ E) * w`` -> [C, B, N], with ``E`` from q, k, v and dO.
+    """One block of the row form, ``r <- r + (r @ E) * w`` [C, B, N], with ``E`` from q, k, v and dO.
 
-    With ``identity="paper"`` (eq. 1 by the letter) ``E`` holds the identity, and the gate scales that too.
-    ``E`` is made for some queries at a time, so nothing of size N x N is held, and in the dtype of ``rows``,
+    With ``identity="paper"`` (eq. 1 by the letter) ``E`` includes the identity, and the gate scales that too.
+    ``E`` is computed for some queries at a time, so nothing of size N x N is held. It has the dtype of ``rows``,
     whatever the model's.
     """
     q, k, v, dO = (t.to(rows.dtype) for t in (q, k, v, dO))
@@ -52,7 +52,7 @@ def relevancy(
 
 
 def query_tiles(q: Tensor) -> Iterator[slice]:
-    """Slices of the queries of ``q`` [B, H, N, dh] whose attention has at most TILE entries."""
+    """Slices of the queries of ``q`` [B, H, N, dh], so that the attention of each slice has at most TILE entries."""
     B, H, N, _ = q.shape
     size = max(1, TILE // max(1, B * H * N))
     for start in range(0, N, size):
@@ -60,15 +60,15 @@ def query_tiles(q: Tensor) -> Iterator[slice]:
 
 
 def rollout(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """One block of attention rollout (Abnar and Zuidema 2020), row form: ``r <- r @ (A + I) / 2``, heads averaged.
+    """One block of attention rollout (Abnar and Zuidema 2020) in its row form: ``r <- r @ (A + I) / 2``.
 
-    ``rows`` [C, B, N] -> [C, B, N], tiled like :func:`relevancy`.
+    ``A`` is averaged over the heads. ``rows`` and the result are [C, B, N].
     """
     return (rows + attend(rows, q, k, scale)) / 2
 
 
 def attend(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``rows @ mean_h A``: [C, B, N queries] -> [C, B, N keys]."""
+    """``rows @ mean_h A`` [C, B, N keys], for ``rows`` [C, B, N queries]; some queries at a time."""
     q, k = q.to(rows.dtype), k.to(rows.dtype)
     flow = rows.new_zeros(*rows.shape[:2], k.shape[2])
     for n in query_tiles(q):
@@ -78,10 +78,10 @@ def attend(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def pooling_row(q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
-    """Where relevancy starts under an attention-pooling head: its own ``mean_h max(A * dA, 0)``, [B, N keys].
+    """The first row under an attention-pooling head, the head's own ``mean_h max(A * dA, 0)`` [B, N keys].
 
-    ``q`` and ``dO`` are [B, H, n, dh] for the head's ``n`` learnt queries, whose maps are summed: one that nothing
-    reads has no gradient.
+    ``q`` and ``dO`` are [B, H, n, dh] for the head's ``n`` learnt queries. Their maps are summed: a query whose output
+    is not used has no gradient and adds nothing.
     """
     return attention_map(torch.softmax(q @ k.mT * scale, dim=-1), dO @ v.mT).sum(1)
 
@@ -92,7 +92,7 @@ def relevancy_matrix(
     gates: Sequence[Tensor | None],  # L of [B, N] or None
     identity: str = "transmm",
 ) -> Tensor:
-    """The oracle: ``R <- R + E_l @ R`` from ``R = I`` over the blocks in order -> [B, N, N]."""
+    """The matrix form: ``R <- R + E_l @ R`` over the blocks in order, from ``R = I`` -> [B, N, N]."""
     eye = torch.eye(attn[0].shape[-1], dtype=attn[0].dtype, device=attn[0].device)
     R = eye.expand(attn[0].shape[0], -1, -1)
     for A, dA, w in zip(attn, dattn, gates, strict=True):

@@ -1,4 +1,4 @@
-"""Triton kernels, one file an op, under the op's own name. They import torch and triton alone.
+"""Triton kernels, one file per op, under the op's own name. They import torch and triton alone.
 
-``tuning`` is no op: it chooses their tiles.
+``tuning`` is not an op: it chooses the kernels' tiles.
 """

@@ -1,14 +1,17 @@
 """The K largest of ``(x - b_dec) @ W_enc + b_enc`` for each token, then ReLU; [T, F] is never held whole.
 
-A value and its feature are one integer key: the value's bits, in their order, above the complement of the index.
-Keys differ from each other, and the lower index wins among equal values. The first panel of features fills a token's
-short list. ``select`` cuts a list to its K largest, whose least is the token's threshold; the next panel appends what
-beats that, about K for every feature in it over those before. So panels grow with what came before them, and a few of
-them are all. Tiles are visited spread over F, so that every panel is a fair sample in whatever order an SAE has its
-features; where a list was still too short, ``select`` makes that token's panel again, piece by piece, exactly.
+A value and its feature are one integer key: the value's bits, in the order of the values, above the complement of the
+index. All keys differ, and among equal values the lowest index wins.
 
-Operations: ``2 T d F`` (one matrix product). Bytes: ``T d + d F`` elements read for each pass of a tile, and about
-``T K log(F / list)`` keys of 8 bytes written and read; the list takes at most 5% of ``4 T F`` bytes, or K and a tile.
+The features are taken in panels. The first panel fills each token's short list. ``select`` cuts a list to its K largest
+keys; the smallest of them is the token's threshold. The next panel appends the keys above the threshold, about K m / n
+of them for a panel of m features after n others. So panels grow with the number of features before them, and a few
+panels cover all features. Tiles are visited spread over F: every panel is a fair sample whatever the order of an SAE's
+features. Where a list was still too short, ``select`` computes that token's panel again, exactly, some features at a
+time.
+
+Operations: ``2 T d F`` (one matrix product). Bytes: ``T d + d F`` elements read per pass of a tile, and about
+``T K log(F / list)`` keys of 8 bytes written and read. The list takes at most 5% of ``4 T F`` bytes, or K and a tile.
 """
 
 from __future__ import annotations
@@ -29,17 +32,17 @@ HIGHEST = tl.constexpr(2**63 - 1)
 SHARE = 0.05  # of the 4 T F bytes that dense pre-activations would take
 GOLDEN = (5**0.5 - 1) / 2
 NAN, MINUS_INFINITY = tl.constexpr(0x7FC00000), tl.constexpr(-0x00800000)  # as bits
-NEVER, ALWAYS = tl.constexpr(2**31 - 1), tl.constexpr(-(2**31))  # floors that no number and every number beats
+NEVER, ALWAYS = tl.constexpr(2**31 - 1), tl.constexpr(-(2**31))  # floors that no number, and every number, exceeds
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-PIECE = tl.constexpr(64)  # features at a time of a panel that is made again
+PIECE = tl.constexpr(64)  # features at a time of a panel that is computed again
 
-# Of the filter; 16 rows a warp, so that each row lies within one. All that spill no register where they are offered.
-# float32 takes twice the room and three products for one.
+# For the filter, with 16 rows per warp, so that each row lies within one warp. None of them spills registers on the
+# cards it is offered for. float32 takes twice the memory and three products.
 SINGLE = [
     {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
 ]
-HALF = [  # the first for two programs a multiprocessor, one of which multiplies while the other one chooses
+HALF = [  # the first runs two programs per multiprocessor: one multiplies while the other chooses
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128, "cards": (9,)},
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4},
     {"BLOCK_T": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "cards": (9,)},
@@ -51,14 +54,14 @@ HALF = [  # the first for two programs a multiprocessor, one of which multiplies
 
 @triton.jit
 def ordered_bits(value, nan):
-    """int32 numbers in the order of the float32 ones, of which none is -0; NaN above all, as torch.topk has it."""
+    """int32 numbers in the order of the float32 values, none of which is -0; NaN comes above all, as in torch.topk."""
     bits = tl.where(value != value, nan, value.to(tl.int32, bitcast=True))
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def bias(b_ptr, f, F, b_f):
-    """Never -0, so that no sum with it is; -infinity past the end."""
+    """The bias of features ``f``, never -0, so that no sum with it is -0; -infinity past the end."""
     b = tl.load(b_ptr + f * b_f, mask=f < F, other=-float("inf")).to(tl.float32)
     return tl.where(b == 0, 0.0, b)
 
@@ -76,19 +79,19 @@ def key_of(ordered, f):
 
 @triton.jit
 def first_of(turn, stride, tiles, BLOCK_F: tl.constexpr):
-    """The first feature of the tile that is visited at this turn."""
+    """The first feature of the tile that is visited in this turn."""
     return ((turn.to(tl.int64) * stride) % tiles).to(tl.int32) * BLOCK_F
 
 
 @triton.jit
 def halves(x):
-    """The left and the right half of the columns; both stay in their registers."""
+    """The left and the right half of the columns, without moving them between registers."""
     return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
 
 
 @triton.jit
 def put(at, key, keep):
-    """A masked store by the threads that have the keys; tl.store's would first move them to others, for no gain."""
+    """A masked store by the threads that hold the keys. tl.store would first move them to other threads."""
     if INTERPRETED:
         tl.store(at, key, mask=keep)
     else:
@@ -100,7 +103,7 @@ def put(at, key, keep):
 
 @triton.jit
 def append(ordered, floor, row, at, f):
-    """Puts the keys that beat their row's floor at ``at`` and on, 8 columns at a time, two for each of 4 threads."""
+    """Store the keys above their row's floor from ``at`` on, 8 columns at a time, two for each of 4 threads."""
     if ordered.shape[1] > 8:
         half: tl.constexpr = ordered.shape[1] // 2
         left, right = halves(ordered)
@@ -121,57 +124,57 @@ def append(ordered, floor, row, at, f):
 @triton.jit(do_not_specialize=["first"])
 def filter_kernel(
     x_ptr, W_ptr, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, D, F, CAPACITY, first, stride, tiles,
-    x_t, x_d, W_d, W_f, b_f,
+    x_s, W_s, b_s,
     FILL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Makes the pre-activations of a panel's tile, and keeps those that may be among the K largest."""
+    """Compute the pre-activations of one tile, and append those that may be among the K largest to the lists."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     left = first_of(first + tl.program_id(1), stride, tiles, BLOCK_F)
     f = left + tl.arange(0, BLOCK_F)
-    x_at = x_ptr + t[:, None].to(tl.int64) * x_t
-    W_at = W_ptr + f[None, :].to(tl.int64) * W_f
+    x_at = x_ptr + t[:, None].to(tl.int64) * x_s[0]
+    W_at = W_ptr + f[None, :].to(tl.int64) * W_s[1]
     pre = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     for top in range(0, D, BLOCK_D):
         d = top + tl.arange(0, BLOCK_D)
-        x = tl.load(x_at + d[None, :] * x_d, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-        W = tl.load(W_at + d[:, None].to(tl.int64) * W_d, mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
+        x = tl.load(x_at + d[None, :] * x_s[1], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        W = tl.load(W_at + d[:, None].to(tl.int64) * W_s[0], mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
         pre = tl.dot(x, W, pre, input_precision="tf32x3")
-    nan = tl.where(f < F, NAN, MINUS_INFINITY)[None, :]  # nothing past the end beats anything
-    ordered = ordered_bits(pre + bias(b_ptr, f, F, b_f)[None, :], nan)
-    quarter = tl.arange(0, 4)  # of the threads that share a row: each one's keys come together
+    nan = tl.where(f < F, NAN, MINUS_INFINITY)[None, :]  # past the end: below every floor
+    ordered = ordered_bits(pre + bias(b_ptr, f, F, b_s[0])[None, :], nan)
+    quarter = tl.arange(0, 4)  # the threads that share a row; each stores its keys next to each other
     if FILL:
         floor = tl.where(t < T, ALWAYS, NEVER)
         at = tl.program_id(1) * BLOCK_F + (quarter * (BLOCK_F // 4))[None, :] + tl.zeros_like(t)[:, None]
     else:
         threshold = tl.load(threshold_ptr + t, mask=t < T, other=HIGHEST)
-        # its own feature is in an earlier tile, so all of this one wins or loses where they are equal
+        # The threshold's feature is in another tile: an equal value here wins if this tile comes before that feature.
         floor = (threshold >> 32).to(tl.int32) - (left < LAST - (threshold & LAST)).to(tl.int32)
         keep = (ordered > floor[:, None]).to(tl.int32)
         number = tl.sum(tl.sum(tl.reshape(keep, [BLOCK_T, BLOCK_F // 8, 4, 2]), 3), 1)
         before = tl.sum(tl.where(quarter[None, :, None] < quarter[None, None, :], number[:, :, None], 0), 1)
         total = tl.sum(number, 1)
-        # in any order: keys are told apart by selection alone
+        # The order of the keys does not matter: the selection compares them.
         start = tl.atomic_add(count_ptr + t, total, mask=total > 0, sem="relaxed")
-        floor = tl.where(start + total > CAPACITY, NEVER, floor)  # the count will say that this was lost
+        floor = tl.where(start + total > CAPACITY, NEVER, floor)  # the count tells select that keys were dropped
         at = start[:, None] + before
     append(ordered, floor[:, None], keys_ptr + t[:, None].to(tl.int64) * CAPACITY, at, left)
 
 
 @triton.jit
 def cut(list_ptr, count, K, BLOCK: tl.constexpr):
-    """Leaves a list's K largest keys at its head; the least of them."""
+    """Move a list's K largest keys to its head; returns the smallest of them."""
     slot = tl.arange(0, BLOCK)
     key = tl.load(list_ptr + slot, mask=slot < count, other=LOWEST)
     bound = tl.full([], LOWEST, tl.int64)
     reach, step = count, 0
-    while (step < 64) & (reach != K):  # the largest number that K keys reach, from its highest bit down
+    while (step < 64) & (reach != K):  # the largest bound that K keys reach, bit by bit from the highest
         trial = bound ^ (tl.full([], 1, tl.int64) << (63 - step))
         n = tl.sum((key >= trial).to(tl.int32))
         reach = tl.where(n >= K, n, reach)
         bound = tl.where(n >= K, trial, bound)
         step += 1
     keep = (key >= bound) & (slot < count)
-    tl.debug_barrier()  # all was read before any of it is written over
+    tl.debug_barrier()  # every thread has read its keys before any is overwritten
     tl.store(list_ptr + tl.cumsum(keep.to(tl.int32), 0) - 1, key, mask=keep)
     tl.debug_barrier()
     return tl.min(tl.where(keep, key, HIGHEST))
@@ -180,10 +183,13 @@ def cut(list_ptr, count, K, BLOCK: tl.constexpr):
 @triton.jit
 def make_again(
     x_ptr, W_ptr, b_ptr, list_ptr, kth, t, K, D, F, CAPACITY, first, last, stride, tiles,
-    x_t, x_d, W_d, W_f, b_f,
+    x_s, W_s, b_s,
     BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A token's list after a panel that it had no room for: K keys stand at its head from before. The new length."""
+    """Compute a panel again for a token whose list had no room for it.
+
+    The list's first K keys are those from before the panel. Returns the new length.
+    """
     count = K
     for turn in range(0, last - first):
         left = first_of(first + turn, stride, tiles, BLOCK_F)
@@ -192,11 +198,11 @@ def make_again(
                 kth = cut(list_ptr, count, K, BLOCK)
                 count = K
             f = left + f0 + tl.arange(0, PIECE)
-            pre = bias(b_ptr, f, F, b_f)
+            pre = bias(b_ptr, f, F, b_s[0])
             for top in range(0, D, BLOCK_D):
                 d = top + tl.arange(0, BLOCK_D)
-                x = tl.load(x_ptr + t * x_t + d * x_d, mask=d < D, other=0.0).to(tl.float32)
-                at = W_ptr + d[:, None].to(tl.int64) * W_d + f[None, :].to(tl.int64) * W_f
+                x = tl.load(x_ptr + t * x_s[0] + d * x_s[1], mask=d < D, other=0.0).to(tl.float32)
+                at = W_ptr + d[:, None].to(tl.int64) * W_s[0] + f[None, :].to(tl.int64) * W_s[1]
                 W = tl.load(at, mask=(d < D)[:, None] & (f < F)[None, :], other=0.0).to(tl.float32)
                 pre += tl.sum(x[:, None] * W, 0)
             key = key_of(ordered_bits(pre, NAN), f)
@@ -210,10 +216,10 @@ def make_again(
 @triton.jit(do_not_specialize=["first", "last"])
 def select_kernel(
     x_ptr, W_ptr, b_ptr, keys_ptr, count_ptr, threshold_ptr, K, D, F, CAPACITY, first, last, stride, tiles,
-    x_t, x_d, W_d, W_f, b_f,
+    x_s, W_s, b_s,
     BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Cuts a token's list to its K largest keys, and notes the least of them; ``first:last`` is the latest panel."""
+    """Cut a token's list to its K largest keys and store the smallest of them; ``first:last`` is the latest panel."""
     t = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr + t)
     list_ptr = keys_ptr + t * CAPACITY
@@ -221,7 +227,7 @@ def select_kernel(
         kth = tl.load(threshold_ptr + t)
         count = make_again(
             x_ptr, W_ptr, b_ptr, list_ptr, kth, t, K, D, F, CAPACITY, first, last, stride, tiles,
-            x_t, x_d, W_d, W_f, b_f, BLOCK, BLOCK_F, BLOCK_D,
+            x_s, W_s, b_s, BLOCK, BLOCK_F, BLOCK_D,
         )  # fmt: skip
     kth = cut(list_ptr, count, K, BLOCK)
     tl.store(threshold_ptr + t, kth)
@@ -232,7 +238,7 @@ def select_kernel(
 def sort_kernel(
     keys_ptr, values_ptr, indices_ptr, K, CAPACITY, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr
 ):  # fmt: skip
-    """A key's place is the number of keys above it: values after ReLU, and features, in descending order."""
+    """Write values after ReLU and features in descending order; a key's place is the number of keys above it."""
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys_ptr + t * CAPACITY + i, mask=i < K, other=LOWEST)
@@ -247,17 +253,18 @@ def sort_kernel(
 
 
 def list_length(d: int, F: int, k: int, BLOCK_F: int, itemsize: int) -> int:
-    """Keys that a token's list holds, in whole tiles: within SHARE, at least K and a tile, and no more than serve."""
-    spare = int(SHARE * 4 * F) - d * itemsize - 12  # bytes a token, less its x - b_dec, count and threshold
+    """Keys that a token's list holds, in whole tiles: within SHARE, at least K and a tile, and at most all features."""
+    spare = int(SHARE * 4 * F) - d * itemsize - 12  # bytes per token, less its x - b_dec, count and threshold
     tiles = max(min(spare // 8, 8 * k) // BLOCK_F, triton.cdiv(k, BLOCK_F) + 1)
     return min(tiles, triton.cdiv(F, BLOCK_F)) * BLOCK_F
 
 
 def panels(F: int, k: int, capacity: int, BLOCK_F: int) -> list[tuple[int, int]]:
-    """The first and the last turn of each panel's tiles; the first panel fills the lists.
+    """The first turn of each panel and the turn after its last; the first panel fills the lists.
 
-    Of a panel of m features after n others, about k m / n are among the k largest so far. That may fill a quarter of
-    a list's room; and no panel has more than three times what came before it, for a few k vary more.
+    Of a panel of m features after n others, about k m / n are among the k largest so far. A panel is chosen to fill at
+    most a quarter of a list's room. It has at most three times as many features as came before it, because the number
+    of new keys varies more for a small k.
     """
     tiles, room = triton.cdiv(F, BLOCK_F), capacity - k
     edges = [0, capacity // BLOCK_F]
@@ -268,7 +275,7 @@ def panels(F: int, k: int, capacity: int, BLOCK_F: int) -> list[tuple[int, int]]
 
 
 def spread(tiles: int) -> int:
-    """A step that visits all tiles once, and of any stretch of them its share among the first few."""
+    """A step that visits every tile once, and spreads the first few visits evenly over all tiles."""
     step = max(1, round(GOLDEN * tiles))
     while math.gcd(step, tiles) > 1:
         step += 1
@@ -282,13 +289,13 @@ def encode_topk(
     b_dec: Tensor | None,  # [d], None: not subtracted
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Values [T, K] >= 0, of ``x``'s dtype, in descending order and int64 indices [T, K]; sums are in float32."""
+    """Values [T, K] >= 0 in descending order, of ``x``'s dtype, and int64 indices [T, K]; sums are in float32."""
     (T, d), F = x.shape, W_enc.shape[1]
     values = torch.empty(T, k, dtype=x.dtype, device=x.device)
     indices = torch.empty(T, k, dtype=torch.int64, device=x.device)
     if values.numel() == 0:
         return values, indices
-    x = x if b_dec is None else x - b_dec
+    x = (x if b_dec is None else x - b_dec).to(W_enc.dtype)
 
     def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
         return sort(largest(x, W_enc, b_enc, k, config), values, indices)
@@ -297,31 +304,60 @@ def encode_topk(
 
 
 def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Config) -> Tensor:
-    """Each token's list of keys [T, capacity], whose first k are the largest, in any order."""
+    """Each token's list of keys [T, capacity]. The first k are the largest, in any order."""
     (T, d), F = x.shape, W_enc.shape[1]
     BLOCK_F = config["BLOCK_F"]
     capacity, tiles = list_length(d, F, k, BLOCK_F, x.element_size()), triton.cdiv(F, BLOCK_F)
     keys = torch.empty(T, capacity, dtype=torch.int64, device=x.device)
     count = torch.full((T,), capacity, dtype=torch.int32, device=x.device)
     threshold = torch.empty(T, dtype=torch.int64, device=x.device)
-    tensors, strides = (x, W_enc, b_enc, keys, count, threshold), (*x.stride(), *W_enc.stride(), *b_enc.stride())
+    shared = {
+        "x_ptr": x,
+        "W_ptr": W_enc,
+        "b_ptr": b_enc,
+        "keys_ptr": keys,
+        "count_ptr": count,
+        "threshold_ptr": threshold,
+        "D": d,
+        "F": F,
+        "CAPACITY": capacity,
+        "stride": spread(tiles),
+        "tiles": tiles,
+        "x_s": x.stride(),
+        "W_s": W_enc.stride(),
+        "b_s": b_enc.stride(),
+    }
     BLOCK = triton.next_power_of_2(capacity)
     num_warps = 1 if BLOCK <= 1024 else min(16, BLOCK // 512)  # one warp needs no barriers
-    order = (spread(tiles), tiles)
     for first, last in panels(F, k, capacity, BLOCK_F):
         grid = (triton.cdiv(T, config["BLOCK_T"]), last - first)
-        filter_kernel[grid](*tensors, T, d, F, capacity, first, *order, *strides, FILL=first == 0, **config)
+        filter_kernel[grid](**shared, T=T, first=first, FILL=first == 0, **config)
         select_kernel[(T,)](
-            *tensors, k, d, F, capacity, first, last, *order, *strides,
-            BLOCK=BLOCK, BLOCK_F=BLOCK_F, BLOCK_D=32, num_warps=num_warps,
-        )  # fmt: skip
+            **shared,
+            K=k,
+            first=first,
+            last=last,
+            BLOCK=BLOCK,
+            BLOCK_F=BLOCK_F,
+            BLOCK_D=32,
+            num_warps=num_warps,
+        )
     return keys
 
 
 def sort(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes the codes of the keys into ``values`` and ``indices``."""
+    """Write the codes of the keys into ``values`` and ``indices``."""
     (T, capacity), k = keys.shape, values.shape[1]
     BLOCK = min(256, triton.next_power_of_2(k))
     grid = (T, triton.cdiv(k, BLOCK))
-    sort_kernel[grid](keys, values, indices, k, capacity, BLOCK=BLOCK, BLOCK_OTHER=16, num_warps=4)
+    sort_kernel[grid](
+        keys_ptr=keys,
+        values_ptr=values,
+        indices_ptr=indices,
+        K=k,
+        CAPACITY=capacity,
+        BLOCK=BLOCK,
+        BLOCK_OTHER=16,
+        num_warps=4,
+    )
     return values, indices

@@ -1,16 +1,19 @@
 """One block of the row form: ``r <- r + (r @ E) * w`` with ``E = mean_h max(A * dA, 0)`` (equations 1 and 6).
 
-``A = softmax(q k^T scale)`` and ``dA = dO v^T`` are made again in tiles, so nothing of size N x N is in memory.
-A program owns some keys of one image: it holds their ``k`` and ``v`` while the queries of one head after another
-stream by, and keeps ``rows @ E`` of its keys. Tiles lie as [keys, queries]: the product with ``rows`` then reads
-``E`` from registers. Few images leave the card idle, so heads are split among programs as well; each split writes
-its own partial sum, and a last kernel adds them in order and applies the gate. Unsplit, the program does so itself.
+``A = softmax(q k^T scale)`` and ``dA = dO v^T`` are computed again in tiles, so nothing of size N x N is in memory.
+Each program has some keys of one image. It keeps their ``k`` and ``v``, goes over the queries of one head after
+another, and sums ``rows @ E`` for its keys. Tiles are [keys, queries], so that the product with ``rows`` reads ``E``
+from registers. A few images alone would leave the GPU idle, so the heads are split among programs as well. Each split
+writes its own partial sum, and a last kernel adds them in order and applies the gate. Without a split, the program does
+that itself.
 
 Operations: ``4 B H N^2 dh`` (two matrix products), ``2 B H N^2 dh`` more where the log-sum-exp is not given, and
-one exponential for each of the ``B H N^2`` entries. Bytes: q, k, v and dO once, ``4 B H N dh`` elements.
+one exponential per entry of ``B H N^2``. Bytes: q, k, v and dO once, ``4 B H N dh`` elements.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -21,13 +24,13 @@ from . import tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
-ROWS_AT_ONCE = 16  # the least that a matrix product takes
-IDENTITIES = ("transmm", "paper")
+ROWS_AT_ONCE = 16  # the smallest side of a matrix product
 
-# M keys (of the log-sum-exp: queries) a program owns, N queries (keys) stream by; all that spill no register where they
-# are offered. float32 products are exact ones, without the matrix unit: small tiles, and all the registers they want.
+# A program has BLOCK_M keys and takes BLOCK_N queries at a time; for the log-sum-exp it is the other way round. None of
+# them spills registers on the cards it is offered for. float32 products are exact, without the matrix unit: they take
+# small tiles and as many registers as there are.
 EXACT = [{"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 255}]
-EXACT_WIDE = [{"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}]  # heads of more than 64 columns
+EXACT_WIDE = [{"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}]  # heads wider than 64
 ONE_ROW = [
     {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "cards": (8, 9)},
@@ -49,7 +52,7 @@ def lse_kernel(
     q_ptr, k_ptr, lse_ptr, scale, H, N, DH, q_s, k_s,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """log(sum(exp(q k^T scale))) of BLOCK_M queries, streaming over the keys."""
+    """log(sum(exp(q k^T scale))) of BLOCK_M queries, BLOCK_N keys at a time."""
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0).to(tl.int64) % H
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -75,9 +78,9 @@ def flow_tile(
     q_ptr, k_ptr, v_ptr, dO_ptr, lse_ptr, rows_ptr, scale, C, H, N, DH, q_s, k_s, v_s, o_s, r_s,
     b, c, m, first_head, last_head, ROWS_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``sum_h rows @ max(A * dA, 0)`` [BLOCK_M, BLOCK_C] for keys ``m`` and rows ``c`` of image ``b``, over some heads.
+    """``sum_h rows @ max(A * dA, 0)`` [BLOCK_M, BLOCK_C] over some heads, for keys ``m`` and rows ``c`` of image ``b``.
 
-    Entries outside N need no mask: a query there has dO = 0, so dA = 0, and a key there is not stored.
+    Entries outside N need no mask. A query there has dO = 0, so dA = 0. A key there is not stored.
     """
     ONE_ROW: tl.constexpr = c.shape[0] == 1
     d = tl.arange(0, BLOCK_D)
@@ -98,7 +101,7 @@ def flow_tile(
             lse = tl.load(lse_base + n, mask=n < N, other=0.0) * LOG2_E
             attn = tl.exp2(tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E) - lse[None, :])
             E = tl.maximum(attn * tl.dot(v, dO, input_precision="ieee"), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            if ONE_ROW:  # summed over the queries once, at the end
+            if ONE_ROW:  # the sum over the queries is taken once, at the end
                 rows = tl.load(rows_at + n[None, :] * r_s[2], mask=(n < N)[None, :], other=0.0).to(tl.float32)
                 flow += E * rows
             else:
@@ -110,7 +113,7 @@ def flow_tile(
 
 @triton.jit
 def step(rows, flow, w, H, IDENTITY: tl.constexpr):
-    """``rows + (flow / H [+ rows]) * w``: equation 6 for the sum of the flow over the heads."""
+    """``rows + (flow / H [+ rows]) * w``: equation 6, for a flow that is summed over the heads."""
     flow = flow / H
     if IDENTITY:
         flow += rows
@@ -123,7 +126,7 @@ def flow_kernel(
     q_s, k_s, v_s, o_s, r_s, IDENTITY: tl.constexpr, WHOLE: tl.constexpr, ROWS_PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The new rows (WHOLE: of all heads), or else the partial sum of this split."""
+    """The new rows where this program has all heads (WHOLE), else the partial sum of its split."""
     split, c_tile = tl.program_id(1) % splits, tl.program_id(1) // splits
     b = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -145,7 +148,7 @@ def flow_kernel(
 
 @triton.jit
 def sum_splits(flow_ptr, size, splits, inside):
-    """The partial sums in their order; each lies ``size`` after the one before."""
+    """The sum of the partial sums, in order; each starts ``size`` after the one before."""
     flow = tl.zeros(inside.shape, tl.float32)
     for _ in range(splits):
         flow += tl.load(flow_ptr, mask=inside, other=0.0, cache_modifier=".cg")
@@ -164,28 +167,31 @@ def step_kernel(rows_ptr, flow_ptr, gates_ptr, out_ptr, size, H, splits, IDENTIT
 
 
 def configs(q: Tensor, half: list[tuning.Config]) -> list[tuning.Config]:
-    """``half`` for 16-bit numbers; else those of exact products."""
+    """``half`` for 16-bit numbers, else the configurations for exact float32 products."""
     if q.dtype != torch.float32:
         return half
     return EXACT if q.shape[-1] <= 64 else EXACT_WIDE
 
 
 def head_width(dh: int) -> int:
-    """Columns of a tile that holds a head."""
+    """Columns of a tile that holds one head."""
     return max(16, triton.next_power_of_2(dh))
 
 
 def rows_precision(dtype: torch.dtype) -> str:
-    """``E`` and ``rows`` are float32: exact for exact inputs, else in three bfloat16 products.
+    """How to multiply the float32 ``E`` and ``rows``: exactly for float32 inputs, else as three bfloat16 products.
 
-    Those are good to 3 x 2^-16 of the product of absolute values at worst, and to 2^-17 usually: far closer than
-    ``E`` is known from 16-bit q, k, v and dO.
+    The error of those is at most 3 x 2^-16 of the product of absolute values, and 2^-17 in general. That is far below
+    the error of ``E`` itself, which comes from 16-bit q, k, v and dO.
     """
     return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "bf16x3"
 
 
 def tiling(C: int, B: int, H: int, N: int, BLOCK_M: int) -> tuple[int, int, int, int, int]:
-    """Rows in a tile, tiles of keys, tiles of rows, and splits of so many heads that the card is filled."""
+    """Rows per tile, tiles of keys, tiles of rows, splits of the heads, and heads per split.
+
+    The heads are split until there are about PROGRAMS programs.
+    """
     BLOCK_C = 1 if C == 1 else ROWS_AT_ONCE
     key_tiles, row_tiles = triton.cdiv(N, BLOCK_M), triton.cdiv(C, BLOCK_C)
     heads = triton.cdiv(H, min(H, triton.cdiv(PROGRAMS, max(1, key_tiles * row_tiles * B))))
@@ -193,21 +199,57 @@ def tiling(C: int, B: int, H: int, N: int, BLOCK_M: int) -> tuple[int, int, int,
 
 
 def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Natural log-sum-exp [B, H, N] of each query's logits, float32."""
+    """Natural log-sum-exp [B, H, N] of each query's logits, in float32."""
     B, H, N, dh = q.shape
     lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
 
     def run(config: tuning.Config) -> Tensor:
         grid = (B * H, triton.cdiv(N, config["BLOCK_M"]))
-        lse_kernel[grid](q, k, lse, scale, H, N, dh, q.stride(), k.stride(), BLOCK_D=head_width(dh), **config)
+        lse_kernel[grid](
+            q_ptr=q,
+            k_ptr=k,
+            lse_ptr=lse,
+            scale=scale,
+            H=H,
+            N=N,
+            DH=dh,
+            q_s=q.stride(),
+            k_s=k.stride(),
+            BLOCK_D=head_width(dh),
+            **config,
+        )
         return lse
 
     return run(tuning.choose("log_sum_exp", q, q.shape, configs(q, LOG_SUM_EXP), run))
 
 
-def check_identity(identity: str) -> None:
-    if identity not in IDENTITIES:
-        raise ValueError(f"identity: expected 'transmm' or 'paper', got {identity!r}")
+def flow_arguments(
+    rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, lse: Tensor, scale: float, paper: bool
+) -> dict[str, Any]:
+    """What every kernel with a ``flow_tile`` takes."""
+    (C, B, N), (_, H, _, dh) = rows.shape, q.shape
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "dO_ptr": dO,
+        "lse_ptr": lse,
+        "rows_ptr": rows,
+        "scale": scale,
+        "C": C,
+        "B": B,
+        "H": H,
+        "N": N,
+        "DH": dh,
+        "q_s": q.stride(),
+        "k_s": k.stride(),
+        "v_s": v.stride(),
+        "o_s": dO.stride(),
+        "r_s": rows.stride(),
+        "IDENTITY": paper,
+        "ROWS_PRECISION": rows_precision(q.dtype),
+        "BLOCK_D": head_width(dh),
+    }
 
 
 def relevancy(
@@ -217,35 +259,53 @@ def relevancy(
     v: Tensor,  # [B, H, N, dh]
     dO: Tensor,  # [B, H, N, dh]
     scale: float,
-    gates: Tensor | None = None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
-    identity: str = "transmm",
+    gates: Tensor | None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
+    paper: bool,  # whether E includes the identity
     *,
     lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, where the model kept it
 ) -> Tensor:
-    """One block of the row form -> [C, B, N], of ``rows``' dtype; sums are in float32."""
-    check_identity(identity)
+    """The new rows [C, B, N], of ``rows``' dtype; sums are in float32."""
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
-    (C, B, N), (_, H, _, dh) = rows.shape, q.shape
+    (C, B, N), H = rows.shape, q.shape[1]
     lse = log_sum_exp(q, k, scale) if lse is None else lse.float().contiguous()
     gates = None if gates is None else gates.contiguous()
-    IDENTITY = identity == "paper"
+    shared = flow_arguments(rows, q, k, v, dO, lse, scale, paper)
 
     def run(config: tuning.Config) -> Tensor:
         BLOCK_C, key_tiles, row_tiles, splits, heads = tiling(C, B, H, N, config["BLOCK_M"])
         whole = splits == C == 1
         flow = out if whole else torch.empty(splits, C, B, N, dtype=torch.float32, device=rows.device)
         flow_kernel[(key_tiles, splits * row_tiles, B)](
-            q, k, v, dO, lse, rows, gates, flow, scale, C, B, H, N, dh, splits, heads,
-            q.stride(), k.stride(), v.stride(), dO.stride(), rows.stride(), IDENTITY=IDENTITY, WHOLE=whole,
-            ROWS_PRECISION=rows_precision(q.dtype), BLOCK_C=BLOCK_C, BLOCK_D=head_width(dh), **config,
-        )  # fmt: skip
-        if not whole:
-            size = out.numel()
-            tensors = (rows.contiguous(), flow, gates, out)
-            step_kernel[(triton.cdiv(size, 256),)](*tensors, size, H, splits, IDENTITY, BLOCK=256, num_warps=4)
-        return out
+            **shared,
+            gates_ptr=gates,
+            out_ptr=flow,
+            splits=splits,
+            heads=heads,
+            WHOLE=whole,
+            BLOCK_C=BLOCK_C,
+            **config,
+        )
+        return out if whole else add_splits(rows, flow, gates, paper, H, out)
 
     kind, half = ("relevancy, one row", ONE_ROW) if C == 1 else ("relevancy", ROWS)
     return run(tuning.choose(kind, q, (C, *q.shape), configs(q, half), run))
+
+
+def add_splits(rows: Tensor, flow: Tensor, gates: Tensor | None, paper: bool, H: int, out: Tensor) -> Tensor:
+    """Write the new rows into ``out``, from the partial sums ``flow`` [splits, C, B, N] of the heads."""
+    size = out.numel()
+    step_kernel[(triton.cdiv(size, 256),)](
+        rows_ptr=rows.contiguous(),
+        flow_ptr=flow,
+        gates_ptr=gates,
+        out_ptr=out,
+        size=size,
+        H=H,
+        splits=flow.shape[0],
+        IDENTITY=paper,
+        BLOCK=256,
+        num_warps=4,
+    )
+    return out

@@ -1,9 +1,9 @@
-"""Which tiles a kernel takes: fixed by default, so that results are bitwise the same on every machine of a kind.
+"""The choice of a kernel's tiles: fixed by default, so that results are bitwise the same on all machines with one GPU.
 
-A kernel offers a few configurations. The first serves where nothing better is known; ``FIXED`` names the one that was
-measured to be the fastest on a device. ``FASTFG_TUNE=1`` times them all, once for each kernel, device, dtype and
-shape (sizes rounded up to powers of two), and keeps the winner in ``$FASTFG_CACHE/tuned.json`` (~/.cache/fastfg);
-``FASTFG_TUNE=cached`` takes what is kept there and times nothing.
+A kernel offers a few configurations. The first is the default; ``FIXED`` names the one that was measured to be the
+fastest on a device. ``FASTFG_TUNE=1`` times all of them once per kernel, device, dtype and shape (sizes rounded up to
+powers of two), and keeps the fastest in ``$FASTFG_CACHE/tuned.json`` (~/.cache/fastfg). ``FASTFG_TUNE=cached`` uses
+that file and times nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,21 +22,22 @@ import torch
 import triton
 from torch import Tensor
 
-Config = dict[str, Any]  # tile sizes, num_warps, num_stages, maxnreg; "cards": the capabilities that it is offered on
+Config = dict[str, Any]  # tile sizes, num_warps, num_stages, maxnreg; "cards": the capabilities that it is offered for
 MODES = ("0", "1", "cached")
 HOPPER = 9  # the first number of its compute capability
 
-FIXED: dict[str, Config] = {}  # by "kernel, device, dtype"; to be filled from measurements
+FIXED: dict[str, Config] = {}  # by "kernel, device, dtype"; filled from measurements
+_writing = threading.Lock()
 
 
 def choose(
     kernel: str, like: Tensor, sizes: Sequence[int], candidates: list[Config], run: Callable[[Config], object]
 ) -> Config:
-    """One of ``candidates`` for tensors as ``like``; ``run`` does the work with a given one, to be timed."""
+    """The configuration for tensors like ``like``, one of ``candidates``; ``run`` does the work with a given one."""
     mode = os.environ.get("FASTFG_TUNE") or "0"
     if mode not in MODES:
         raise ValueError(f"FASTFG_TUNE: expected one of {MODES}, got {mode!r}")
-    if not like.is_cuda:  # interpreted, or recorded to be compiled: a time would mean nothing
+    if not like.is_cuda:  # interpreted, or recorded to be compiled: timing says nothing
         return offered(candidates)[0]
     card, capability = device(like.device)
     offers = offered(candidates, capability)
@@ -47,17 +50,17 @@ def choose(
             found = min(offers, key=lambda config: seconds(lambda: run(config)))
             keep(cache_file(), key, found)
         chosen = found or chosen
-    return chosen if chosen in offers else offers[0]  # one that an older version had may be gone
+    return chosen if chosen in offers else offers[0]  # an older version may have kept one that is gone
 
 
 def offered(candidates: list[Config], capability: int = HOPPER) -> list[Config]:
-    """Those for cards of this capability, without that note."""
+    """The candidates for cards of this capability, without their ``cards``."""
     here = [config for config in candidates if capability in config.get("cards", (capability,))]
     return [{name: value for name, value in config.items() if name != "cards"} for config in here]
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The median of some runs; infinite where a smaller card of the same capability lacks the shared memory."""
+    """The median time of some runs; infinite where a smaller card of the same capability lacks the shared memory."""
     try:
         return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3
     except triton.runtime.errors.OutOfResources:
@@ -66,7 +69,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @functools.cache
 def device(where: torch.device) -> tuple[str, int]:
-    """Its name, and the first number of its compute capability."""
+    """The device's name, and the first number of its compute capability."""
     return torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)[0]
 
 
@@ -76,7 +79,7 @@ def cache_file() -> Path:
 
 @functools.cache
 def kept(path: Path) -> dict[str, Config]:
-    """What earlier searches found; a file that can't be read is named, and counts as empty."""
+    """The choices of earlier searches. Warns about a file that can't be read, and takes it as empty."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -90,11 +93,15 @@ def kept(path: Path) -> dict[str, Config]:
 
 
 def keep(path: Path, key: str, config: Config) -> None:
-    """Adds to the file what other processes may have added to meanwhile; readers see the old file or the new one."""
-    kept.cache_clear()
-    found = kept(path)
-    found[key] = config
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    written.replace(path)
+    """Add a choice to the file. Threads and processes may do so at once; readers see a whole file, old or new.
+
+    Where two processes write at the same moment, one choice may be lost, and is then searched for again.
+    """
+    with _writing:
+        kept.cache_clear()
+        found = kept(path) | {key: config}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(f".{uuid.uuid4().hex}")
+        written.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written.replace(path)
+        kept.cache_clear()

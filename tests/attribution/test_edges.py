@@ -45,7 +45,7 @@ def test_no_images(model, images, activation):
     assert found.heatmap((32, 48)).shape == (C, 0, 32, 48)
 
 
-@pytest.mark.parametrize("name", ["transformers ViT", "open_clip tower", "vit-prisma HookedViT"])
+@pytest.mark.parametrize("name", ["transformers ViT", "open_clip zero-shot", "vit-prisma HookedViT"])
 def test_no_images_for_models_that_refuse_none(name):
     model, images = build(name), torch.randn(0, 3, 32, 32, dtype=torch.float64)
     found = fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual"), target=1)

@@ -13,8 +13,29 @@ def test_pixels_hold_their_patchs_relevancy(model, images, saes, gate):
     assert pixels.shape == (3, 1, 32, 48)
     assert torch.equal(pixels[:, 0, ::8, ::8], maps)
     assert torch.equal(pixels[:, 0, 7::8, 7::8], maps)
-    smooth = fastfg.FeatureGradient(model, saes, gate, interpolation="bilinear").attribute(images, target=2)
-    assert smooth.shape == pixels.shape
+    for rows, columns in ((4, 4), (7, 0)):  # anywhere in a patch
+        assert torch.equal(pixels[:, 0, rows::8, columns::8], maps)
+
+
+def test_bilinear_pixels_lie_between_their_patches(model, images, saes, gate):
+    method = fastfg.FeatureGradient(model, saes, gate, interpolation="bilinear")
+    maps = fastfg.attribute(model, images, saes=saes, gate=gate, target=2).maps
+    smooth = method.attribute(images, target=2)
+    assert smooth.shape == (3, 1, 32, 48)
+    assert torch.equal(smooth[:, 0, 0, 0], maps[:, 0, 0])  # outside of the patches' centres, the nearest one's value
+    # 8 pixels per patch: pixel 11 is 0.5 pixels before the centre of patch 1, at 12, which is 8 away from patch 0's
+    expected = 0.0625 * maps[:, 0, 0] + 0.9375 * maps[:, 0, 1]
+    torch.testing.assert_close(smooth[:, 0, 0, 11], expected, rtol=1e-9, atol=0)
+
+
+def test_it_is_the_attribution_of_its_own_arguments(model, images, saes, gate):
+    """The gate, the SAEs, the target and further options all reach ``fastfg.attribute``."""
+    gated = fastfg.FeatureGradient(model, saes, gate, identity="paper").attribute(images, target=2)[:, 0, ::8, ::8]
+    expected = fastfg.attribute(model, images, saes=saes, gate=gate, target=2, identity="paper").maps
+    assert torch.equal(gated, expected)
+    for other in ({"identity": "transmm", "target": 2}, {"identity": "paper", "target": 1}):
+        assert not torch.equal(gated, fastfg.attribute(model, images, saes=saes, gate=gate, **other).maps)
+    assert not torch.equal(gated, fastfg.attribute(model, images, target=2, identity="paper").maps)
 
 
 def test_what_does_not_fit_is_named(model):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import unittest.mock
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,6 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from fastfg.reference import Activation
 
 SHARED = {80: 160 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
@@ -76,6 +75,9 @@ now = {"cards": ALL, "untuned": ALL, "every": True}  # of what is being recorded
 
 def record(fn, *args, grid, warmup, **options):
     """In place of JITFunction.run: keeps a launch unless one like it is there."""
+    given = dict(zip(fn.arg_names, args, strict=False))
+    given |= {p.name: options.pop(p.name) for p in fn.params if p.name in options and not p.is_constexpr}
+    args = tuple(given[name] for name in fn.arg_names if name in given)  # constexprs come last
     launch = Launch(fn, args, options, now["cards"], now["untuned"])
     settings = tuple(options.get(name) for name in SETTINGS)
     launches.setdefault((source(launch).hash(), settings), launch)
@@ -192,7 +194,7 @@ def run_relevancy(dtype: torch.dtype, C: int, N: int, dh: int, gated: bool = Tru
     B, H = 2, 12
     q, k, v = torch.zeros(B, N, 3, H, dh, dtype=dtype).permute(2, 0, 3, 1, 4)
     rows = torch.zeros(C, B, N)
-    relevancy.relevancy(rows, q, k, v, q, dh**-0.5, rows if gated else None, "transmm" if gated else "paper")
+    relevancy.relevancy(rows, q, k, v, q, dh**-0.5, rows if gated else None, not gated)
 
 
 def run_gated_relevancy(dtype: torch.dtype, C: int, P: int) -> None:
@@ -200,7 +202,7 @@ def run_gated_relevancy(dtype: torch.dtype, C: int, P: int) -> None:
     q, k, v = torch.zeros(B, P + 1, 3, H, 64, dtype=dtype).permute(2, 0, 3, 1, 4)
     g, W_dec, values = (torch.zeros(*shape, dtype=dtype) for shape in ((B, P + 1, d), (F, d), (B, P, K)))
     gated = (g[:, 1:], W_dec, values, values.long(), torch.ones(C), torch.ones(C))
-    gated_relevancy.gated_relevancy(torch.zeros(C, B, P + 1), q, k, v, q, 0.125, *gated)
+    gated_relevancy.gated_relevancy(torch.zeros(C, B, P + 1), q, k, v, q, 0.125, *gated, False)
 
 
 def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
@@ -213,23 +215,21 @@ def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
         run_relevancy(dtype, C, 197, 64)
     project.project(x, W_dec, W_dec[:T, :K], indices)
     encode_topk.encode_topk(x, W_enc, b_enc, b_dec, K)
-    relu, *others = (
-        Activation(name, None, b_enc, b_enc, b_enc, b_enc)
-        for name in ("relu", "gated", "tanh_relu", "jumprelu", "batch_topk")
-    )
-    encode_project.encode_project(x, x, W_enc, b_enc, W_dec, relu)
+    run_encode_project = partial(encode_project.encode_project, x, x, W_enc, b_enc, W_dec)
+    run_encode_project("relu", *[b_enc] * 4)
     if not every:
         return
     for C in (1, 3):
         run_gated_relevancy(dtype, C, 4096)
     now.update(every=False)
+    others = ("gated", "tanh_relu", "jumprelu", "batch_topk")
     for activation in others[: 1 if dtype == torch.float32 else None]:
-        encode_project.encode_project(x, x, W_enc, b_enc, W_dec, activation)
+        run_encode_project(activation, *[b_enc] * 4)
     encode_topk.encode_topk(x, W_enc[:, :4096], b_enc[:4096], b_dec, 4096)
     for C, dh in ((1, 128), (3, 128), (3, 32)):
         run_relevancy(dtype, C, 197, dh, gated=False)
     for P in (196, 4096):
-        gate.gate(torch.zeros(2, P, dtype=dtype), 1.0, 5.0)
+        gate.gate(torch.zeros(2, P), torch.ones(2), torch.ones(2))
         run_gated_relevancy(dtype, 1, P)
     with unittest.mock.patch.object(relevancy, "PROGRAMS", 1):  # heads not split among programs
         run_relevancy(dtype, 1, 197, 64)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 from fastfg.kernels import encode_project, encode_topk, gated_relevancy, project, relevancy, tuning
 
 CARD = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
@@ -91,6 +90,37 @@ def test_nothing_is_timed_off_a_card_or_while_a_graph_is_captured(timed, monkeyp
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert timed.choose("1") == FIRST
     assert not timed.runs
+
+
+def test_threads_may_keep_their_choices_at_once(timed):
+    """Nothing is lost, and whoever reads meanwhile finds a whole file."""
+    together, wrong = threading.Barrier(9), []
+
+    def use(work):
+        try:
+            together.wait()
+            work()
+        except BaseException as error:
+            wrong.append(error)
+
+    def write(name):
+        for n in range(20):
+            tuning.keep(timed.file, f"{name}, {n}", {"BLOCK": n})
+
+    def read():
+        for _ in range(200):
+            if timed.file.exists():
+                json.loads(timed.file.read_text())
+
+    threads = [threading.Thread(target=use, args=(partial(write, name),)) for name in range(8)]
+    threads.append(threading.Thread(target=use, args=(read,)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert json.loads(timed.file.read_text()) == {f"{name}, {n}": {"BLOCK": n} for name in range(8) for n in range(20)}
+    assert list(timed.file.parent.iterdir()) == [timed.file]
 
 
 def test_an_unknown_mode_is_named(timed):

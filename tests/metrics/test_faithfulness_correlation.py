@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastfg.metrics import correlation
-from fastfg.metrics.faithfulness_correlation import draw_subsets
+from fastfg.metrics.faithfulness_correlation import default_subset_size, draw_subsets
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(3, 25))
@@ -43,3 +43,9 @@ def test_subsets_are_drawn_without_replacement_and_evenly():
     assert (subsets.sort(-1).values.diff(dim=-1) > 0).all()
     share = subsets.flatten().bincount(minlength=10) / subsets.numel()
     assert stats.chisquare(share.numpy() * subsets.numel()).pvalue > 1e-3
+
+
+def test_the_default_subset_size_is_specs():
+    """20 patches of 100 or more; below, a fifth, and two at least."""
+    sizes = {4: 2, 9: 2, 10: 2, 49: 10, 81: 16, 99: 20, 100: 20, 101: 20, 196: 20, 1369: 20}
+    assert {P: default_subset_size(P) for P in sizes} == sizes

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastfg
 from fastfg.metrics import saco_score
 from fastfg.metrics.saco import group_of_rank
 
@@ -52,3 +53,12 @@ def test_nan_stays_nan_and_shapes_are_checked():
 def test_groups_are_numpys_array_split(P, n_bins):
     sizes = [len(part) for part in np.array_split(np.arange(P), n_bins)]
     assert group_of_rank(P, n_bins).bincount().tolist() == sizes
+
+
+@pytest.mark.parametrize(("side", "n_bins"), [(14, 49), (7, 13), (3, 3)])
+def test_the_default_number_of_groups_is_a_quarter_of_the_patches_rounded_up(side, n_bins):
+    images, maps = torch.rand(1, 3, 2 * side, 2 * side), torch.rand(1, side, side)
+    scores = fastfg.evaluate(
+        lambda x: torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3))], 1), images, maps, target=0, metrics=["saco"]
+    )
+    assert scores.details["saco"]["impact"].shape[-1] == n_bins

@@ -1,23 +1,37 @@
-"""Inputs of every op, in float64 on the CPU, and the odd shapes at which every backend is tried."""
+"""Each op's inputs, in float64 on the CPU, the shapes at which every backend is tried, and the backends themselves."""
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
 
 from fastfg import ops
-from fastfg.ops.dispatch import BACKENDS, why_not
 from fastfg.reference.encode import ACTIVATIONS, Activation
+from fastfg.reference.relevancy import IDENTITIES
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on CPU tensors
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LIVE = [(op, b) for op in ops.__all__ for b in BACKENDS if why_not(op, b, torch.zeros(1, device=DEVICE)) is None]
+
+
+def required() -> tuple[str, ...]:
+    """The backends that must serve every op in this process: the tests of one that is missing fail.
+
+    On the CPU Triton runs in a process of its own, which ``tests/kernels/test_triton.py`` starts.
+    """
+    if INTERPRETED:
+        return ("triton",)
+    return ("reference", "cpp", "triton") if DEVICE.type == "cuda" else ("reference", "cpp")
+
+
+BACKENDS = required()
+PAIRS = [(op, backend) for op in ops.__all__ for backend in BACKENDS]
 STREAMING = [name for name in ACTIVATIONS if name != "topk"]
 
 
-def backends(op, like):
-    """Those that serve ``op`` on tensors as ``like``."""
-    return [backend for name, backend in LIVE if name == op and why_not(op, backend, like) is None]
+def device_of(backend):
+    return torch.device("cpu") if backend == "cpp" else DEVICE
 
 
 def randn(*shape, seed=0):
@@ -54,6 +68,12 @@ def many_gates(*shape):
     return gate(*shape, kappa=kappa, c_max=c_max)
 
 
+def one_gate_for_all(*shape):
+    """One number in memory for all images, and one for each image."""
+    kappa = torch.full((1, 1, 1), 0.7, dtype=torch.float64).expand(1, shape[-2], 1)
+    return gate(*shape, kappa=kappa, c_max=1 + randn(shape[-2], 1, seed=2).exp())
+
+
 def relevancy(C, B, H, N, dh, gated=True, identity="transmm"):
     q, k, v, dO = randn(4, B, H, N, dh, seed=1)
     gates = randn(C, B, N, seed=2).exp() if gated else None
@@ -64,38 +84,73 @@ def gated_relevancy(C, B, H, N, dh, P, d, F, K, identity="transmm"):
     """The first configuration of several gates nothing: its ``c_max`` is 1."""
     g, W_dec, values, indices = project(B * P, d, F, K)
     codes = (g.unflatten(0, (B, P)), W_dec, values.unflatten(0, (B, P)), indices.unflatten(0, (B, P)))
-    kappa, c_max = 0.5 + 0.1 * torch.arange(C).double(), 50 - 3 * torch.arange(C).double()
-    c_max[0] = 1 if C > 1 else 50
+    kappa, c_max = 0.5 + 0.1 * torch.arange(C).double(), 50 - 2.5 * torch.arange(C).double()
+    c_max[:1] = 1 if C > 1 else 50
     return (*relevancy(C, B, H, N, dh)[:6], *codes, kappa, c_max, identity)
 
 
-SHAPES = {
+SHAPES = {  # small enough for Triton's interpreter
+    encode_topk: [
+        (1, 33, 300, 13),
+        (49, 192, 70, 1),
+        (5, 33, 1501, 13),
+        (5, 192, 501, 13),
+        (3, 33, 100, 100),
+        (0, 33, 100, 5),
+    ],
+    project: [
+        (1, 33, 300, 13),
+        (49, 192, 301, 1),
+        (49, 192, 300, 13),
+        (5, 300, 77, 77),
+        (57, 33, 50, 13),
+        (3, 33, 100, 0),
+        (0, 33, 100, 5),
+    ],
+    encode_project: [
+        *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 300), (49, 192, 77)]),
+        *((name, 49, 192, 300) for name in ("relu", "gated")),
+        ("relu", 0, 33, 100),
+    ],
+    gate: [(1,), (2,), (3, 1), (3, 2), (7, 49), (3, 50), (3, 196), (2, 3, 257), (3, 1369), (0, 5)],
+    many_gates: [(3, 2, 9), (2, 49), (2, 50)],
+    one_gate_for_all: [(3, 50), (4, 2, 50)],
+    relevancy: [
+        *(
+            (C, 2, 2, *sizes, True, identity)
+            for C in (1, 3, 17)
+            for sizes in [(5, 32), (50, 48), (50, 33)]
+            for identity in IDENTITIES
+        ),
+        (2, 2, 2, 50, 32, False),
+        (1, 1, 2, 197, 64),
+        (3, 1, 2, 197, 64),
+        (2, 0, 2, 5, 32),
+        (0, 2, 2, 5, 32),
+    ],
+    gated_relevancy: [
+        *((C, 2, 2, 50, 32, 50 - prefix, 33, 77, 13) for C in (1, 3, 17) for prefix in (0, 1, 5)),
+        (1, 1, 1, 5, 32, 4, 33, 100, 1, "paper"),
+        (0, 2, 2, 6, 32, 5, 33, 77, 13),
+        (2, 0, 2, 6, 32, 5, 33, 77, 13),
+    ],
+}
+COMPILED = {  # the interpreter would take minutes for them
     encode_topk: [
         (1, 33, 100, 1),
         (49, 33, 1000, 13, False),
         (196, 192, 2500, 128),
         (257, 768, 1001, 13),
-        (3, 33, 100, 100),
         (1370, 33, 501, 1),
-        (0, 33, 100, 5),
     ],
-    project: [
-        (1, 33, 100, 1),
-        (49, 33, 1000, 13),
-        (197, 192, 300, 128),
-        (5, 768, 50, 50),
-        (1370, 33, 501, 13),
-        (3, 33, 100, 0),
-        (0, 33, 100, 5),
-    ],
+    project: [(1, 33, 100, 1), (49, 33, 1000, 13), (197, 192, 300, 128), (5, 768, 50, 50), (1370, 33, 501, 13)],
     encode_project: [
-        *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 100), (49, 33, 501), (0, 33, 100)]),
+        *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 100), (49, 33, 501), (0, 33, 101)]),
         ("gated", 49, 192, 4999),
         ("relu", 1370, 33, 501),
         ("jumprelu", 197, 768, 1001),
     ],
-    gate: [(1,), (2,), (7, 49), (3, 196), (2, 3, 257), (1, 1370), (0, 5)],
-    many_gates: [(3, 2, 9), (2, 49)],
+    gate: [(1, 1370)],
     relevancy: [
         (1, 2, 2, 1, 64),
         (1, 1, 1, 5, 32),
@@ -105,7 +160,6 @@ SHAPES = {
         (17, 1, 2, 196, 64, False),
         (1, 1, 2, 257, 80, True, "paper"),
         (1, 1, 2, 1370, 32),
-        (2, 0, 2, 5, 32),
     ],
     gated_relevancy: [
         (1, 1, 1, 5, 32, 4, 33, 100, 1),
@@ -116,24 +170,49 @@ SHAPES = {
         (1, 1, 1, 1370, 32, 1369, 33, 501, 13),
     ],
 }
-OF = {many_gates: "gate"}  # the op, where the builder has another name
-CASES = {
-    f"{build.__name__} {' '.join(map(str, sizes))}": (OF.get(build, build.__name__), partial(build, *sizes))
-    for build, shapes in SHAPES.items()
-    for sizes in shapes
-}
-SMALL = [case for case in CASES if "1370" not in case]
-TYPICAL = {  # one case an op, of several tokens, images and configurations
-    "encode_topk": partial(encode_topk, 49, 33, 1000, 13),
-    "project": partial(project, 49, 33, 1000, 13),
-    "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
+INTERPRETED_HALVES = [
+    "encode_topk 5 192 501 13",
+    "project 49 192 300 13",
+    "encode_project relu 49 192 300",
+    "encode_project gated 49 192 300",
+    "gate 3 50",
+    "relevancy 1 1 2 197 64",
+    "relevancy 3 1 2 197 64",
+    "gated_relevancy 1 2 2 50 32 49 33 77 13",
+    "gated_relevancy 3 2 2 50 32 49 33 77 13",
+]
+OF = {many_gates: "gate", one_gate_for_all: "gate"}  # the op, where the builder has another name
+
+
+def named(shapes):
+    """``{"gate 7 49": ("gate", builder of its arguments)}``."""
+    return {
+        f"{build.__name__} {' '.join(map(str, sizes))}": (OF.get(build, build.__name__), partial(build, *sizes))
+        for build, several in shapes.items()
+        for sizes in several
+    }
+
+
+CASES = named(SHAPES) | ({} if INTERPRETED else named(COMPILED))
+HALVES = (
+    INTERPRETED_HALVES if INTERPRETED else [case for case in CASES if "1370" not in case]
+)  # cases of half precision
+TYPICAL = {  # one case per op, of several tokens, images and configurations
+    "encode_topk": partial(encode_topk, 7, 33, 300, 13),
+    "project": partial(project, 7, 33, 300, 13),
+    "encode_project": partial(encode_project, "jumprelu", 7, 33, 300),
     "gate": partial(gate, 7, 49),
     "relevancy": partial(relevancy, 3, 2, 3, 50, 48, True, "paper"),
     "gated_relevancy": partial(gated_relevancy, 3, 2, 2, 50, 32, 49, 33, 301, 13),
 }
+if not INTERPRETED:
+    TYPICAL |= {
+        "encode_topk": partial(encode_topk, 49, 33, 1000, 13),
+        "project": partial(project, 49, 33, 1000, 13),
+        "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
+    }
 
-
-WIDE = {"relevancy": (0, 6), "gated_relevancy": (0, 10, 11)}  # what goes with the rows: float32 at least
+WIDE = {"relevancy": (0, 6), "gated_relevancy": (0, 10, 11)}  # the rows and what multiplies them: float32 at least
 
 
 def each(arguments, change):
@@ -159,14 +238,40 @@ def cast(op, arguments, dtype, device=DEVICE):
     return each(arguments, change)
 
 
+# Layouts: the same numbers, elsewhere in memory, where a wrong step reads what must not be read -----------------------
+
+
+def unread(tensor, *shape):
+    """Memory that spoils what is computed from it: NaN, or an index far out of range."""
+    value = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 3
+    return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
+
+
 def strided(_, tensor):
-    """The same numbers, not next to each other in memory."""
-    return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
+    """Every other element of a wider tensor."""
+    view = unread(tensor, *tensor.shape, 2)[..., 0]
+    return view.copy_(tensor)
 
 
 def turned(_, tensor):
-    """The same numbers, in another order in memory."""
+    """The last two dimensions in the other order."""
     return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+
+
+def packed(_, tensor):
+    """As models hold q, k and v: the second of three tensors [B, N, H, dh] in one."""
+    if tensor.ndim != 4:
+        return tensor
+    B, H, N, dh = tensor.shape
+    return unread(tensor, B, N, 3, H, dh)[:, :, 1].transpose(1, 2).copy_(tensor)
+
+
+def expanded(_, tensor):
+    """Other numbers: the last entry of the first dimension, read again and again from the same memory."""
+    return tensor[-1:].expand_as(tensor)
+
+
+LAYOUTS = {"strided": strided, "turned": turned, "packed": packed}
 
 
 def outputs(result):

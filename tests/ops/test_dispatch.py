@@ -1,13 +1,14 @@
 """Which backend serves an op, and what is said where none can."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastfg import ops
+from fastfg import ops, reference
 from fastfg.ops import dispatch, launch, native
-from fastfg.ops.dispatch import BACKENDS, OPS, BackendError, choose, why_not
+from fastfg.ops.dispatch import OPS, BackendError, choose, why_not
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,7 @@ def _forget():
 def nothing_lacks(monkeypatch):
     monkeypatch.setattr(native, "why_not", lambda op: None)
     monkeypatch.setattr(launch, "why_not", lambda op: None)
+    monkeypatch.setattr(launch, "why_not_on", lambda device: None)
 
 
 @pytest.mark.usefixtures("nothing_lacks")
@@ -55,7 +57,6 @@ def test_without_native_or_triton_auto_goes_on_in_python(monkeypatch):
         ("cpp", "cuda", torch.float32, "it runs on the CPU, and the tensors are on cuda"),
         ("triton", "cpu", torch.float32, "it runs on CUDA devices, and the tensors are on cpu"),
         ("triton", "cuda", torch.float64, "it has no float64 version"),
-        ("cuda", "cuda", torch.float32, "there is no CUDA C++ version"),
     ],
 )
 def test_a_named_backend_runs_or_says_why_not(backend, device, dtype, expected):
@@ -79,54 +80,93 @@ def test_every_reason_is_given(monkeypatch):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="backend: expected 'auto' or one of .*'cpp', 'triton', 'cuda'.*, got 'cudnn'"):
-        ops.gate(torch.zeros(2, 3), 1.0, 10.0, backend="cudnn")
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of .*'cpp', 'triton'.*, got 'cuda'"):
+        ops.gate(torch.zeros(2, 3), 1.0, 10.0, backend="cuda")
 
 
 def test_nothing_falls_back_when_a_kernel_fails(monkeypatch):
-    from fastfg import reference
-
     def broken(*arguments):
         raise RuntimeError("out of something")
 
-    monkeypatch.setattr(dispatch, "call", broken)
     monkeypatch.setattr(native, "why_not", lambda op: None)
-    monkeypatch.setattr(torch.ops, "fastfg", type("Namespace", (), {"gate": None}))
+    monkeypatch.setattr(torch.ops, "fastfg", SimpleNamespace(gate=broken))
     monkeypatch.setattr(reference, "gate", lambda *a: pytest.fail("fell back"))
     with pytest.raises(RuntimeError, match="out of something"):
         ops.gate(torch.zeros(2, 3), 1.0, 10.0)
 
 
 def test_what_lacks_an_op_says_so(monkeypatch):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    assert launch.why_not.__wrapped__("gate") == "triton is not installed"
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if "fastfg" in name else "found")
-    assert launch.why_not.__wrapped__("gate") == "there is no Triton version"
+    why_not = launch.why_not.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+        assert why_not("gate") == "triton is not installed"
+        patch.setattr(launch.importlib.util, "find_spec", lambda name: None if "kernels" in name else "found")
+        assert why_not("gate") == "there is no Triton version"
+    assert why_not("no_such_op") in ("there is no Triton version", "triton is not installed")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert why_not("gate") == "ROCm is not supported: the kernels hold NVIDIA instructions"
 
 
-def test_a_native_library_that_does_not_fit_says_so(monkeypatch):
+@pytest.fixture
+def cards(monkeypatch):
+    """A machine with GPUs of the given compute capabilities."""
+
+    def install(*capabilities):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+
+    monkeypatch.setattr(launch, "why_not", lambda op: None)
+    return install
+
+
+def test_an_old_gpu_is_no_place_for_triton(cards):
+    """Its shared memory is too small for the tiles."""
+    cards((7, 5), (8, 6))
+    expected = "it needs a device of compute capability 8.0 (sm_80) or later: GPU 0 has 7.5"
+    assert choose("gate", "auto", "cuda:0", torch.float16) == "reference"
+    assert choose("gate", "auto", "cuda:1", torch.float16) == "triton"
+    with pytest.raises(BackendError) as raised:
+        choose("gate", "triton", "cuda:0", torch.float16)
+    assert str(raised.value) == f"backend: 'triton' can't run gate: {expected}"
+    assert why_not("gate", "triton") is None  # the other GPU can
+    cards((7, 5))
+    assert why_not("gate", "triton") == expected
+    cards()
+    assert why_not("gate", "triton") == "there is no CUDA device"
+
+
+def test_a_library_that_does_not_load_says_so(monkeypatch):
     def missing(name):
         raise ImportError("no such file")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(native.importlib, "import_module", missing)
-        assert native.why_not.__wrapped__("gate") == (
-            "fastfg._C is not built or does not load (no such file); see FASTFG_BUILD in setup.py"
-        )
-    monkeypatch.setattr(native.importlib, "import_module", lambda name: None)
-    assert native.why_not.__wrapped__("no_such_op") == "there is no C++ version"
-    if native.why_not("gate") is None:
-        monkeypatch.setattr(native, "schema", lambda op: "gate(Tensor scores) -> Tensor")
-        assert native.why_not.__wrapped__("gate") == (
-            "fastfg._C was built from other sources and must be built again: it has "
-            "fastfg::gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor, "
-            "not fastfg::gate(Tensor scores) -> Tensor"
-        )
+    monkeypatch.setattr(native.importlib, "import_module", missing)
+    assert native.load() == "fastfg._C is not built or does not load (no such file); see FASTFG_BUILD in setup.py"
 
 
-def test_every_op_is_in_the_table():
-    assert list(OPS) == ops.__all__
+def test_a_library_of_other_sources_says_so():
+    assert native.mismatch("no_such_op", "no_such_op() -> Tensor") == "there is no C++ version"
+    assert native.mismatch("gate", "gate(Tensor scores) -> Tensor") == (
+        "fastfg._C was built from other sources and must be built again: it has "
+        "fastfg::gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor, "
+        "not fastfg::gate(Tensor scores) -> Tensor"
+    )
+
+
+def test_to_ask_is_not_to_register():
+    """Whatever is asked, and however often: the ops are registered once, with the op's own file."""
+    before = set(torch._C._dispatch_get_all_op_names())
+    assert {f"fastfg_triton::{op}" for op in OPS} <= before
+    for op in (*OPS, "no_such_op"):
+        launch.why_not.__wrapped__(op)
+    assert set(torch._C._dispatch_get_all_op_names()) == before
+
+
+def test_every_op_is_registered():
+    assert ops.__all__ == OPS
+    like = torch.zeros(1)
     for op in OPS:
-        assert why_not(op, "reference") is None
-        for backend in BACKENDS[1:]:
-            assert why_not(op, backend) is None or isinstance(why_not(op, backend), str)
+        assert why_not(op, "reference", like) is None
+        assert why_not(op, "cpp", like) == native.UNLOADED
+        assert "it runs on CUDA devices, and the tensors are on cpu" in why_not(op, "triton", like)

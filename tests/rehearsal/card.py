@@ -121,7 +121,7 @@ def insert_card() -> None:
     """From now on torch has the card; ``card.cpp`` was loaded before torch was (see ``plugin``)."""
     if torch.accelerator.current_accelerator() != torch.device("cuda"):
         raise RuntimeError("the card came too late: torch had looked for one already")
-    import tests.kernels.tools  # noqa: F401  chooses the interpreter, as there is no card yet
+    import tests.kernels.interpreter  # noqa: F401  mends what launches kernels here
 
     LIBRARY.impl("empty.memory_format", _empty, "CUDA")  # all factories are made of these two
     LIBRARY.impl("empty_strided", _empty_strided, "CUDA")
@@ -181,9 +181,9 @@ def _launch_from_the_card() -> None:
     launch = GridExecutor.__call__
 
     def launch_from_the_card(self: Any, *args: Any, **kwargs: Any) -> None:
-        for i, given in enumerate(args):
+        for where, given in (*enumerate(args), *kwargs.items()):
             if isinstance(given, Tensor) and not isinstance(given, OnCard):
-                raise ValueError(f"Pointer argument (at {i}) cannot be accessed from Triton (cpu tensor?)")
+                raise ValueError(f"Pointer argument (at {where}) cannot be accessed from Triton (cpu tensor?)")
         launch(self, *map(below, args), **{name: below(given) for name, given in kwargs.items()})
 
     GridExecutor.__call__ = launch_from_the_card

@@ -1,0 +1,1 @@
+"""Attribution: which patches, and which features, a model's output rests on."""
