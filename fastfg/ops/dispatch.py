@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastfg.ops import launch, native
 from fastfg.reference.encode import Activation
+from fastfg.torch_internals import constant_when_traced
 
 BACKENDS = ("reference", "cpp", "triton")
 PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}  # by device, best first
@@ -84,6 +85,7 @@ def detached(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 # Which backend, and why not -----------------------------------------------------------------------------------------
 
 
+@constant_when_traced
 def choose(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The name of the backend that serves ``op`` for tensors of ``dtype`` on ``device``.
 
@@ -91,11 +93,6 @@ def choose(op: str, backend: str, device: torch.device | str, dtype: torch.dtype
     """
     with _lock:
         return _choose(op, backend, torch.device(device), dtype)
-
-
-# A traced program takes the answer as a constant and does not trace how it was found. This is what
-# torch.compiler.assume_constant_result does; calling that here would import the whole compiler (and triton).
-choose.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache
