@@ -33,7 +33,7 @@ class Picture(NamedTuple):
 
 
 def read_image(
-    path: Path, *, window: Window | None = None, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT
+    path: str | Path, *, window: Window | None = None, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT
 ) -> Picture:
     """Read an image file with Pillow. The content of the file decides its format, not its name.
 
@@ -60,6 +60,7 @@ def read_image(
     Raises ValueError for a file that one of the rules refuses, and Pillow's own errors for a damaged one. Sizes are
     checked before pixels are decoded.
     """
+    path = Path(path)
     check_limits(window, max_pixels, max_aspect)
     if is_dicom(path):
         raise ValueError(DICOM)
