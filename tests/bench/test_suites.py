@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("plugin", [(), ("-p", "no:benchmark")], ids=["pytest-benchmark", "stand-in"])
 def test_one_suite_as_a_process(tmp_path, plugin):
-    chosen = [f"bench/bench_gate.py::test_gate[C27-B2-P196-float32-{name}]" for name in ("reference", "cuda")]
+    chosen = [f"bench/bench_gate.py::test_gate[C27-B2-P196-float32-{name}]" for name in ("reference", "triton")]
     command = [sys.executable, "-m", "pytest", *chosen, "--size", "small", "--results", str(tmp_path)]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
@@ -36,7 +36,7 @@ def test_one_suite_as_a_process(tmp_path, plugin):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "cuda: " in done.stdout  # skipped, with the reason
+    assert "triton: " in done.stdout  # skipped, with the reason
     (file,) = tmp_path.glob("*/gate.jsonl")
     assert f"1 lines written to {file}" in done.stdout
     (line,) = map(json.loads, file.read_text().splitlines())
