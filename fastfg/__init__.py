@@ -1,4 +1,4 @@
-"""fastfg: Feature-Gradient Attribution for Vision Transformers, fast and checked against its reference."""
+"""fastfg explains Vision Transformers by Feature-Gradient Attribution, and measures how faithful the maps are."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first asked for, so that ``import fastfg`` stays light."""
+    """Import a public name on first use, so that ``import fastfg`` stays fast."""
     if name in _WHERE:
         value = getattr(importlib.import_module(_WHERE[name]), name)
         globals()[name] = value

@@ -1,1 +1,1 @@
-"""Attribution: which patches, and which features, a model's output rests on."""
+"""Attribution: which patches of an image, and which SAE features, the model's output depends on."""

@@ -1,7 +1,7 @@
-"""The method: one forward pass, one backward pass, and the maps of any number of gates.
+"""Make attribution maps: one forward pass and one backward pass, for any number of gates.
 
-``r <- r + (r @ E_l) * w_l`` goes from the last block to the first. The backward pass visits the blocks in the same
-order, so the attribution is finished when the backward pass is. No block's attention map is kept.
+The step ``r <- r + (r @ E_l) * w_l`` runs from the last block to the first. The backward pass visits the blocks in the
+same order, so the maps are finished when the backward pass is. No attention map is stored.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ def attribute(
     features: int = 0,
     methods: Sequence[str] = (),
 ) -> Attribution:
-    """Feature-Gradient Attribution maps of ``images`` (Šula), or TransMM's (Chefer et al.) without a gate.
+    """Explain ``images`` by Feature-Gradient Attribution (Šula), or by TransMM (Chefer et al.) without a gate.
 
     Args:
-        model: a Vision Transformer of a known family (see :mod:`fastfg.models`); it is left as it was.
+        model: a Vision Transformer of a known family (see :mod:`fastfg.models`). It is left unchanged.
         images: [B, C, H, W], preprocessed as the model expects, in the model's dtype and on its device.
         saes: {block: SparseAutoencoder}, one per gated block; none is needed for ``gradient_x_residual``.
-        gate: a :class:`Gate`, None for vanilla TransMM, or a list of these: all from one forward and backward pass.
+        gate: a :class:`Gate`, None for vanilla TransMM, or a list of both. A list also takes one forward and one
+            backward pass.
         target: the class to explain: None (the predicted one), an int, or one per image. A single logit ``z`` is read
-            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a differentiable function that takes the
+            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a differentiable function that maps the
             model's output to one value per image [B].
-        identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` reads eq. 1 by the letter.
+        identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` follows eq. 1 literally.
         backend: ``auto``, or the backend that must serve every op (see ``fastfg info``).
         features: how many of the strongest feature contributions to return per patch and gated block.
-        methods: other explanations to return beside the maps: ``rollout`` (attention rollout), ``last_attention``
+        methods: other explanations to return with the maps: ``rollout`` (attention rollout), ``last_attention``
             (the raw attention of the last block, or of the pooling head, averaged over heads) and
             ``gradient_x_input`` (summed over each patch; the backward pass then goes down to the pixels).
 
@@ -91,7 +92,7 @@ def attribute(
 
 
 def _explained(output: Any, target: Target, n_images: int) -> tuple[Tensor | TargetFunction, Tensor]:
-    """What is explained, classes [B] or the function that was given, and its value per image [B]."""
+    """The explained classes [B], or the given target function; and the value to differentiate per image [B]."""
     if callable(target):
         return target, target_value(target, output, n_images)
     if not isinstance(output, Tensor) or output.ndim != 2:
@@ -109,7 +110,7 @@ def _result(
     methods: dict[str, Tensor],
     single: bool,
 ) -> Attribution:
-    """What was asked for; ``single``: without the leading dimension of configurations."""
+    """The results as an :class:`Attribution`. With ``single``, the leading dimension of configurations is dropped."""
     assert relevancy.rows is not None  # Capture.backward reached every block
     P = grid[0] * grid[1]
 
@@ -128,7 +129,7 @@ def _result(
 
 
 def _of_no_images(adapter: Adapter, images: Tensor, target: Target, single: bool, **options: Any) -> Attribution:
-    """Empty results, cut from those of one blank image: many models can't run a batch of no images."""
+    """Empty results, cut from the result for one blank image, because many models can't run an empty batch."""
     alike = target if callable(target) or isinstance(target, int) else None
     one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=alike, **options)
 
@@ -173,7 +174,7 @@ def _check(
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Autograd refuses weights that were made under ``torch.inference_mode``."""
+    """Refuse weights that were created under ``torch.inference_mode``: autograd can't use them."""
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if weight.is_inference() and weight.is_floating_point():
             raise ValueError(

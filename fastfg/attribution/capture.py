@@ -1,10 +1,10 @@
-"""Meet attention where every family calls it: ``F.scaled_dot_product_attention``.
+"""Intercept each attention of a model where every family calls it: ``F.scaled_dot_product_attention``.
 
-During the forward pass each attention runs as it always does, fused. A hook on its output receives ``dO`` during the
-backward pass, which visits the blocks from the last to the first. Relevancy needs only that and ``q, k, v``, so no
-attention map is ever kept.
+In the forward pass, each attention runs unchanged and fused. In the backward pass, which visits the blocks from the
+last to the first, a hook on the attention's output receives its gradient ``dO``. Relevancy needs only ``dO`` and
+``q, k, v``, so no attention map is stored.
 
-The output of the FIRST attention becomes the leaf of the graph: nothing before it is recorded, and the backward pass
+The output of the FIRST attention is the leaf of the graph: autograd records nothing before it, and the backward pass
 ends there.
 """
 
@@ -34,19 +34,20 @@ HINT = (
 
 
 class Capture(TorchFunctionMode):
-    """``with`` it, in this thread: every attention of one forward pass, and the residual stream of chosen blocks.
+    """Context that records one forward pass in this thread: each attention, and the residual stream of some blocks.
 
-    Every block must run once, in order, with one attention of its own over all tokens; anything else is an error.
+    Every block must run once, in order, with one attention of its own over all tokens. Anything else is an error.
 
     Args:
         adapter: the model.
-        shape: (B, N), images and tokens.
-        layers: the blocks whose output ``x_l`` and gradient ``g_l`` are wanted.
-        on_residual: called in the backward pass with (block, x [B, N, d], g [B, N, d]), before the attention of that
-            block is reached.
-        on_attention: each is called in the backward pass with (number, q, k, v, dO, scale), tensors [B, H, N, dh].
-            The attention of block ``l`` is number ``l``; the one of a pooling head comes after the last block's.
-        root: where the backward pass ends, a leaf that requires gradients; None: at the first attention's output.
+        shape: (B, N), the numbers of images and tokens.
+        layers: the blocks whose output ``x_l`` and gradient ``g_l`` are passed to ``on_residual``.
+        on_residual: called in the backward pass with (block, x [B, N, d], g [B, N, d]), before the backward pass
+            reaches the attention of that block.
+        on_attention: functions, each called in the backward pass with (number, q, k, v, dO, scale), tensors
+            [B, H, N, dh]. The attention of block ``l`` has number ``l``. A pooling head's attention has the number
+            after the last block's.
+        root: where the backward pass ends, a leaf that requires gradients. None: at the first attention's output.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class Capture(TorchFunctionMode):
         self.inside: int | None = None  # the block that is running
         self.stream: Tensor | None = None  # the output of the block that ran last
         self.ran: list[int] = []  # blocks, in the order in which they were called
-        self.met: list[int | None] = []  # of each attention, the block in which it was met
-        self.arrived: list[int] = []  # attentions whose gradient came
-        self.residuals: set[int] = set()  # blocks whose residual's gradient came
+        self.met: list[int | None] = []  # for each attention, the block in which it ran
+        self.arrived: list[int] = []  # attentions whose gradient has arrived
+        self.residuals: set[int] = set()  # blocks at whose output the gradient has arrived
 
     # The forward pass ----------------------------------------------------------------------------------------
 
@@ -169,7 +170,7 @@ class Capture(TorchFunctionMode):
         return out
 
     def _check_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """The attention of a block is over all tokens of all images."""
+        """Check that the block's attention covers all tokens of all images."""
         B, N = self.shape
         for name, t in (("queries", q), ("keys", k), ("values", v)):
             if t.ndim != 4 or t.shape[2] != N:
@@ -184,9 +185,9 @@ class Capture(TorchFunctionMode):
     # The backward pass ---------------------------------------------------------------------------------------
 
     def backward(self, y: Tensor) -> Tensor:
-        """Run the backward pass of the scalar ``y`` as far as the root; the callbacks do the work.
+        """Run the backward pass of the scalar ``y`` down to the root; it calls the callbacks.
 
-        Returns the gradient at the root. Raises RuntimeError where a block or its attention was not met as it should.
+        Returns the gradient at the root. Raises RuntimeError if a block or its attention did not run as expected.
         """
         self._check_forward()
         root, self.root = self.root, None  # its hook refers back to this object
@@ -240,7 +241,7 @@ class Capture(TorchFunctionMode):
 
 
 def _reads(given: Tensor, stream: Tensor) -> bool:
-    """Whether ``given`` is ``stream``, or was computed from it; True where ``stream`` has no gradients to tell."""
+    """Whether ``given`` is ``stream`` or was computed from it. True if ``stream`` has no gradients to tell by."""
     if given is stream or stream.grad_fn is None:
         return True
     waiting, seen = [given.grad_fn], set()

@@ -1,4 +1,4 @@
-"""Feature-Gradient Attribution as a class with the interface of Captum's, which also serves Quantus."""
+"""Feature-Gradient Attribution as a class with Captum's interface, which also works as Quantus's ``explain_func``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FeatureGradient:
     """Feature-Gradient Attribution as an attribution method: ``attribute(inputs, target=...)``.
 
     Args:
-        model, saes, gate: as for :func:`fastfg.attribute`. options: its other arguments, used in every call.
+        model, saes, gate: as in :func:`fastfg.attribute`. options: its other arguments, used in every call.
         interpolation: ``nearest`` gives each pixel the value of its patch, so that masks cover whole patches;
             ``bilinear`` interpolates between patches.
 
@@ -46,9 +46,9 @@ class FeatureGradient:
         self.interpolation, self.options = interpolation, options
 
     def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
-        """Relevancy of each pixel: ``inputs`` [B, C, H, W] -> [B, 1, H, W], raw, not normalised.
+        """Relevancy per pixel: ``inputs`` [B, C, H, W] -> [B, 1, H, W], not normalised.
 
-        ``target``: as for :func:`fastfg.attribute`; a tensor [B, 1] is read as [B].
+        ``target``: as in :func:`fastfg.attribute`; a tensor [B, 1] is read as [B].
         """
         if isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] == 1:
             target = target[:, 0]

@@ -1,4 +1,4 @@
-"""Other explanations of the same forward and backward pass: rollout, the last attention, gradient x input."""
+"""Other explanations from the same forward and backward pass: rollout, the last attention, gradient x input."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastfg.reference.relevancy import attend, rollout
 
 
 class OtherMethods:
-    """The rows of ``rollout`` and ``last_attention``, where they are among ``methods``.
+    """Computes ``rollout`` and ``last_attention``, if they are among ``methods``.
 
     ``rollout`` is attention rollout (Abnar and Zuidema 2020). ``last_attention`` is the attention of the last block,
     or of the pooling head, as the head reads it. Both average over the attention heads.
 
     Args:
-        adapter: the model. n_tokens: ``N``. methods: names of ``fastfg.types.METHODS``; others are left alone.
+        adapter: the model. n_tokens: ``N``. methods: names in ``fastfg.types.METHODS``; other names are ignored.
     """
 
     def __init__(self, adapter: Adapter, n_tokens: int, methods: Collection[str]) -> None:
@@ -28,7 +28,7 @@ class OtherMethods:
         self.rows: dict[str, Tensor] = {}  # each [B, N]
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
-        """One step, from the pooling head or the last block down to the first."""
+        """One step per attention, from the pooling head or the last block to the first block."""
         if not self.wanted:
             return
         if number >= len(self.adapter.blocks):
@@ -45,7 +45,7 @@ class OtherMethods:
         q, k = q.to(working_dtype(q)), k.to(working_dtype(k))
         every_query = q.new_ones(1, q.shape[0], q.shape[2]) / q.shape[2]
         row = attend(every_query, q, k, scale)[0]
-        row = F.pad(row, (self.n_tokens - row.shape[-1], 0))  # a pooling head may look at the patches alone
+        row = F.pad(row, (self.n_tokens - row.shape[-1], 0))  # a pooling head may read only the patches
         self.rows = dict.fromkeys(self.wanted, row)
 
     def _start_at_last_block(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -67,7 +67,7 @@ def gradient_x_input(
 ) -> Tensor:
     """``images * gradient``, both [B, C, H, W], summed over the channels and over each patch: [B, gh, gw].
 
-    Pixels beyond the last whole patch belong to none. ``patch_size`` None: the grid divides the image.
+    Pixels beyond the last whole patch are left out. ``patch_size`` None: the grid divides the image evenly.
     """
     gh, gw = grid
     product = (images * gradient).to(working_dtype(images)).sum(1)

@@ -1,4 +1,4 @@
-"""The scores of one block's patches: every kind of score from one run of the SAE."""
+"""Scores of the patches of one block. Every kind of score comes from one run of the SAE."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastfg.reference.encode_topk import topk_lowest_index
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Features, Gate
 
-FEATURES_AT_ONCE = 4096  # where a score needs the whole dictionary
-TOKENS_AT_ONCE = 1024  # where codes are dense
+FEATURES_AT_ONCE = 4096  # for scores that need the whole dictionary
+TOKENS_AT_ONCE = 1024  # for dense codes
 
 
 def shuffled(n_features: int, seed: int, device: torch.device) -> Tensor:
@@ -26,12 +26,12 @@ def shuffled(n_features: int, seed: int, device: torch.device) -> Tensor:
 
 
 class PatchScores:
-    """Scores of one block's patches for any number of gates; the SAE runs once, when it is first needed.
+    """Scores of the patches of one block, for any number of gates. The SAE runs once, on first use.
 
     Args:
         x: [B, P, d], the residual stream at the patches. g: [B, P, d], the gradient of the target there.
-        sae: the block's SAE; None where only ``gradient_x_residual`` is asked for.
-        backend: of the ops.
+        sae: the block's SAE. It may be None if all gates use ``gradient_x_residual``.
+        backend: the backend of the ops.
     """
 
     def __init__(self, x: Tensor, g: Tensor, sae: SparseAutoencoder | None, backend: str = "auto") -> None:
@@ -41,7 +41,7 @@ class PatchScores:
         self._projected: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def score(self, gate: Gate) -> Tensor:
-        """``gate``'s scores [B, P]."""
+        """The scores [B, P] for ``gate``."""
         scores = SCORES[gate.score](self, gate)
         if gate.rescale:
             scores = scores * self.normalized.scale.squeeze(-1)
@@ -53,7 +53,7 @@ class PatchScores:
         indices, values = (torch.cat(part).reshape(*self.shape, n) for part in zip(*parts, strict=True))
         return Features(indices, values)
 
-    # What the scores need of the SAE -------------------------------------------------------------------------
+    # Inputs of the scores ------------------------------------------------------------------------------------
 
     @property
     def sae(self) -> SparseAutoencoder:
@@ -79,12 +79,12 @@ class PatchScores:
 
     @cached_property
     def centred(self) -> Tensor:
-        """The encoder's input: with ``b_dec`` subtracted, where the SAE does so."""
+        """The encoder's input, after ``b_dec`` is subtracted if the SAE subtracts it."""
         values = self.normalized.values
         return values if self.sae.subtracted is None else values - self.sae.subtracted
 
     def _decoder_rows(self, gate: Gate, indices: Tensor) -> Tensor:
-        """The decoder's row of each feature; in a shuffled decoder it is the row of another feature."""
+        """The decoder row of each feature. In a shuffled decoder, this is the row of another feature."""
         if gate.shuffle_seed is None:
             return indices
         return shuffled(self.sae.n_features, gate.shuffle_seed, indices.device)[indices]
@@ -129,13 +129,13 @@ class PatchScores:
     # Features ------------------------------------------------------------------------------------------------
 
     def _dense_codes(self) -> Iterator[Tensor]:
-        """Codes [T, F], for TOKENS_AT_ONCE tokens at a time."""
+        """Codes [T, F], in chunks of TOKENS_AT_ONCE tokens."""
         sae = self.sae
         for x in self.centred.split(TOKENS_AT_ONCE):
             yield encode(x, sae.W_enc, sae.b_enc, None, sae.activation)
 
     def _terms(self, gate: Gate) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The terms of eq. 3, values and indices of the active features, each [T, K], for some tokens at a time."""
+        """Terms of eq. 3, values and indices of the active features, each [T, K], in chunks of tokens."""
         if self.sae.activation_name == "topk":
             yield self._project_codes(gate)[1], *self.codes
             return
@@ -154,7 +154,7 @@ SCORES: dict[str, Callable[[PatchScores, Gate], Tensor]] = {
 
 
 def _strongest(n: int, terms: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and terms [T, n] of the ``n`` largest terms by absolute value, filled up with index -1 and value 0."""
+    """Indices and terms [T, n] of the ``n`` largest terms by absolute value, padded with index -1 and value 0."""
     _, order = topk_lowest_index(terms.abs(), min(n, terms.shape[-1]))
     active = values.gather(-1, order) > 0
     strongest = torch.where(active, terms.gather(-1, order), 0.0)

@@ -1,4 +1,4 @@
-"""Relevancy on its way from the last block to the first, one step for each attention that the backward pass reaches."""
+"""The relevancy rows, updated from the last block to the first, once per attention that the backward pass reaches."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fastfg.types import Features, Gate
 
 
 class RelevancyPass:
-    """Relevancy's rows, and the scores and gates that went into them.
+    """The relevancy rows, and the scores and gates that they were made with.
 
     :class:`fastfg.attribution.capture.Capture` calls ``on_residual`` and ``on_attention`` for each block.
 
     Args:
-        adapter: the model. n_tokens: ``N``. configs: the ``C`` gates, None for one that gates nothing.
-        saes: {block: SAE}. identity, backend, features: as for :func:`fastfg.attribute`.
+        adapter: the model. n_tokens: ``N``. configs: the ``C`` gates; None is no gate.
+        saes: {block: SAE}. identity, backend, features: as in :func:`fastfg.attribute`.
 
     Attributes:
-        rows: [C, B, N]; the maps, when the backward pass is finished. None before it starts.
-        scores, gates: {block: [C, B, P]}. features: {block: Features}, for ``features > 0``.
+        rows: [C, B, N]. After the backward pass they hold the maps; before it they are None.
+        scores, gates: {block: [C, B, P]}. features: {block: Features}, if ``features > 0``.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class RelevancyPass:
         self.scores: dict[int, Tensor] = {}
         self.gates: dict[int, Tensor] = {}
         self.features: dict[int, Features] = {}
-        self._sources: dict[int, PatchScores] = {}  # of the gated block whose attention comes next
+        self._sources: dict[int, PatchScores] = {}  # for the gated block whose attention comes next
 
     def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
-        """The residual stream [B, N, d] of a gated block and the gradient there; its attention comes next."""
+        """Keep a gated block's residual stream and its gradient, both [B, N, d]. The block's attention comes next."""
         if block in self.saes:
             check_width(self.saes[block], x, block)
         first = self.adapter.num_prefix_tokens
         self._sources[block] = PatchScores(x[:, first:], g[:, first:], self.saes.get(block), self.backend)
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
-        """One step ``r <- r + (r @ E) * w``, or the start at an attention-pooling head."""
+        """Do one step ``r <- r + (r @ E) * w``, or start at an attention-pooling head."""
         if number >= len(self.adapter.blocks):
             if not self.adapter.pooled:
                 self.rows = self._start_at_pooling_head(q, k, v, dO, scale)
@@ -84,7 +84,7 @@ class RelevancyPass:
         return row.expand(len(self.configs), -1, -1)
 
     def _start_at_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
-        """The head's own row, the same for every gate. The head may look at the patches alone."""
+        """The head's own row, the same for every gate. The head may read only the patches."""
         q, k, v, dO = (t.to(working_dtype(t)) for t in (q, k, v, dO))
         row = pooling_row(q, k, v, dO, scale)
         row = F.pad(row, (self.n_tokens - row.shape[-1], 0))
@@ -97,7 +97,7 @@ class RelevancyPass:
         return [None if config is None or block not in config.layers else config for config in self.configs]
 
     def _gate(self, block: int, source: PatchScores, dtype: torch.dtype) -> Tensor:
-        """Eq. 2 to 5 by the separate ops: the gates [C, B, P] of ``block``. Keeps scores, gates and features."""
+        """The gates [C, B, P] of ``block`` by the separate ops (eq. 2 to 5). Stores scores, gates and features."""
         none = source.x.new_full(source.shape, torch.nan, dtype=dtype)
         ones = source.x.new_ones(source.shape, dtype=dtype)
         known: dict[tuple[str, int | None, bool], Tensor] = {}
@@ -121,7 +121,7 @@ class RelevancyPass:
         return self.gates[block]
 
     def _in_one_launch(self, block: int, source: PatchScores) -> bool:
-        """Whether ``ops.gated_relevancy`` serves every gate of ``block``: on CUDA, for the scores of a TopK SAE."""
+        """Whether ``ops.gated_relevancy`` can compute all gates of ``block``: on CUDA, for ``combined`` TopK scores."""
         sae = self.saes.get(block)
         if not source.x.is_cuda or self.n_features or sae is None or sae.activation_name != "topk":
             return False
@@ -131,9 +131,9 @@ class RelevancyPass:
     def _gated_step(
         self, block: int, source: PatchScores, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float
     ) -> Tensor:
-        """Eq. 2 to 6 in one op: the new rows [C, B, N]. Keeps scores and gates."""
+        """The new rows [C, B, N] by one op (eq. 2 to 6). Stores scores and gates."""
         gating = self._gating(block)
-        numbers = [(1.0, 1.0) if gate is None else (gate.kappa, gate.c_max) for gate in gating]  # 1: its gates are 1
+        numbers = [(1.0, 1.0) if gate is None else (gate.kappa, gate.c_max) for gate in gating]  # 1: all gates are 1
         kappa, c_max = rows.new_tensor(numbers).unbind(1)
         g, values, indices = (t.unflatten(0, source.shape) for t in (source.g_sae, *source.codes))
         rows, scores, gates = ops.gated_relevancy(

@@ -1,4 +1,4 @@
-"""The residual stream of chosen blocks, for training and inspecting SAEs."""
+"""Read the residual stream at chosen blocks of a model, to train or inspect SAEs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
         for block in layers:
             handle = adapter.blocks[block].register_forward_hook(in_this_thread(keep(block)))
             hooks.callback(handle.remove)
-        adapter.forward(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # not all run without
+        adapter.forward(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # many can't run no images
     missing = [block for block in layers if block not in found]
     if missing:
         raise RuntimeError(

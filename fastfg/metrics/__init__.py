@@ -1,4 +1,4 @@
-"""Faithfulness metrics, one file each: which patches to remove, and the arithmetic, which also stands alone."""
+"""Faithfulness metrics, one file per metric. The score functions can also be used on their own."""
 
 from fastfg.metrics.choose import METRICS
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation, correlation

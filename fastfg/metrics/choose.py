@@ -1,4 +1,4 @@
-"""The metrics of one evaluation, from names, instances and options."""
+"""Make the metrics of one evaluation from names, instances and options."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (SaCo, Fai
 def choose_metrics(
     metrics: Sequence[str | Metric], options: Mapping[str, Mapping[str, Any] | None], baseline: Baseline
 ) -> list[Metric]:
-    """One instance for each of ``metrics``.
+    """One instance per entry of ``metrics``.
 
     Args:
-        metrics: names of :data:`METRICS`, or instances, each with a name of its own.
-        options: {name: arguments of that metric}, for those given by name.
-        baseline: for every metric that has none of its own.
+        metrics: names in :data:`METRICS`, or instances. All names must differ.
+        options: {name: arguments of that metric}, for metrics that are given by name.
+        baseline: for metrics that have none of their own.
     """
     chosen: dict[str, Metric] = {}
     for given in metrics:

@@ -1,4 +1,4 @@
-"""Judge attribution maps by faithfulness metrics: plan the masks, read the model under each of them once, score."""
+"""Score attribution maps by faithfulness metrics: plan the masks, run the model once per mask, compute the scores."""
 
 from __future__ import annotations
 
@@ -48,30 +48,31 @@ def evaluate(
     Args:
         model: a model of a known family, or any callable ``images -> logits`` [n, classes].
         images: [B, C, H, W], the model's own input, after preprocessing, on the model's device.
-        maps: [B, gh, gw], or [C, B, gh, gw] for several attributions of the same images; one value per patch.
+        maps: [B, gh, gw], or [C, B, gh, gw] for several maps per image; one value per patch.
         target: the explained classes (``result.target``): an int, one per image, None for the predicted ones, or a
-            function of the model's output that gives one value per image. The two classes of a single logit ``z`` are
-            1 with the probability ``sigmoid(z)`` and 0 with ``1 - sigmoid(z)``.
-        metrics: names of :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
+            function of the model's output that gives one value per image. A single logit ``z`` has two classes: 1
+            with probability ``sigmoid(z)``, and 0 with ``1 - sigmoid(z)``.
+        metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
-        seed, keys: all that is random comes from the seed and the image's own key (None: a hash of its pixels).
-        batch_size: perturbed images per forward, at most; None is 16 on the CPU and 256 on a GPU. A batch that does not
-            fit into memory is run again in halves.
+        seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
+        batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
+            not fit into memory is run again in halves.
         path: ``tokens`` perturbs before the first block, embeds each image's patches once, and computes the last
             block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
-            for a model of a known family if both give the same logits for these images, which is tried with two
-            forwards per image. The one used is ``scores.path``.
-        precision: of the forwards: ``auto`` is bfloat16 for a float32 model of a known family on a CUDA device, else
-            the model's own, as ``float32`` is; ``bfloat16`` and ``float16`` run the blocks so, the head in float32;
-            ``float8`` has their linear layers in 8 bits, which shifts scores a little (emulated on a CPU).
+            for a model of a known family if both give the same logits for these images; the check takes two forwards
+            per image. ``scores.path`` names the path that was used.
+        precision: the precision of the forwards. ``float32`` is the model's own. ``bfloat16`` and ``float16`` run the
+            blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
+            changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
+            on a CUDA device, else the model's own.
         saco: ``n_bins``, ``impact``. faithfulness_correlation: ``n_runs``, ``n_trials``, ``subset_size``,
-            ``correlation``, ``subsets``. pixel_flipping: ``patches_per_step``. Each may hold a ``baseline`` of its own.
-        progress: called with (images done, images in all).
+            ``correlation``, ``subsets``. pixel_flipping: ``patches_per_step``. Each may also set its own ``baseline``.
+        progress: called with (images done, total images).
 
-    Returns :class:`Scores`: float64 [B], or [C, B]. A score that can't be computed or would say nothing is NaN, and
-    ``errors`` says why: a map that is not finite or the same everywhere, a blank image, an output that is not finite or
-    that does not change when patches are removed.
+    Returns :class:`Scores`: float64 [B], or [C, B]. A score that can't be computed or has no meaning is NaN, and
+    ``errors`` says why: a map that is not finite or is constant, a blank image, an output that is not finite or does
+    not change when patches are removed.
 
     >>> import torch, fastfg
     >>> def model(images):  # the class is how bright the left half is
@@ -108,7 +109,7 @@ def evaluate(
 
 
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
-    """The model held still, where it is a module."""
+    """A context that holds the model still, if it is a module."""
     if adapter is not None:
         return hold(adapter.model, adapter.flags)
     return hold(model) if isinstance(model, nn.Module) else nullcontext()
@@ -124,7 +125,7 @@ def _check(
     metrics: Sequence[Metric],
     target: Target,
 ) -> tuple[Tensor, PatchGrid]:
-    """The maps as float64 [C, B, P] on the CPU, and the grid of patches, after all arguments were looked at."""
+    """Check all arguments. Returns the maps as float64 [C, B, P] on the CPU, and the grid of patches."""
     if adapter is None and not callable(model):
         raise TypeError(f"model: expected a model or a callable images -> logits, got {type(model).__name__}")
     check_images(images, adapter.in_chans if adapter else None, adapter.parameter if adapter else None)
@@ -182,7 +183,7 @@ def _collect(metrics: Sequence[Metric], verdicts: Sequence[Verdict], names: list
 
 
 def _stack(details: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Each image's details [C, ...] as one tensor [C, B, ...]; an image without any has NaN, or -1 for indices."""
+    """The details [C, ...] per image, stacked to [C, B, ...]. An image without details gets NaN, or -1 for indices."""
     first: Mapping[str, Tensor] = next((found for found in details if found), {})
     return {
         name: torch.stack(
@@ -193,5 +194,5 @@ def _stack(details: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def missing_value(like: Tensor) -> float:
-    """What stands for a detail that is not there: NaN, or -1 among integers."""
+    """The value for a missing detail: NaN, or -1 for integers."""
     return torch.nan if like.is_floating_point() else -1

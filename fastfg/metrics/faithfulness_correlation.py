@@ -1,4 +1,4 @@
-"""Faithfulness Correlation (Bhatt et al. 2020): does a subset's attribution foretell the drop of the logit?"""
+"""Faithfulness Correlation (Bhatt et al. 2020): does a subset's attribution predict how far the logit drops?"""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FLAT = 1e-10  # a standard deviation below this counts as no variation
 
 
 def correlation(a: Tensor, b: Tensor, kind: str = "spearman") -> Tensor:
-    """Correlation over the last dimension: [..., n] twice -> [...], float64.
+    """Correlation of ``a`` and ``b`` [..., n] over the last dimension: [...], float64.
 
-    ``spearman`` (average ranks on ties) or ``pearson``. Where either side's standard deviation is below 1e-10
-    it is 0. A NaN or an infinity on either side gives NaN.
+    ``kind`` is ``spearman`` (ties get their average rank) or ``pearson``. The result is 0 where the standard deviation
+    of ``a`` or ``b`` is below 1e-10, and NaN where either has a NaN or an infinity.
 
     >>> import torch
     >>> float(correlation(torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 3.0, 9.0])))
@@ -53,9 +53,9 @@ def ranks(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FaithfulnessCorrelation(Metric):
-    """Random subsets removed; correlation of their summed attribution with the drop of the target's logit.
+    """Correlation between the summed attribution of random subsets and the drop of the target's logit without them.
 
-    The subsets do not depend on the attribution, so several maps of one image share their forwards.
+    The subsets do not depend on the map, so several maps of one image share their forwards.
 
     Details: ``drop`` [n_trials, n_runs], ``subsets`` [n_trials, n_runs, subset_size] (the same for every map).
 
@@ -63,7 +63,7 @@ class FaithfulnessCorrelation(Metric):
         n_runs: subsets per trial. n_trials: the trials whose correlations are averaged.
         subset_size: patches per subset; None is 20 where P >= 100, else ``max(2, round(P / 5))``.
         correlation: ``spearman`` or ``pearson``.
-        subsets: [n_trials, n_runs, B, subset_size] patch indices, in place of drawn ones.
+        subsets: [n_trials, n_runs, B, subset_size] patch indices to use instead of random subsets.
     """
 
     name: ClassVar[str] = "faithfulness_correlation"
@@ -124,7 +124,7 @@ class FaithfulnessCorrelation(Metric):
         return super().per_image() | ({} if self.subsets is None else {"subsets": 2})
 
     def _both_sides(self, maps: Tensor, subsets: Tensor, readings: Readings) -> tuple[Tensor, Tensor]:
-        """Summed attribution and drop of each subset, both [C, n_trials, n_runs]."""
+        """Summed attribution and drop per subset, both [C, n_trials, n_runs]."""
         n_trials, n_runs = subsets.shape[1:3]
         summed = maps.gather(1, subsets.flatten(1)).reshape(*subsets.shape).sum(-1)
         drop = readings.logit[:, :1] - readings.logit[:, 1:]
@@ -137,7 +137,7 @@ class FaithfulnessCorrelation(Metric):
         return draw_subsets(P, self.n_trials, self.n_runs, size, random)
 
     def _given(self, P: int) -> Tensor:
-        """The subsets of the one image that :meth:`for_images` has cut out."""
+        """The subsets of the single image that :meth:`for_images` selected."""
         assert self.subsets is not None
         self.check_images(1)
         if self.subsets.numel() and (int(self.subsets.min()) < 0 or int(self.subsets.max()) >= P):
@@ -147,7 +147,7 @@ class FaithfulnessCorrelation(Metric):
 
 
 def default_subset_size(n_patches: int) -> int:
-    """Patches per subset: 20, or a fifth of a small grid's; never all of them."""
+    """Patches per subset: 20, or a fifth of the patches of a small grid; never all patches."""
     return 20 if n_patches >= 100 else max(1, min(max(2, round(n_patches / 5)), n_patches - 1))
 
 

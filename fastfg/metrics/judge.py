@@ -1,4 +1,4 @@
-"""Some images from their maps to their scores: plan, read each mask of an image once, score."""
+"""Score the maps of a group of images: plan the masks, run each mask of an image once, compute the scores."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NOT_FINITE_OUTPUT = "the model's logits are not finite"
 
 @dataclass
 class Images:
-    """The images under evaluation, and what is known of them.
+    """The images under evaluation, with their targets, keys and unperturbed readings.
 
     Attributes:
-        images: [B, C, H, W]. whole: readings [B] of the images as they are, on the CPU.
-        target: [B] classes, or a target function. keys: one per image, from which all that is random is drawn.
+        images: [B, C, H, W]. whole: readings [B] of the unperturbed images, on the CPU.
+        target: [B] classes, or a target function. keys: one per image; random draws depend on it.
     """
 
     images: Tensor
@@ -43,14 +43,14 @@ class Images:
 
     @cached_property
     def blank(self) -> list[bool]:
-        """Whether each image has one colour all over."""
+        """Whether all pixels of an image are equal, per image."""
         pixels = self.images.flatten(2)
         return (pixels == pixels[..., :1]).all(-1).all(-1).tolist()
 
 
 @dataclass
 class Outcome:
-    """One metric on one image: scores [C], details [C, ...], and for each map why there is no score, or None."""
+    """One metric on one image: scores [C], details [C, ...], and per map the reason for a missing score, or None."""
 
     scores: Tensor
     details: dict[str, Tensor]
@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass
 class Verdict:
-    """All metrics on one image; ``asked``: forwards that each metric and each map alone would need."""
+    """All metrics on one image. ``asked`` counts the forwards if no metric and no map shared any."""
 
     outcomes: dict[str, Outcome]
     asked: int
@@ -70,8 +70,8 @@ class _Planned:
     """One image's plans."""
 
     image: int
-    maps: Tensor  # [U, P], those of the C maps that can be judged
-    reasons: list[str | None]  # C of them: why a map can't be judged
+    maps: Tensor  # [U, P], the usable ones of the C maps
+    reasons: list[str | None]  # [C], why a map is not usable
     metrics: list[Metric] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
 
@@ -84,7 +84,7 @@ def judge(
     rows: slice,
     progress: Callable[[int, int], None] | None,
 ) -> list[Verdict]:
-    """Verdicts on the images of ``rows``, in order."""
+    """One verdict per image of ``rows``, in order."""
     planned = [_plan(metrics, subjects, maps[:, image], image) for image in range(rows.start, rows.stop)]
     questions = _Questions(subjects)
     answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
@@ -97,7 +97,7 @@ def judge(
 
 
 def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
-    """Every metric's masks for the maps [C, P] of one image, as far as these can be judged."""
+    """The masks of every metric for the usable maps among ``maps`` [C, P] of one image."""
     blank = BLANK if subjects.blank[image] else None
     reasons = [_unusable(one) or blank for one in maps]
     planned = _Planned(image, maps[[reason is None for reason in reasons]], reasons)
@@ -110,26 +110,26 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int)
 
 
 def _unusable(one: Tensor) -> str | None:
-    """Why a map [P] can't be judged, or None."""
+    """Why a map [P] is not usable, or None."""
     if not bool(one.isfinite().all()):
         return NOT_FINITE_MAP
     return FLAT_MAP if bool((one == one[0]).all()) else None
 
 
 class _Questions:
-    """The masks asked for, each mask of a view kept once."""
+    """Collects the masks of all metrics, and reads each distinct mask of a view once."""
 
     def __init__(self, subjects: Images) -> None:
         self.subjects = subjects
         self.views: list[View] = []
-        self.image_of: list[int] = []  # of each view
+        self.image_of: list[int] = []  # the image of each view
         self._fills: dict[object, int] = {}  # views that metrics share, by image and baseline
-        self._view: list[Tensor] = []  # of each mask asked for
+        self._view: list[Tensor] = []  # the view of each requested mask
         self._masks: list[Tensor] = []
         self._asked = 0
 
     def ask(self, image: int, metric: Metric, plan: Plan) -> Tensor:
-        """Ask for ``plan``; returns the places [U, m] of its masks among all that were asked for."""
+        """Add the masks of ``plan``. Returns their positions [U, m] among all requested masks."""
         U, m, P = plan.masks.shape
         self._view.append(torch.tensor(self._views_of(image, metric, plan), device="cpu").repeat_interleave(m))
         self._masks.append(plan.masks.reshape(U * m, P))
@@ -138,7 +138,7 @@ class _Questions:
         return places
 
     def read(self, engine: Engine, rows: slice, progress: Callable[[int, int], None] | None) -> Readings:
-        """The readings of all masks asked for, on the CPU."""
+        """The readings of all requested masks, on the CPU."""
         images, target = self.subjects.images, self.subjects.target
         total = len(images)
         if not self._view:
@@ -147,10 +147,10 @@ class _Questions:
             return Readings.empty(0, torch.device("cpu"))
         view, masks = torch.cat(self._view), torch.cat(self._masks)
         chosen, row = _each_once(view, masks)
-        image = torch.tensor(self.image_of, device="cpu")[view[chosen]]  # of each mask that is read, ascending
+        image = torch.tensor(self.image_of, device="cpu")[view[chosen]]  # the image of each mask, ascending
 
         def tell(done: int) -> None:
-            """An image is done when its last mask is."""
+            """Report progress: an image is done when its last mask is."""
             if progress is not None:
                 progress(int(image[done]) if done < len(image) else rows.stop, total)
 
@@ -164,7 +164,7 @@ class _Questions:
         return readings.cpu()[row]
 
     def _views_of(self, image: int, metric: Metric, plan: Plan) -> list[int]:
-        """The view of each of the plan's maps."""
+        """One view per map of the plan."""
         baseline = metric.baseline
         if isinstance(baseline, str) and baseline == "running_mean" and plan.order is not None:
             subject, grid = self.subjects.images[image], self.subjects.grid
@@ -190,7 +190,7 @@ class _Questions:
 
 
 def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """The masks that differ, ordered by view, and for each mask asked for its row among them."""
+    """The distinct masks, ordered by view; and for each requested mask, its row among the distinct ones."""
     packed = np.packbits(masks.numpy(), axis=1)
     known: dict[tuple[int, bytes], int] = {}
     chosen: list[int] = []
@@ -207,7 +207,7 @@ def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 def _score(
     metrics: Sequence[Metric], subjects: Images, planned: _Planned, readings: Sequence[Readings], eps: float
 ) -> Verdict:
-    """One image's scores; ``readings``: [U, m] of each metric's masks."""
+    """The scores of one image from the readings [U, m] of each metric's masks."""
     whole = subjects.whole[torch.full((len(planned.maps),), planned.image, device="cpu")]
     outcomes = {metric.name: _nothing(planned) for metric in metrics}
     for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
@@ -218,13 +218,13 @@ def _score(
 
 
 def _nothing(planned: _Planned) -> Outcome:
-    """The outcome on an image none of whose maps can be judged."""
+    """The outcome for an image that has no usable map."""
     scores = torch.full((len(planned.reasons),), torch.nan, dtype=torch.float64, device="cpu")
     return Outcome(scores, {}, planned.reasons)
 
 
 def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float) -> Outcome:
-    """Scores of the judged maps in their places among all; a score that would say nothing is NaN with its reason."""
+    """Scores at the positions of their maps. A score without meaning is NaN and has a reason."""
     scores, details = metric.score(planned.maps, plan, readings)
     if list(scores.shape) != [len(planned.maps)]:
         raise ValueError(f"{metric.name}: expected scores [{len(planned.maps)}], one per map, got {list(scores.shape)}")
@@ -246,7 +246,7 @@ def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, 
 
 
 def _spread(values: Tensor, used: Tensor) -> Tensor:
-    """``values`` [U, ...] in the places of the ``used`` maps: [C, ...], NaN (-1 among integers) elsewhere."""
+    """``values`` [U, ...] at the positions of the ``used`` maps: [C, ...], elsewhere NaN (-1 for integers)."""
     missing = torch.nan if values.is_floating_point() else -1
     spread = torch.full((len(used), *values.shape[1:]), missing, dtype=values.dtype, device="cpu")
     spread[used] = values

@@ -1,4 +1,4 @@
-"""A metric is two pure functions: which patches to remove, and what the readings say about a map."""
+"""The base class of metrics: ``plan`` chooses which patches to remove, ``score`` turns the readings into scores."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fastfg.perturb import Baseline, PatchGrid, Readings
 from fastfg.perturb.fills import is_per_image
 
 Self = TypeVar("Self", bound="Metric")
-ROUNDING = 4  # changes of a logit below so many units of its rounding are no change
+ROUNDING = 4  # a logit that changes by fewer units of rounding than this counts as unchanged
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one metric asks about the ``C`` maps of one image.
+    """The masks of one metric for the ``C`` maps of one image.
 
     Attributes:
         masks: [C, m, P] bool, True where a patch is removed.
-        order: [C, P] patches in the order of their removal, ``patches_per_step`` at a time: only needed for
-            ``baseline="running_mean"``, whose fill drifts along it. None: each mask stands alone.
-        details: {name: tensor [C, ...]}, whatever ``score`` needs besides the readings.
-        n_unperturbed: how often the metric on its own would read the image as it is; fastfg reads it once.
+        order: [C, P] patches in the order of their removal, ``patches_per_step`` at a time. Only
+            ``baseline="running_mean"`` needs it: its fill drifts along this order. None: the masks have no order.
+        details: {name: tensor [C, ...]}, anything that ``score`` needs besides the readings.
+        n_unperturbed: how often the metric on its own would read the unperturbed image; fastfg reads it once.
     """
 
     masks: Tensor
@@ -37,51 +37,51 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Metric:
-    """Base of the metrics. A subclass sets the four names and gives ``plan`` and ``score``, both pure functions.
+    """Base class of the metrics. A subclass sets the four class variables and defines two pure functions.
 
     Args:
         baseline: what fills removed patches; None: the ``baseline`` of the evaluation.
     """
 
     name: ClassVar[str]  # the key in Scores
-    title: ClassVar[str]  # as a table shows it
-    short: ClassVar[str]  # as a figure shows it
+    title: ClassVar[str]  # for tables
+    short: ClassVar[str]  # for figures
     higher_is_better: ClassVar[bool]
 
     baseline: Baseline | None = None
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
-        """The masks for ``maps`` [C, P], float64, finite, all of one image.
+        """The masks for ``maps`` [C, P], float64 and finite, all of one image.
 
-        ``random`` is a CPU generator that depends on the seed, the image's key and the metric's name alone.
+        ``random`` is a CPU generator that depends only on the seed, the image's key and the metric's name.
         """
         raise NotImplementedError
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores [C] and details {name: [C, ...]} from ``readings`` [C, 1 + m]: the image as it is, then each mask."""
+        """Scores [C] and details {name: [C, ...]} from ``readings`` [C, 1 + m]: the plain image, then each mask."""
         raise NotImplementedError
 
     def reading(self, readings: Readings) -> Tensor:
-        """The reading that this metric looks at, [C, 1 + m]."""
+        """The reading that this metric uses, [C, 1 + m]."""
         return readings.prob
 
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
-        """For each map, why its score would say nothing, or None. ``eps`` is the rounding of the model's dtype."""
+        """Per map, why its score has no meaning, or None. ``eps`` is the rounding of the model's dtype."""
         return unchanged(self.reading(readings), readings.logit, eps)
 
     def per_image(self) -> dict[str, int]:
-        """The arguments that hold one entry per image, and the dimension along which they do."""
+        """{argument: dimension} for the arguments that hold one entry per image along that dimension."""
         return {"baseline": 0} if is_per_image(self.baseline) else {}
 
     def check_images(self, n_images: int) -> None:
-        """Raise ValueError where an argument does not hold one entry for each of ``n_images`` images."""
+        """Raise ValueError if a per-image argument does not have ``n_images`` entries."""
         for name, dim in self.per_image().items():
             shape = list(getattr(self, name).shape)
             if shape[dim] != n_images:
                 raise ValueError(f"{self.name}: expected {name} for {n_images} images in dimension {dim}, got {shape}")
 
     def for_images(self: Self, rows: slice) -> Self:
-        """This metric for ``rows`` of the images: arguments that hold one entry per image are cut."""
+        """This metric for ``rows`` of the images: per-image arguments are cut to these rows."""
         cut = {}
         for name, dim in self.per_image().items():
             values = getattr(self, name)
@@ -104,7 +104,7 @@ class Metric:
 
 
 def unchanged(values: Tensor, logit: Tensor, eps: float) -> list[str | None]:
-    """A reason for each row of ``values`` [C, 1 + m] that no mask changes beyond rounding; ``logit``: its logits."""
+    """Per row of ``values`` [C, 1 + m] and its logits, a reason if no mask changes it beyond rounding, else None."""
     change, logit_change = ((t - t[:, :1]).abs().amax(1) for t in (values, logit))
     rounding = ROUNDING * eps
     still = (logit_change <= rounding * logit.abs().amax(1)) & (change <= rounding * values.abs().amax(1).clamp(min=1))

@@ -1,4 +1,4 @@
-"""Pixel Flipping (Bach et al. 2015), by patches: how fast does the class vanish when the best go first?"""
+"""Pixel Flipping (Bach et al. 2015) on patches: how fast does the probability fall if the best patches go first?"""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def area(curve: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PixelFlipping(Metric):
-    """Patches removed in descending order of attribution until none is left; lower is better.
+    """Remove patches in descending order of attribution until none is left; lower is better.
 
-    Details: ``curve`` [steps + 1], the target's probability after each step, the image as it is first.
+    Details: ``curve`` [steps + 1], the target's probability for the unperturbed image and after each step.
 
     Args:
         patches_per_step: how many patches each step removes.

@@ -16,10 +16,11 @@ IMPACTS = ("target", "max")
 
 
 def saco_score(group_attribution: Tensor, impact: Tensor) -> Tensor:
-    """``sum(sign * weight) / sum(weight)`` over the pairs of groups: [..., G] twice -> [...], float64, in [-1, 1].
+    """``sum(sign * weight) / sum(weight)`` over all pairs of the ``G`` groups: [...], float64, in [-1, 1].
 
-    A pair with ``a_i >= a_j`` weighs ``a_i - a_j``; its sign is + unless ``(d_i - d_j)(a_i - a_j) < 0``. Where
-    all weights are 0 the score is 0. A NaN or an infinity on either side gives NaN.
+    Both arguments are [..., G]: the attributions ``a`` and the impacts ``d``. A pair with ``a_i >= a_j`` has weight
+    ``a_i - a_j``, and its sign is + unless ``(d_i - d_j)(a_i - a_j) < 0``. The score is 0 where all weights are 0, and
+    NaN where either argument has a NaN or an infinity.
 
     >>> import torch
     >>> float(saco_score(torch.tensor([3.0, 2.0, 0.0]), torch.tensor([0.5, 0.1, 0.2])))  # weights 1, 3, 2
@@ -40,14 +41,14 @@ def saco_score(group_attribution: Tensor, impact: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SaCo(Metric):
-    """Patches sorted by attribution, split into ``n_bins`` groups, each group removed alone.
+    """Sort the patches by attribution, split them into ``n_bins`` groups, and remove one group at a time.
 
     Details: ``group_attribution`` [n_bins], ``impact`` [n_bins] = ``p(y|x) - p(y|x without the group)``.
 
     Args:
-        n_bins: None is ``ceil(P / 4)``, at least 2.
-        impact: ``target`` follows the original class; ``max`` takes the perturbed image's largest probability,
-            whatever its class (the author's program).
+        n_bins: number of groups. None is ``ceil(P / 4)``, at least 2.
+        impact: ``target`` uses the probability of the original class. ``max`` uses the perturbed image's largest
+            probability, of any class (as in the author's program).
     """
 
     name: ClassVar[str] = "saco"
@@ -88,7 +89,7 @@ class SaCo(Metric):
         return reasons
 
     def reading(self, readings: Readings) -> Tensor:
-        """The original class's probability of the image as it is, then what each group leaves."""
+        """The probability of the original class for the unperturbed image, then the probability without each group."""
         left = readings.prob if self.impact == "target" else readings.max_prob
         return torch.cat([readings.prob[:, :1], left[:, 1:]], dim=1)
 
@@ -98,7 +99,7 @@ class SaCo(Metric):
 
 
 def group_of_rank(n_patches: int, n_bins: int) -> Tensor:
-    """NumPy's ``array_split`` of the sorted patches: the group of each rank [P]; the first groups are larger."""
+    """The group of each rank [P], split as by NumPy's ``array_split``: the first groups are the larger ones."""
     size, larger = divmod(n_patches, n_bins)
     sizes = torch.full((n_bins,), size, device="cpu")
     sizes[:larger] += 1
