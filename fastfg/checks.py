@@ -1,4 +1,4 @@
-"""Checks of the arguments. Each message names the argument, what was expected and what came."""
+"""Argument checks for ``attribute`` and ``evaluate``. Messages name the argument, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastfg.types import Gate
 
 
 def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) -> None:
-    """``images`` are a finite floating tensor [B, in_chans, H, W], of the dtype and on the device of ``parameter``."""
+    """Require a finite floating tensor [B, in_chans, H, W] with the dtype and device of ``parameter``."""
     channels = "C" if in_chans is None else in_chans
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor [B, {channels}, H, W], got {type(images).__name__}")
@@ -32,7 +32,7 @@ def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) ->
 
 
 def check_target(adapter: Adapter, target: Any) -> None:
-    """``target`` names a class only where the model has classes; a target function serves every model."""
+    """Require a target function for a model without classes; other models take a class or a function."""
     if not adapter.has_logits and not callable(target):
         name, got = type(adapter.model).__name__, "None" if target is None else type(target).__name__
         raise ValueError(
@@ -42,14 +42,14 @@ def check_target(adapter: Adapter, target: Any) -> None:
 
 
 def check_layers(name: str, layers: Sequence[int], n_blocks: int) -> None:
-    """``layers`` are 0-based blocks of the model; ``name`` is the argument that held them."""
+    """Require 0-based blocks of the model; ``name`` is the argument that contains them."""
     missing = [layer for layer in layers if not 0 <= layer < n_blocks]
     if missing:
         raise ValueError(f"{name}: expected blocks from 0 to {n_blocks - 1}, as the model has, got {missing}")
 
 
 def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
-    """``gates`` are gates or None, and the model has the blocks that they gate."""
+    """Require gates or None, and a model that has the gated blocks."""
     for gate in gates:
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate: expected a fastfg.Gate, None or a list of them, got {type(gate).__name__}")
@@ -58,7 +58,7 @@ def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
 
 
 def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device) -> None:
-    """``saes`` holds an SAE for each of ``layers``, on the model's device."""
+    """Require an SAE for each of ``layers``, on the model's device."""
     saes = saes or {}
     missing = [layer for layer in layers if layer not in saes]
     if missing:
@@ -72,6 +72,6 @@ def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[in
 
 
 def check_width(sae: SparseAutoencoder, x: Tensor, block: int) -> None:
-    """The SAE of ``block`` has the width of the model's residual stream."""
+    """Require that the SAE of ``block`` has the width of the model's residual stream."""
     if sae.d != x.shape[-1]:
         raise ValueError(f"saes[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")

@@ -1,4 +1,4 @@
-"""What is explained and read: one class of a model's logits, or a value that a function takes from its output."""
+"""Targets: the class whose logit is explained, or a function that maps the model's output to one value per image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _logged_one_logit = False
 
 
 def n_classes(logits: Tensor) -> int:
-    """How many classes ``logits`` [B, n] stand for: ``n``, and 2 for a single logit, which is read as a sigmoid."""
+    """The number of classes of ``logits`` [B, n]: ``n``, or 2 for a single logit, which is read as a sigmoid."""
     return 2 if logits.shape[1] == 1 else logits.shape[1]
 
 
@@ -39,14 +39,14 @@ def resolve_target(target: int | Sequence[int] | Tensor | None, logits: Tensor) 
 
 
 def target_logit(logits: Tensor, target: Tensor) -> Tensor:
-    """The logit of each image's target class [B]; of a single logit ``z`` it is ``z`` (class 1) or ``-z`` (class 0)."""
+    """The logit of the target class per image [B]. For a single logit ``z``: ``z`` (class 1) or ``-z`` (class 0)."""
     if logits.shape[1] == 1:
         return torch.where(target == 1, logits[:, 0], -logits[:, 0])
     return logits.gather(1, target[:, None])[:, 0]
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities [B, classes]: the softmax, and for a single logit ``(1 - sigmoid(z), sigmoid(z))``."""
+    """Class probabilities [B, classes]: the softmax, or ``(1 - sigmoid(z), sigmoid(z))`` for a single logit ``z``."""
     if logits.shape[1] == 1:
         return torch.cat([-logits, logits], dim=1).sigmoid()
     return logits.softmax(-1)
@@ -79,7 +79,7 @@ def _integers(target: Any, B: int, device: torch.device) -> Tensor:
 
 
 def _log_one_logit() -> None:
-    """Say once that a single logit is read as a sigmoid."""
+    """Log once that a single logit is read as a sigmoid."""
     global _logged_one_logit
     if not _logged_one_logit:
         log.info("the model has one logit z, read as a sigmoid: class 1 is sigmoid(z), class 0 is 1 - sigmoid(z)")

@@ -1,4 +1,4 @@
-"""What fastfg uses of torch that is not public. All of it is here, so that a new torch is tried in one place."""
+"""All uses of private parts of torch, in one place, so that they are easy to test with a new version of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import nn
 
-TRIED_ON = ("2.11", "2.13")  # the versions of torch that fastfg was run on: 2.11 on a GPU, 2.13 on a CPU
+TRIED_ON = ("2.11", "2.13")  # the torch versions that fastfg was tested with: 2.11 on a GPU, 2.13 on a CPU
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,16 +20,16 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that ``torch.compile`` was given, or ``model`` itself where it is not compiled."""
+    """The module that was passed to ``torch.compile``, or ``model`` itself if it is not compiled."""
     return getattr(model, "_orig_mod", model)
 
 
 def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward`` with ``attention`` in place of ``F.scaled_dot_product_attention``.
 
-    A torch-function mode is off inside the function, so it does not see the inner call. This runs a copy of the
-    function in which two global names are replaced; torch's own function stays as it is. The attention weights are
-    not returned: torch calls ``scaled_dot_product_attention`` only without them.
+    A torch-function mode is disabled inside the function, so it does not see the inner call. This runs a copy of the
+    function in which two global names are replaced; torch's own function is not changed. The attention weights are
+    not returned, because torch calls ``scaled_dot_product_attention`` only without them.
     """
     original = F.multi_head_attention_forward
     names = {"scaled_dot_product_attention": attention, "has_torch_function": lambda *_: False}
@@ -38,9 +38,9 @@ def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kw
 
 
 def constant_when_traced(function: Function) -> Function:
-    """``function``, whose result a traced program takes as a constant.
+    """Decorator: a traced program treats the result of ``function`` as a constant.
 
-    ``torch.compiler.assume_constant_result`` does the same, and loads the whole compiler (and triton) to do it.
+    ``torch.compiler.assume_constant_result`` does the same, but it loads the whole compiler (and triton).
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function

@@ -1,4 +1,4 @@
-"""What goes in and comes out: Gate, Attribution, Scores."""
+"""The types of fastfg's inputs and results: ``Gate``, ``Attribution``, ``Scores``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SCORE_KINDS = ("combined", "activation", "gradient", "gradient_signed", "gradien
 
 @dataclass(frozen=True)
 class Gate:
-    """One configuration of the gate: which blocks it acts on, how sharply, how strongly, and by which score.
+    """One configuration of the gate: which blocks it gates, how sharply, how strongly, and by which score.
 
     Args:
-        layers: 0-based blocks whose attention maps are gated, an int or several. The scores come from the residual
-            stream at the output of the same block.
+        layers: 0-based blocks whose attention maps are gated, one int or several. The scores are computed from the
+            residual stream at the output of the same block.
         kappa: sharpness, > 0: ``w = exp(log(c_max) * tanh(kappa * z))``.
         c_max: strength, > 1: gates lie in [1/c_max, c_max].
         score: ``combined`` (the method: each feature times its gradient), ``activation``, ``gradient`` (absolute),
             ``gradient_signed``, or ``gradient_x_residual`` (``g . x``, the control without an SAE).
-        shuffle_seed: pairs the codes with a decoder whose rows are permuted by this seed (``combined`` only).
+        shuffle_seed: pairs the codes with a decoder whose rows are permuted with this seed (``combined`` only).
         rescale: multiplies the scores of a normalised SAE by each token's own scale.
 
     Raises ValueError or TypeError that names the argument.
@@ -63,7 +63,7 @@ class Gate:
 
     @property
     def needs_sae(self) -> bool:
-        """Whether this gate's score is made of SAE features."""
+        """Whether this gate's score needs an SAE."""
         return self.score != "gradient_x_residual"
 
 
@@ -79,10 +79,10 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
 
 
 class Features(NamedTuple):
-    """The strongest feature contributions ``f_k (W_dec[k] . g)`` of each patch, by absolute value.
+    """The strongest feature contributions ``f_k (W_dec[k] . g)`` per patch, by absolute value.
 
-    ``indices`` and ``values``: [B, P, n], or [C, B, P, n] for a list of gates. Index -1 and value 0 fill up where a
-    patch has fewer than n active features, and where a configuration does not gate the block.
+    ``indices`` and ``values``: [B, P, n], or [C, B, P, n] for a list of gates. They are padded with index -1 and value
+    0 where a patch has fewer than n active features, and where a configuration does not gate the block.
     """
 
     indices: Tensor
@@ -91,21 +91,21 @@ class Features(NamedTuple):
 
 @dataclass
 class Attribution:
-    """What ``fastfg.attribute`` returns. For a list of gates every map, score and gate has a leading ``C``.
+    """The result of ``fastfg.attribute``. For a list of gates, maps, scores and gates have a leading dimension ``C``.
 
     Attributes:
-        maps: [B, gh, gw], the raw relevancy of each patch, not normalised; float32 (float64 for a float64 model).
-        target: [B] int64, the class that was explained per image; or the target function that was given.
-        logits: [B, n] of the model. For a target function, the model's output as it came (a tensor is detached).
-        scores: {block: [B, P]}, the scores ``s`` of the patches (eq. 3). For a list of gates, a configuration that
-            does not gate the block has no score there: it is NaN.
+        maps: [B, gh, gw], the relevancy per patch, not normalised; float32 (float64 for a float64 model).
+        target: [B] int64, the explained class per image; or the target function that was given.
+        logits: [B, n] of the model. For a target function, the model's unchanged output (a tensor is detached).
+        scores: {block: [B, P]}, the scores ``s`` of the patches (eq. 3). For a list of gates, the score is NaN where a
+            configuration does not gate the block.
         gates: {block: [B, P]}, the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
         features: {block: Features}, empty unless ``features=n`` was given.
-        methods: {name: [B, gh, gw]}, the other explanations that were asked for, from the same pass.
+        methods: {name: [B, gh, gw]}, the other explanations named in ``methods=``, from the same pass.
     """
 
     maps: Tensor
-    target: Any  # a tensor, but for a target function
+    target: Any  # a tensor, or the target function
     logits: Any
     scores: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
@@ -129,7 +129,7 @@ def heatmap(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class ScoreError(NamedTuple):
-    """Why one image has no score: which metric, which map of a list (None for all of them), which image."""
+    """Why an image has no score: the metric, the map of a list (None for a single map), the image, the reason."""
 
     metric: str
     config: int | None
@@ -140,18 +140,18 @@ class ScoreError(NamedTuple):
 
 @dataclass
 class Scores(Mapping[str, Tensor]):
-    """What ``fastfg.evaluate`` returns: ``scores["saco"]`` is float64 [B], or [C, B] for maps [C, B, gh, gw].
+    """The result of ``fastfg.evaluate``: ``scores["saco"]`` is float64 [B], or [C, B] for maps [C, B, gh, gw].
 
     A score that could not be computed is NaN, and ``errors`` says why; it is never 0.
 
     Attributes:
-        by_metric: {metric: scores}, what the mapping holds.
+        by_metric: {metric: scores}, the content of this mapping.
         details: {metric: {name: tensor}}, see each metric.
-        errors: one :class:`ScoreError` for each score that is missing.
-        image_keys: the images' keys, from which all that is random was drawn.
-        forwards: images that went through the model: {"asked": what each metric and each map alone would need, "run":
-            what was run, "saved": the difference, which metrics and maps share}. The two forwards per image that
-            compare tokens with pixels are not among them.
+        errors: one :class:`ScoreError` per missing score.
+        image_keys: the images' keys, which random draws depend on.
+        forwards: {"asked": the forwards if no metric and no map shared any, "run": the forwards that were run,
+            "saved": the difference}, counted in images. The two forwards per image that compare tokens with pixels
+            are not included.
         path: how the model was run: ``tokens``, or ``pixels`` with the reason.
     """
 
@@ -172,5 +172,5 @@ class Scores(Mapping[str, Tensor]):
         return len(self.by_metric)
 
     def summary(self) -> dict[str, Any]:
-        """Mean of each metric over the images that have a score: {metric: [] or [C]}."""
+        """Mean per metric over the images that have a score: {metric: [] or [C]}."""
         return {name: value.nanmean(-1) for name, value in self.by_metric.items()}

@@ -27,9 +27,9 @@ OnAttention = Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]  # nu
 OnResidual = Callable[[int, Tensor, Tensor], None]  # block, x, g
 
 HINT = (
-    "fastfg meets calls of F.scaled_dot_product_attention and nn.MultiheadAttention in blocks that are called as "
-    "modules, block(x). Switch the model's other kinds of attention to one of these, or give a fastfg.models.Adapter "
-    "with its own `meet`"
+    "fastfg intercepts F.scaled_dot_product_attention and nn.MultiheadAttention in blocks that are called as "
+    "modules, block(x). Switch the model's attention to one of the two, or pass a fastfg.models.Adapter with its own "
+    "`meet`"
 )
 
 

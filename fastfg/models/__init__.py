@@ -1,7 +1,7 @@
-"""Model families: where the blocks, the prefix tokens and the pooling are, one file per family.
+"""Model families, one file per family: where a model's blocks, prefix tokens and pooling are.
 
-``adapt`` finds the family of a model by the names of its classes, so that no model library is imported here. ``load``
-makes a timm model with its weights and its transform.
+``adapt`` finds the family of a model by its class names, so no model library is imported here. ``load`` creates a timm
+model with its weights and its transform.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["FAMILIES", "Adapter", "ZeroShot", "adapt", "find_adapter", "import_t
 
 
 def find_adapter(model: Any) -> Adapter | None:
-    """The adapter of ``model``, or None where its family is not known."""
+    """The adapter of ``model``, or None if its family is not known."""
     if isinstance(model, Adapter):
         return model
     model = uncompiled(model)

@@ -1,4 +1,4 @@
-"""What the library knows of a model: its blocks, tokens, grid and pooling."""
+"""``Adapter``: what fastfg needs to know about a model, that is, its blocks, tokens, grid and pooling."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ CLASS_TOKEN = slice(0, 1)
 
 
 class MeetsAttention(Protocol):
-    """What :attr:`Adapter.meet` is given: it is told of each attention of the model as it runs."""
+    """The argument of :attr:`Adapter.meet`. Its method ``meet`` must be called for each attention as it runs."""
 
     def meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
-        """One attention: q, k, v [B, H, N, dh], its output [B, H, N, dh], or [B, N, H, dh] where ``transposed``.
+        """Report one attention: q, k, v [B, H, N, dh] and its output [B, H, N, dh] ([B, N, H, dh] if ``transposed``).
 
-        Returns the output that the model has to go on with, in place of ``out``.
+        Returns the output that the model must continue with, in place of ``out``.
         """
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A Vision Transformer as fastfg sees it.
+    """Describes a Vision Transformer to fastfg.
 
     Args:
         model: the module that is held still while it is read.
-        forward: images [B, C, H, W] -> logits [B, n], or an embedding [B, n] where ``has_logits`` is False.
+        forward: images [B, C, H, W] -> logits [B, n], or an embedding [B, n] if ``has_logits`` is False.
         blocks: the transformer blocks in order, each with one self-attention over all tokens. The output of block
             ``l`` is the residual stream ``x_l`` [B, N, d] ("resid_post"), alone or first in a tuple.
         num_prefix_tokens: tokens before the patches (class token, registers).
         grid: image size (height, width) in pixels -> (gh, gw) in patches; raises ValueError for a size that
-            the model does not take.
+            the model does not accept.
         in_chans: channels of the input image.
         pooled: the tokens that the head reads, as slices over the ``N`` tokens. The tokens of a slice are averaged,
             and all slices have the same weight. ``(slice(0, 1),)`` is the class token. Empty for an
             attention-pooling head.
-        later_attentions: attentions after the blocks; 1 where there is an attention-pooling head.
-        pixel_mean, pixel_std: per channel, the normalisation of the input; None where it is not known.
-        flags: (object, attribute, value) triples that are set while the model is read, for example fused attention
-            on. The earlier values are restored afterwards.
-        meet: for attention that is not ``F.scaled_dot_product_attention``: a function that registers hooks which
-            call ``capture.meet``, and yields the handle of each one as soon as it is registered.
+        later_attentions: attentions after the blocks; 1 for an attention-pooling head.
+        pixel_mean, pixel_std: the normalisation of the input, per channel; None if it is not known.
+        flags: (object, attribute, value) triples that are set while the model is read, for example to switch fused
+            attention on. The earlier values are restored afterwards.
+        meet: needed if the attention is not ``F.scaled_dot_product_attention``. A function ``capture -> handles`` that
+            registers hooks and yields the handle of each hook as soon as it is registered. The hooks call
+            ``capture.meet``.
         patch_size: (height, width) of one patch in pixels. The first patch starts at the top left corner; pixels to
             the right of and below the last whole patch belong to no patch. None: the patches divide the image evenly.
         has_logits: whether ``forward`` returns one logit per class. A tower without a head returns an embedding
-            instead; it can be explained with a target function only.
+            instead, and needs a target function.
     """
 
     model: nn.Module
@@ -67,7 +68,7 @@ class Adapter:
 
     @property
     def parameter(self) -> Tensor:
-        """One floating-point parameter, which tells the model's dtype and device."""
+        """A floating-point parameter, which has the model's dtype and device."""
         return next(p for p in self.model.parameters() if p.is_floating_point())
 
     def first_row(self, n_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -103,16 +104,16 @@ def patch_grid(
 
 
 def is_head(module: nn.Module) -> bool:
-    """Whether ``module`` computes logits: False for identities and dropout, which pass the features on."""
+    """Whether ``module`` computes logits. False for identities and dropout, which only pass features on."""
     parts = [m for m in module.modules() if not isinstance(m, nn.Sequential)]
     return not all(isinstance(m, (nn.Identity, nn.Dropout)) for m in parts)
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """An int as (int, int), a pair as it is."""
+    """An int as (int, int); a pair unchanged."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def resid_post(output: Any) -> Tensor:
-    """A block's residual stream from what it returns: a tensor, or the first of a tuple."""
+    """The residual stream in a block's output: the output itself, or the first element of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output

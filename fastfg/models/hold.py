@@ -1,4 +1,4 @@
-"""Hold a model still while it is read: eval mode, parameters without gradients, everything restored afterwards."""
+"""Hold a model still while it is read: eval mode and no parameter gradients. Everything is restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastfg.torch_internals import is_compiled
 
 
 class _Held:
-    """One attribute of one object: the value before the first holder came, the value held, the holders."""
+    """One held attribute of one object: its original value, its held value, and the number of holders."""
 
     def __init__(self, thing: Any, attribute: str, value: Any) -> None:
         self.thing, self.attribute, self.value = thing, attribute, value
@@ -26,23 +26,23 @@ class _Held:
         if getattr(self.thing, self.attribute) == value:
             return
         made_in_inference_mode = isinstance(self.thing, Tensor) and self.thing.is_inference()
-        with torch.inference_mode() if made_in_inference_mode else nullcontext():  # torch refuses to set it outside
+        with torch.inference_mode() if made_in_inference_mode else nullcontext():  # else torch refuses
             setattr(self.thing, self.attribute, value)
 
 
 _lock = threading.Lock()
-_held: dict[tuple[int, str], _Held] = {}  # by the object's id: what is here keeps the object alive
-_eager: list[Any] = []  # one entry per holder of a compiled model; the first is the stance that the last one restores
+_held: dict[tuple[int, str], _Held] = {}  # by the object's id; the entry keeps the object alive
+_eager: list[Any] = []  # one entry per holder of a compiled model; the first entry restores the stance
 
 
 @contextmanager
 def hold(model: nn.Module, flags: Iterable[tuple[Any, str, Any]] = ()) -> Iterator[None]:
-    """``model`` in eval mode, its parameters without gradients, and ``flags`` (object, attribute, value) set.
+    """Context that puts ``model`` in eval mode without parameter gradients, and sets ``flags``.
 
-    Each attribute is restored when its last holder leaves. Holders may be nested or in several threads, and their
-    models may share parts. Compiled parts of the model run as they were written meanwhile.
+    ``flags`` are (object, attribute, value) triples. Each attribute is restored when its last holder leaves. Holders
+    may be nested or in several threads, and their models may share parts. Meanwhile compiled parts run in eager mode.
 
-    Raises RuntimeError where another holder needs another value of the same attribute.
+    Raises RuntimeError if another holder needs another value of the same attribute.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -58,7 +58,7 @@ def hold(model: nn.Module, flags: Iterable[tuple[Any, str, Any]] = ()) -> Iterat
 
 
 def _take(stack: ExitStack, thing: Any, attribute: str, value: Any) -> None:
-    """Hold one attribute at ``value``; ``stack`` gives it back."""
+    """Hold one attribute at ``value`` until ``stack`` closes."""
     key = (id(thing), attribute)
     with _lock:
         held = _held.get(key) or _Held(thing, attribute, value)
@@ -83,7 +83,7 @@ def _give_back(key: tuple[int, str]) -> None:
 
 
 def _take_eager(stack: ExitStack) -> None:
-    """Run compiled parts eagerly: a compiled graph has no hooks and no calls to meet. The stance is the process's."""
+    """Run compiled parts in eager mode, because compiled graphs run no hooks. This affects the whole process."""
     with _lock:
         _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
     stack.callback(_give_back_eager)

@@ -1,4 +1,4 @@
-"""A timm model by its name, with its weights and the transform that its images need."""
+"""Load a timm model by name, with its weights and the transform for its images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def load(
 ) -> tuple[Any, Callable[[Any], Tensor]]:
     """timm's model ``name`` in eval mode, and its evaluation transform: a PIL image -> [C, H, W].
 
-    It imports timm by :func:`fastfg.models.import_timm`, which also works beside a torchvision that was built for
-    another torch. Nothing is fetched over the network unless ``pretrained`` is True.
+    timm is imported by :func:`fastfg.models.import_timm`, which also works if torchvision was built for another torch.
+    Nothing is downloaded unless ``pretrained`` is True.
 
     Args:
-        name: of a timm ``VisionTransformer`` or ``Eva``, for example ``vit_base_patch16_224``.
-        weights: file with the model's state dict: .safetensors, or .pt and .pth, which are read without running
-            pickled code. The number of classes is that of the ``head`` in it.
-        pretrained: True: timm fetches its own weights. False: random weights. Needed where no ``weights`` are given.
-        options: of ``timm.create_model``, for example ``img_size`` and ``num_classes``.
+        name: the name of a timm ``VisionTransformer`` or ``Eva``, for example ``vit_base_patch16_224``.
+        weights: a file with the model's state dict: .safetensors, or .pt and .pth, which are read without running
+            pickled code. The number of classes is taken from the ``head`` in it.
+        pretrained: True: timm downloads its own weights. False: random weights. Required if ``weights`` is None.
+        options: arguments of ``timm.create_model``, for example ``img_size`` and ``num_classes``.
 
-    Raises FileNotFoundError for a missing file, ValueError for weights that do not fit, and TypeError for a model of no
-    known family.
+    Raises FileNotFoundError for a missing file, ValueError for weights that do not fit, and TypeError for an unknown
+    model family.
 
     >>> import torch, fastfg
     >>> from PIL import Image
@@ -54,7 +54,7 @@ def load(
 
 
 def load_state(model: Any, state: dict[str, Tensor], name: str) -> None:
-    """Load ``state`` into ``model``. Raises ValueError that says where the names or shapes differ."""
+    """Load ``state`` into ``model``. Raises ValueError if names or shapes differ."""
     if misfit := _misfit(model.state_dict(), state):
         raise ValueError(f"weights: expected those of {name}, got a state dict with {misfit}")
     model.load_state_dict(state)
@@ -63,8 +63,8 @@ def load_state(model: Any, state: dict[str, Tensor], name: str) -> None:
 def read_state(file: str | Path) -> dict[str, Tensor]:
     """The state dict in a .safetensors file, or in a .pt or .pth file, which is read without running pickled code.
 
-    The keys ``state_dict`` and ``model`` of training checkpoints are unwrapped. Raises FileNotFoundError where there
-    is no file, and ValueError for a file that does not hold a state dict.
+    The keys ``state_dict`` and ``model`` of training checkpoints are unwrapped. Raises FileNotFoundError if there is
+    no file, and ValueError if it does not contain a state dict.
     """
     file = Path(file)
     if not file.is_file():
@@ -73,7 +73,7 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
         )
     try:
         state: Any = _read(file)
-    except Exception as error:  # damaged files make the readers raise anything
+    except Exception as error:  # for damaged files, the readers can raise anything
         raise ValueError(
             f"weights: expected a state dict of tensors (.safetensors, .pt or .pth), got {file}, which cannot be read "
             f"as one: {type(error).__name__}: {_first_sentence(error)}"
@@ -95,7 +95,7 @@ def _read(file: Path) -> Any:
 
 
 def _create(name: str, pretrained: bool, **options: Any) -> Any:
-    """timm's model; errors name the argument."""
+    """Create timm's model. Errors name the argument."""
     timm = import_timm()
     if "/" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(pretrained=False), n=3)
@@ -109,7 +109,7 @@ def _create(name: str, pretrained: bool, **options: Any) -> Any:
 
 
 def _misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
-    """Where the names or shapes of two state dicts differ, with the first few of each kind; empty where they agree."""
+    """How the names or shapes of two state dicts differ, with the first few names of each kind; empty if they agree."""
     parts = {
         "no": [name for name in expected if name not in got],
         "unexpected": [name for name in got if name not in expected],

@@ -1,4 +1,4 @@
-"""open_clip: the image tower alone, and with text features as a zero-shot classifier."""
+"""open_clip: the image tower alone, or as a zero-shot classifier with text features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ZeroShot(nn.Module):
         visual: open_clip's ``model.visual``, or any image tower of a known family whose output is the embedding.
         text_features: [n, d], n >= 2: for each class, ``model.encode_text`` of its prompt. A single text has no other
             class to compare with; explain its similarity with a target function on the tower instead.
-        logit_scale: CLIP's own is 100.
+        logit_scale: factor of the similarities; 100 in CLIP.
 
     Raises ValueError for text features of another shape.
     """
@@ -61,7 +61,7 @@ class ZeroShot(nn.Module):
 
 
 def _embedding(output: Any) -> Tensor:
-    """The pooled embedding: the output itself, the first of (pooled, tokens), or a field of a Hugging Face output."""
+    """The pooled embedding: the output itself, the first of (pooled, tokens), or the field of a Hugging Face output."""
     if isinstance(output, torch.Tensor):
         return output
     for name in ("image_embeds", "pooler_output"):
@@ -72,7 +72,7 @@ def _embedding(output: Any) -> Tensor:
 
 def adapt_zero_shot(model: ZeroShot, trunk: Adapter) -> Adapter:
     """The tower's adapter, with the whole classifier as the model."""
-    tower = trunk.forward  # takes the sizes that the tower's family interpolates to; a TimmModel adds a projection
+    tower = trunk.forward  # accepts the image sizes of the tower's family; a TimmModel adds a projection
     forward = model if model.trunk is not model.visual else lambda images: model.classify(_embedding(tower(images)))
     return dataclasses.replace(trunk, model=model, forward=forward, has_logits=True)
 

@@ -1,4 +1,4 @@
-"""vit-prisma's HookedViT: its attention is met at its own hook points."""
+"""vit-prisma's HookedViT: its attention is read at its own hook points."""
 
 from __future__ import annotations
 

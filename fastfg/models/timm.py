@@ -15,12 +15,12 @@ FLAGS = {"fused_attn": True, "grad_checkpointing": False}  # checkpointing would
 
 
 def import_timm() -> ModuleType:
-    """The module ``timm``, also where torchvision was built for another torch and its operators are missing.
+    """Import ``timm``, even if torchvision was built for another torch and its operators are missing.
 
     timm imports torchvision, and torchvision registers fake kernels for its operators ``nms`` and ``qnms``. On a
     CPU-only torch the torchvision of PyPI can't load these operators, and its import fails with "operator
-    torchvision::nms does not exist". Their schemas are then declared here, and the import succeeds. No operator of
-    torchvision is needed by the models. After this call, ``import timm`` and ``import torchvision`` succeed too.
+    torchvision::nms does not exist". This function then declares their schemas, and the import succeeds. The models
+    need none of these operators. After this call, ``import timm`` and ``import torchvision`` succeed too.
     """
     try:
         import timm
@@ -44,9 +44,9 @@ def _declare_torchvision_operators() -> None:
 def adapt(model: Any) -> Adapter:
     """The adapter of a timm ``VisionTransformer`` or ``Eva``.
 
-    Among the first are DeiT with its distillation token, DINOv2, SigLIP, CLIP, and hybrids with a convolutional stem
-    (ViT-ResNet, ViTamin, MobileCLIP-B); among the second DINOv3 and EVA. Raises ValueError for poolings other than
-    class token, mean and attention, and for a patch embedding that is not known.
+    ``VisionTransformer`` includes DeiT with its distillation token, DINOv2, SigLIP, CLIP, and hybrids with a
+    convolutional stem (ViT-ResNet, ViTamin, MobileCLIP-B). ``Eva`` includes DINOv3 and EVA. Raises ValueError for
+    poolings other than class token, mean and attention, and for an unknown patch embedding.
     """
     prefix = model.num_prefix_tokens
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -76,7 +76,7 @@ def adapt(model: Any) -> Adapter:
 
 
 def _patch(embed: Any) -> tuple[tuple[int, int], int]:
-    """The size of a patch in pixels and the image's channels, from timm's ``PatchEmbed`` or ``HybridEmbed``."""
+    """The patch size in pixels and the number of input channels, from timm's ``PatchEmbed`` or ``HybridEmbed``."""
     if isinstance(getattr(embed, "proj", None), nn.Conv2d) and not hasattr(embed, "backbone"):
         return pair(embed.patch_size), embed.proj.in_channels
     if not hasattr(embed, "feature_ratio"):
@@ -84,7 +84,7 @@ def _patch(embed: Any) -> tuple[tuple[int, int], int]:
             f"model: expected patch_embed to be timm's PatchEmbed or HybridEmbed, got {type(embed).__name__}"
         )
     patch = pair(embed.feat_ratio(as_scalar=False))  # the stem's reduction times the patch on its features
-    # timm divides the image by the stem's features: with a last feature cut short, that is no power of two
+    # timm divides the image by the stem's features. If the last feature is cut off, the result is no power of two.
     uneven = [ratio for ratio in pair(embed.feature_ratio) if ratio & (ratio - 1)]
     if uneven or embed.img_size[0] % patch[0] or embed.img_size[1] % patch[1]:
         raise ValueError(
@@ -106,9 +106,9 @@ def _pooled(model: Any, prefix: int) -> tuple[slice, ...]:
 
 
 def preprocessing(model: Any) -> Callable[[Any], Tensor]:
-    """The evaluation transform of a timm model, from timm's configuration of it: a PIL image -> [C, H, W].
+    """The evaluation transform of a timm model, made from its timm configuration: a PIL image -> [C, H, W].
 
-    Raises ValueError for a model whose configuration normalises another number of channels than it takes.
+    Raises ValueError if the configuration normalises another number of channels than the model takes.
     """
     import_timm()
     from timm.data import create_transform, resolve_data_config

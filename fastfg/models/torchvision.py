@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer (``vit_b_16`` and the others)."""
+"""torchvision's VisionTransformer (``vit_b_16`` and its other sizes)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ViT, DeiT, DINOv2, CLIP and SigLIP, as classifiers and as towers without a class head."""
+"""Hugging Face transformers: ViT, DeiT, DINOv2, CLIP and SigLIP, as classifiers or as towers without a class head."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ FAMILIES = {
     "siglip.modeling_siglip.SiglipForImageClassification": Family(0, (slice(0, None),)),
     "siglip.modeling_siglip.SiglipVisionModel": Family(0, (), "pooler_output"),
 }
-HEADS = ("classifier", "cls_classifier")  # the class head, where a model has one
+HEADS = ("classifier", "cls_classifier")  # names of the class head, if a model has one
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter of one of :data:`FAMILIES`. Its attention runs as SDPA, whatever implementation is set."""
+    """The adapter of one of :data:`FAMILIES`. Its attention runs as SDPA, even if another implementation is set."""
     family = next(
         FAMILIES[name]
         for cls in type(model).__mro__
@@ -77,6 +77,6 @@ def _blocks(model: nn.Module, depth: int) -> list[nn.Module]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs in which the attention layers look up their implementation, each once."""
+    """The distinct configs in which the attention layers look up their implementation."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     return [c for c in configs.values() if hasattr(c, "_attn_implementation")]

@@ -1,7 +1,7 @@
-"""Perturb images patch by patch and read what the model makes of them, in full batches.
+"""Perturb images patch by patch and read the model's output for them, in full batches.
 
-A metric asks for masks; the engine gives back readings. It reaches the model through a :class:`ForwardPath`: the pixels
-of any callable ``images -> logits``, or the tokens of a known family.
+A metric passes masks, and the engine returns readings. The engine runs the model through a :class:`ForwardPath`: on the
+pixels, for any callable ``images -> logits``, or on the tokens of a known family.
 """
 
 from fastfg.perturb.batches import Batches

@@ -1,4 +1,4 @@
-"""Choose how perturbed images reach the model: as tokens where that gives the same logits, else as pixels."""
+"""Choose how perturbed images reach the model: as tokens if that gives the same logits, else as pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("fastfg")
 
 
 class Differs(Exception):  # noqa: N818
-    """Perturbing tokens does not do what perturbing pixels does; the message says how."""
+    """Perturbed tokens and perturbed pixels give different results; the message says how they differ."""
 
 
 def choose_path(
@@ -35,12 +35,12 @@ def choose_path(
     path: str,
     precision: str,
 ) -> tuple[ForwardPath, str]:
-    """The path for these images, and its name, with the reason where it is not the fast one.
+    """The path for these images and its name. For ``pixels``, the name includes why ``tokens`` was not chosen.
 
     Args:
-        path: ``auto``, ``tokens`` (raises ValueError where tokens can't be perturbed) or ``pixels``.
+        path: ``auto``, ``tokens`` (raises ValueError if tokens can't be perturbed) or ``pixels``.
         precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
-            a name of :class:`fastfg.perturb.Precision`.
+            a name for :class:`fastfg.perturb.Precision`.
 
     ``auto`` and ``tokens`` compare both paths on every one of ``images``: two forwards per image.
     """
@@ -70,11 +70,10 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
 
 
 def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, how: Precision) -> None:
-    """Perturb every one of ``images`` both ways. Raises Differs where the results are not the same.
+    """Perturb every image both ways. Raises Differs if the results are not the same.
 
-    The tokens before the first block are compared in the model's own dtype, token by token: that finds patches that
-    overlap. The logits are compared in the precision of the evaluation: that finds a model which looks at its input
-    elsewhere too.
+    The tokens before the first block are compared in the model's own dtype. This detects patches that overlap. The
+    logits are compared in the precision of the evaluation. This detects a model that also reads its input elsewhere.
     """
     mask = _checked_mask(pixels.grid.n_patches, images.device)
     own = Pixels(pixels.forward, pixels.grid), Tokens(adapter)
@@ -94,14 +93,14 @@ def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, how: Precision) -
 
 
 def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
-    """Masks of both kinds in one [P]: every other patch of the first half, and all of the third quarter."""
+    """One mask [P] with scattered and adjacent patches: every other patch of the first half, and the third quarter."""
     patch = torch.arange(n_patches, device=device)
     scattered = (patch < n_patches / 2) & (patch % 2 == 0)
     return scattered | ((patch >= n_patches / 2) & (patch < n_patches * 3 / 4))
 
 
 def _perturbed(path: ForwardPath, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """``images``, each under ``mask`` [P], filled with its mean."""
+    """Each image with the patches of ``mask`` [P] filled with the image's mean."""
     prepared = path.prepare(images, [image.double().mean().to(image.dtype).reshape(1, 1, 1) for image in images])
     inputs = path.buffers(prepared, len(images))
     for view in range(len(images)):
@@ -113,7 +112,7 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor
     expected = tokens.stream(_perturbed(pixels, images, mask)[0]).double()
     found = _perturbed(tokens, images, mask)[0].double()
     if found.shape != expected.shape:
-        raise Differs(f"perturbed pixels make other tokens: {list(expected.shape)} in place of {list(found.shape)}")
+        raise Differs(f"perturbed pixels give tokens {list(expected.shape)}, not {list(found.shape)}")
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
     eps = torch.finfo(images.dtype).eps
     if images.is_cuda and images.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
@@ -125,7 +124,7 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor
 def _compare_logits(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor, eps: float) -> None:
     found, expected = (path.run(_perturbed(path, images, mask)).double() for path in (tokens, pixels))
     error = (found - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-30)
-    if not float(error.max()) <= eps**0.6:  # rounding grows through the blocks; what is wrong differs by more
+    if not float(error.max()) <= eps**0.6:  # rounding grows through the blocks; real errors are larger
         raise Differs(
             f"perturbing its tokens gives logits that differ from those of the pixels by {float(error.max()):.1e}"
         )

@@ -1,4 +1,4 @@
-"""The perturbation engine: masks over patches in, readings of the model's output back, in full batches."""
+"""The perturbation engine: runs the model on masked images in full batches, and returns readings of its output."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastfg.perturb.forward_path import ForwardPath
 from fastfg.perturb.readings import Readings
 from fastfg.targets import TargetFunction
 
-VIEWS_AT_ONCE = 8  # views prepared in one go: their states are in memory together
+VIEWS_AT_ONCE = 8  # views prepared together: all their states are in memory at once
 
 
 class View(NamedTuple):
-    """An image [C, H, W], and what fills its removed patches: a tensor that broadcasts against it."""
+    """An image [C, H, W], and the fill of its removed patches: a tensor that broadcasts against the image."""
 
     image: Tensor
     fill: Tensor
 
 
 class Engine:
-    """Reads a model under many masks, whatever mix of images, metrics and attributions they come from.
+    """Runs a model under many masks. One batch may mix masks of several images, metrics and maps.
 
     Args:
         path: how perturbed images reach the model. batches: how many of them per forward.
 
     Attributes:
-        forwards: how many images went through the model so far.
+        forwards: the number of images that the model has processed.
     """
 
     def __init__(self, path: ForwardPath, batches: Batches) -> None:
@@ -38,11 +38,11 @@ class Engine:
         self.forwards = 0
 
     def logits(self, images: Tensor) -> Tensor:
-        """The model's output [B, n] for ``images`` [B, C, H, W] as they are."""
+        """The model's output [B, n] for the unperturbed ``images`` [B, C, H, W]."""
         parts: list[Tensor] = []
 
         def work(rows: slice) -> None:
-            # Copies on both sides: a model may change its input in place, and may use its output's memory again.
+            # Input and output are copied: a model may change its input in place, and may reuse its output buffer.
             parts.append(self.path.whole(images[rows].clone()).clone())
             self.forwards += len(parts[-1])
 
@@ -62,7 +62,7 @@ class Engine:
         Args:
             view: [n] int64 on the CPU, the view of each mask, ascending. masks: [n, P] bool, True: removed.
             target: [n] classes, or a function of the model's output.
-            progress: called with the number of masks that have been read.
+            progress: called with the number of masks read so far.
         """
         readings = Readings.empty(len(masks), masks.device)
         prepared = _Prepared(self.path, views)
@@ -96,7 +96,7 @@ class Engine:
 
 
 class _Prepared:
-    """What is computed once per view, a few views at a time, and let go once no later batch needs it."""
+    """The states that are computed once per view, in groups of views. They are freed when no later batch needs them."""
 
     def __init__(self, path: ForwardPath, views: Sequence[View]) -> None:
         self.path, self.views, self.at_once = path, views, VIEWS_AT_ONCE

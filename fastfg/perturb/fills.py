@@ -1,4 +1,4 @@
-"""What a removed patch is filled with.
+"""Fills: the values that replace a removed patch.
 
 A fill is a tensor that broadcasts against the image [C, H, W]: a number, a colour, or a whole filled image.
 """
@@ -24,13 +24,13 @@ def is_per_image(baseline: Baseline | None) -> bool:
 
 
 def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised: bool) -> None:
-    """Raise ValueError where ``baseline`` is none that is known, or one that these images can't have."""
+    """Raise ValueError if ``baseline`` is unknown or does not fit these images."""
     if isinstance(baseline, str):
         if baseline not in FILLS:
             raise ValueError(f"baseline: expected one of {FILLS}, a number or a tensor, got {baseline!r}")
         if baseline in ("black", "white") and not normalised:
             raise ValueError(
-                f"baseline: {baseline!r} is a colour in pixel space, and this model does not tell its normalisation; "
+                f"baseline: {baseline!r} is a colour in pixel space, and the normalisation of this model is not known; "
                 "give the normalised values as a tensor [B, C]"
             )
     elif is_per_image(baseline):
@@ -51,12 +51,15 @@ def make_fill(
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
 ) -> Tensor:
-    """The fill of ``image``, number ``index`` of its batch (for a baseline given as a tensor).
+    """The fill for ``image``. A tensor ``baseline`` has one entry per image; ``index`` selects the entry.
 
-    ``mean``: one scalar over all channels and pixels of the normalised image. ``channel_mean``: one a channel.
-    ``black``, ``white``: 0 and 1 before normalisation. ``noise``: Gaussian, with the image's own mean and
-    standard deviation by channel. ``blur``: the image under a Gaussian of one patch's width. ``running_mean``
-    drifts only along a sequence of steps (:func:`running_mean_fill`); for a single step it is ``mean``.
+    - ``mean``: the mean over all channels and pixels of the normalised image, one scalar.
+    - ``channel_mean``: one mean per channel.
+    - ``black``, ``white``: 0 and 1 before normalisation.
+    - ``zero``: 0 after normalisation.
+    - ``noise``: Gaussian, with the image's own mean and standard deviation per channel.
+    - ``blur``: the image under a Gaussian with a standard deviation of one patch.
+    - ``running_mean``: the same as ``mean`` for a single step; for a sequence of steps, see :func:`running_mean_fill`.
     """
     if isinstance(baseline, Tensor) and baseline.ndim:
         return baseline[index].to(image).reshape(-1, 1, 1)
@@ -90,19 +93,19 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
     kernel = (kernel / kernel.sum()).reshape(1, 1, -1)
     blurred = image.double()
-    for _ in range(2):  # along the rows, then, turned round, along the columns
+    for _ in range(2):  # along the rows, then along the columns
         lines = F.pad(blurred.flatten(0, 1).unsqueeze(1), (radius, radius), mode="replicate")
         blurred = F.conv1d(lines, kernel).reshape(blurred.shape).mT
     return blurred.to(image.dtype)
 
 
 def running_mean_fill(image: Tensor, order: Tensor, patches_per_step: int, grid: PatchGrid) -> Tensor:
-    """The drifting fill: each step's patches take the mean of the image as it was before that step.
+    """The drifting fill: the patches of each step get the mean of the image as it was before that step.
 
     Args:
         image: [C, H, W]. order: [P] patches in the order of their removal, ``patches_per_step`` at a time.
 
-    Returns a fill [1, H, W]: patches already filled keep their value, so one image holds all the steps.
+    Returns a fill [1, H, W]. Filled patches keep their value, so one fill serves all steps.
     """
     sums = grid.sum_pixels(image.double())
     pixels = image.shape[0] * grid.ph * grid.pw

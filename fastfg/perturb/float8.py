@@ -1,9 +1,9 @@
-"""Linear layers in 8 bits: an opt-in for perturbed forwards, where many of them are needed and each is small.
+"""Linear layers in 8 bits, an opt-in for perturbed forwards.
 
-A row's largest number is mapped to the largest of float8 (e4m3): rows of the input as they come, rows of the weight
-once. Products are summed in float32 and given in bfloat16. On a card with 8-bit matrix units (compute capability 9.0 or
-higher) this is one ``torch._scaled_mm``; on a CPU the same numbers are multiplied in float32, which shows the effect on
-a metric and saves no time.
+Each row is scaled so that its largest number becomes the largest float8 (e4m3). The input is rounded in every call, the
+weight once. Products are summed in float32 and returned in bfloat16. On a GPU with 8-bit matrix units (compute
+capability 9.0 or higher) this is one ``torch._scaled_mm``. A CPU multiplies the same numbers in float32: that shows the
+effect on a metric but saves no time.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch.overrides import TorchFunctionMode
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-MULTIPLE = 16  # of both sides of a weight, which the matrix unit wants
+MULTIPLE = 16  # both sides of a weight must be multiples of it for the matrix unit
 
 
 def why_not(device: torch.device) -> str | None:
-    """None where ``device`` can multiply in float8, or emulate it; else the reason."""
+    """The reason why ``device`` can neither multiply in float8 nor emulate it, or None."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"float8 rows need compute capability 9.0, and {torch.cuda.get_device_name(device)} has less"
     return None
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` [n, d] as float8 numbers and a scale [n, 1] each row: ``x = numbers * scale``, to rounding."""
+    """``x`` [n, d] as float8 numbers and one scale per row [n, 1]: ``x = numbers * scale``, up to rounding."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
     return (x.float() / scale).to(FLOAT8), scale
 
 
 class Float8Linear(TorchFunctionMode):
-    """While active, in this thread: every ``F.linear`` whose sides allow it has both factors in float8."""
+    """While active in this thread, ``F.linear`` multiplies in float8 if the weight's sides are multiples of 16."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._weights: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by identity: the weight, numbers, scale
+        self._weights: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by id of the weight: the weight, numbers, scale
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:

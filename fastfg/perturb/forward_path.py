@@ -1,4 +1,4 @@
-"""How perturbed images reach the model: what :class:`Pixels` and :class:`Tokens` have in common."""
+"""The interface of the two ways to run a model on perturbed images, :class:`Pixels` and :class:`Tokens`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class ForwardPath(Protocol):
-    """How perturbed images reach the model. A view is an image and the fill of its removed patches."""
+    """A way to run a model on perturbed images. A view is an image and the fill of its removed patches."""
 
     def prepare(self, images: Tensor, fills: list[Tensor]) -> Any:
-        """What is done once for each of the views ``images`` [V, C, H, W] with ``fills``."""
+        """The work that is done once per view, for ``V`` views: ``images`` [V, C, H, W] with their ``fills``."""
 
     def buffers(self, prepared: Any, n: int) -> tuple[Tensor, ...]:
-        """Room for ``n`` perturbed inputs, each tensor [n, ...]."""
+        """Empty buffers for ``n`` perturbed inputs, each tensor [n, ...]."""
 
     def place(self, prepared: Any, view: int, masks: Tensor, out: tuple[Tensor, ...]) -> None:
         """Write the view under ``masks`` [m, P] into ``out`` [m, ...]."""
@@ -23,4 +23,4 @@ class ForwardPath(Protocol):
         """Logits [n, classes] of perturbed inputs."""
 
     def whole(self, images: Tensor) -> Tensor:
-        """Logits [n, classes] of images as they are."""
+        """Logits [n, classes] of unperturbed images."""

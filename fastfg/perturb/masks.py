@@ -1,4 +1,4 @@
-"""Where the patches lie in the image."""
+"""The grid of patches over an image, and the way from patch masks to pixel masks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class PatchGrid:
     """``gh x gw`` patches of ``ph x pw`` pixels; patch ``i`` is at row ``i // gw``, column ``i % gw``.
 
-    ``bottom`` and ``right`` are the pixels beyond the last patch, which belong to none: a model whose image size is
-    no multiple of its patch size does not look at them.
+    ``bottom`` and ``right`` count the pixels beyond the last patch. They belong to no patch: a model whose image size
+    is not a multiple of its patch size does not read them.
     """
 
     gh: int
@@ -27,9 +27,9 @@ class PatchGrid:
     def of(
         cls, image_size: tuple[int, int], grid: tuple[int, int], patch_size: tuple[int, int] | None = None
     ) -> PatchGrid:
-        """The patches of an image of (height, width) pixels under ``grid`` = (gh, gw).
+        """The patches of an image of (height, width) pixels with ``grid`` = (gh, gw).
 
-        ``patch_size``: (height, width) in pixels; None: the grid divides the image.
+        ``patch_size``: (height, width) in pixels. None: the grid divides the image evenly.
         """
         (H, W), (gh, gw) = image_size, grid
         if patch_size is None and (min(gh, gw) < 1 or H % gh or W % gw):
@@ -44,12 +44,12 @@ class PatchGrid:
         return self.gh * self.gw
 
     def to_pixels(self, per_patch: Tensor) -> Tensor:
-        """Values of patches [..., P] -> values of pixels [..., H, W]; 0 (False) beyond the last patch."""
+        """Values per patch [..., P] to values per pixel [..., H, W]; 0 (False) beyond the last patch."""
         grid = per_patch.unflatten(-1, (self.gh, self.gw))
         pixels = grid.repeat_interleave(self.ph, dim=-2).repeat_interleave(self.pw, dim=-1)
         return F.pad(pixels, (0, self.right, 0, self.bottom)) if self.bottom or self.right else pixels
 
     def sum_pixels(self, image: Tensor) -> Tensor:
-        """Sums over each patch's pixels and channels: ``image`` [C, H, W] -> [P]."""
+        """Sums over the pixels and channels of each patch: ``image`` [C, H, W] -> [P]."""
         covered = image[..., : self.gh * self.ph, : self.gw * self.pw]
         return covered.unflatten(-1, (self.gw, self.pw)).unflatten(-3, (self.gh, self.ph)).sum((0, 2, 4)).flatten()

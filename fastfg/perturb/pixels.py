@@ -1,4 +1,4 @@
-"""Any callable: the perturbed images themselves go through the model."""
+"""Perturb pixels: the model runs on the perturbed images themselves. This works for any callable."""
 
 from __future__ import annotations
 

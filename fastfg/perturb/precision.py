@@ -20,14 +20,14 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 class Precision:
     """``float32`` (the model's own), ``bfloat16``, ``float16`` (both by autocast) or ``float8`` (linear layers).
 
-    Raises ValueError for an unknown name, or one that ``device`` can't do.
+    Raises ValueError for an unknown name, or a precision that ``device`` does not support.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name not in PRECISIONS:
             raise ValueError(f"precision: expected 'auto' or one of {tuple(PRECISIONS)}, got {name!r}")
         self.name, self.device, self.dtype = name, device, PRECISIONS[name]
-        self._linear = float8.Float8Linear() if name == "float8" else None  # keeps the weights that it has rounded
+        self._linear = float8.Float8Linear() if name == "float8" else None  # caches rounded weights
         if self._linear is not None and (reason := float8.why_not(device)) is not None:
             raise ValueError(f"precision: 'float8' is not available on {device}: {reason}")
 

@@ -1,4 +1,4 @@
-"""What is kept of each forward: a few numbers about the target."""
+"""The numbers that are kept from each forward: the target's logit and probability, and the largest probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastfg.targets import TargetFunction, probabilities, target_logit, target_v
 
 @dataclass
 class Readings:
-    """Three numbers per forward, float64, of one shape.
+    """Three float64 numbers per forward, as three tensors of the same shape.
 
     Attributes:
         logit: the target class's logit; for a target function, its value.
@@ -27,12 +27,12 @@ class Readings:
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> Readings:
-        """Room for ``n`` readings, NaN until they are there."""
+        """``n`` readings, all NaN until :meth:`put` sets them."""
         return cls(*(torch.full((n,), torch.nan, dtype=torch.float64, device=device) for _ in range(3)))
 
     @classmethod
     def of(cls, output: Tensor, target: Tensor | TargetFunction) -> Readings:
-        """From the model's output [n, classes] and the target class of each row [n], or a target function."""
+        """Readings of the model's output [n, classes], for one target class per row [n] or a target function."""
         if callable(target):
             value = target_value(target, output, len(output)).double()
             return cls(value, value, torch.full_like(value, torch.nan))
@@ -44,11 +44,11 @@ class Readings:
         return Readings(self.logit[rows], self.prob[rows], self.max_prob[rows])
 
     def put(self, rows: Any, other: Readings) -> None:
-        """Fill in the readings of ``rows``."""
+        """Set the readings of ``rows``."""
         self.logit[rows], self.prob[rows], self.max_prob[rows] = other.logit, other.prob, other.max_prob
 
     def after(self, first: Readings) -> Readings:
-        """These [C, m] behind one reading per row of ``first`` [C]: [C, 1 + m]."""
+        """These readings [C, m] with ``first`` [C] as a new first column: [C, 1 + m]."""
         pairs = ((first.logit, self.logit), (first.prob, self.prob), (first.max_prob, self.max_prob))
         return Readings(*(torch.cat([one[:, None], many], dim=1) for one, many in pairs))
 

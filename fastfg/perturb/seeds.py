@@ -1,4 +1,4 @@
-"""All that is random comes from the seed and the image's own key, never from its place in a batch."""
+"""Random generators that depend on the seed and the image's key, never on the image's position in a batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def image_key(image: Tensor) -> str:
-    """A key made of the image's own values, for images that came without one."""
+    """A hash of the image's values: the key of an image that was given without one."""
     data = image.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(f"{list(image.shape)}{image.dtype}".encode() + data.tobytes()).hexdigest()
 
 
 def generator(seed: int, key: str, purpose: str) -> torch.Generator:
-    """A CPU generator for one ``purpose`` on the image called ``key``."""
+    """A CPU generator for one ``purpose`` on the image with this ``key``."""
     digest = hashlib.sha256(f"{seed}\n{purpose}\n{key}".encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,12 +1,12 @@
-"""Perturb tokens in place of pixels: a removed patch is another token in the first block's input.
+"""Perturb tokens instead of pixels: a removed patch is a replaced token in the input of the first block.
 
-What comes before the first attention acts on each token alone, so a view (an image and the fill of its removed
-patches) has two states of each token, whole and filled. They are computed once: the first block's input, and the
-outputs of the linear layers before its attention (q, k, v). A perturbed image is a choice between them, token by
-token. In the last block, what comes after the attention is computed for the tokens that the head reads alone.
+Everything before the first attention acts on each token separately. So a view (an image and the fill of its removed
+patches) has two states per token, original and filled. Both are computed once: the input of the first block, and the
+outputs of the linear layers before its attention (q, k, v). A perturbed image picks one of the two states per token. In
+the last block, everything after the attention is computed only for the tokens that the head reads.
 
-All of it is done by hooks on the model as it is, so it serves every family. ``fastfg.perturb.choose`` compares the
-tokens and the logits with those of the perturbed pixels before it is used.
+Hooks do this on the unchanged model, for every family. ``fastfg.perturb.choose`` first compares the tokens and logits
+with those of the perturbed pixels.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fastfg.models.hooks import in_this_thread
 
 
 class Tokens:
-    """The path of a known family (see :class:`fastfg.perturb.ForwardPath`).
+    """The path for models of a known family (see :class:`fastfg.perturb.ForwardPath`).
 
     Args:
-        adapter: the model. It must be held still, with the adapter's flags set, while this is used.
-        precision: a context for all up to the last block (``fastfg.perturb.Precision``); what follows is computed in
-            the images' own dtype. None: all of it.
+        adapter: the model. Use this only while the model is held still with the adapter's flags set.
+        precision: a context for everything up to the last block (``fastfg.perturb.Precision``). The rest is computed
+            in the images' own dtype. None: everything is.
     """
 
     def __init__(self, adapter: Adapter, precision: Any = None) -> None:
@@ -42,14 +42,17 @@ class Tokens:
         self._blank: Tensor  # one image, to call the model with
 
     def prepare(self, images: Tensor, fills: list[Tensor]) -> list[Tensor]:
-        """The states [V, 2, N, width] of the views' tokens, whole and filled: of the stream, then of ``early``."""
+        """The two states (original, filled) of the views' tokens: of the stream, then of each layer in ``early``.
+
+        Each tensor is [V, 2, N, width].
+        """
         filled = torch.stack([fill.expand(images.shape[1:]) for fill in fills])
-        whole, other = self._states(images), self._states(filled)  # in turn, so that either fits on its own
+        whole, other = self._states(images), self._states(filled)  # one after the other, to save memory
         self._blank = torch.zeros_like(images[:1])
         return [torch.stack(pair, dim=1) for pair in zip(whole, other, strict=True)]
 
     def stream(self, images: Tensor) -> Tensor:
-        """The first block's input [n, N, width] for ``images`` as they are."""
+        """The first block's input [n, N, width] for unperturbed ``images``."""
         return self._states(images)[0]
 
     def _states(self, images: Tensor) -> list[Tensor]:
@@ -88,7 +91,7 @@ class Tokens:
             return self._forward(images, stack)
 
     def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
-        """The model's forward; precision is left at the last block's output."""
+        """The model's forward. The precision context ends at the last block's output."""
         inner = stack.enter_context(ExitStack())
         if self.precision is not None:
             inner.enter_context(self.precision())
@@ -104,7 +107,7 @@ class Tokens:
 
 
 def _rows_read(adapter: Adapter) -> int | None:
-    """How many of the first tokens hold all that the head reads; None: it reads patches too."""
+    """How many tokens from the start contain all that the head reads; None if it also reads patches."""
     prefix = adapter.num_prefix_tokens
     if not adapter.pooled or any(s.stop is None or s.start < 0 or s.stop > prefix for s in adapter.pooled):
         return None
@@ -112,11 +115,11 @@ def _rows_read(adapter: Adapter) -> int | None:
 
 
 class _Enough(Exception):  # noqa: N818
-    """Ends the model's forward once everything that is needed has been seen."""
+    """Ends the model's forward when everything needed has been recorded."""
 
 
 class _Before(TorchFunctionMode):
-    """Sees the first block's input and the linear layers before its attention, and stops there."""
+    """Records the first block's input and the linear layers before its attention, then ends the forward."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -151,7 +154,7 @@ class _Before(TorchFunctionMode):
         self.outputs.append(output)
 
     def _leave(self, *_: Any) -> None:
-        """No attention was met: it is of another kind, and nothing is known of the linear layers."""
+        """No attention was intercepted: it is of another kind, so the linear layers before it are not known."""
         self.linears, self.outputs = [], []
         raise _Enough
 
@@ -163,7 +166,7 @@ class _Before(TorchFunctionMode):
 
 @contextmanager
 def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
-    """``block`` gets ``stream`` for its input."""
+    """Replace the input of ``block`` with ``stream``."""
 
     def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -179,7 +182,7 @@ def _enters(block: nn.Module, stream: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _given(linear: nn.Module, output: Tensor) -> Iterator[None]:
-    """``linear`` gives ``output``; it still runs, on one token, so that its other hooks are called."""
+    """Replace the output of ``linear`` with ``output``. The layer runs on one token, so that its other hooks run."""
     handles = [
         linear.register_forward_pre_hook(in_this_thread(lambda module, args: args[0][:1, :1])),
         linear.register_forward_hook(in_this_thread(lambda module, args, computed: output)),
@@ -192,10 +195,10 @@ def _given(linear: nn.Module, output: Tensor) -> Iterator[None]:
 
 
 class _RowsRead(TorchFunctionMode):
-    """In the last block, from its attention on: the first ``n_rows`` of ``n_tokens`` alone.
+    """Computes only the first ``n_rows`` of ``n_tokens`` in the last block, from its attention on.
 
-    The residual stream keeps its shape. One row is added to all of them, where only the first is read; more than
-    one come with zeros for the others.
+    The residual stream keeps its shape. A single row is broadcast to all tokens, because the head reads only the
+    first one. Several rows are padded with zeros.
     """
 
     def __init__(self, block: nn.Module, n_tokens: int, n_rows: int) -> None:

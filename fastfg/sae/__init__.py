@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the model, the checkpoint formats that can be read, and training."""
+"""Sparse autoencoders (SAEs): the model, the checkpoint formats, and training."""
 
 from fastfg.sae.checkpoints import load_sae, load_saes
 from fastfg.sae.model import SparseAutoencoder

@@ -1,4 +1,4 @@
-"""One class for every sparse autoencoder that fastfg reads: weights, an activation, a normalisation."""
+"""``SparseAutoencoder``: one class for all supported SAEs, with weights, an activation and a normalisation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class SparseAutoencoder(nn.Module):
         normalize: ``none``, ``layer_norm`` (subtract the mean, divide by unbiased std + 1e-5) or
             ``constant_norm`` (times sqrt(d) / norm).
         subtract_b_dec: whether ``b_dec`` is subtracted from the normalised input before encoding.
-        threshold, r_mag, b_gate, b_mag: of the activations named above.
+        threshold, r_mag, b_gate, b_mag: parameters of the activations above.
 
-    The weights take no gradients. Raises ValueError or TypeError that names the argument which does not fit.
+    The weights do not require gradients. Raises ValueError or TypeError that names the wrong argument.
 
     >>> import torch, fastfg
     >>> W_dec = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
@@ -88,16 +88,16 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def activation(self) -> Activation:
-        """The nonlinearity and its parameters, in the form that ``fastfg.reference`` takes."""
+        """The nonlinearity and its parameters, as the functions in ``fastfg.reference`` take them."""
         return Activation(self.activation_name, self.k, *(getattr(self, name) for name in ACTIVATION_TENSORS))
 
     @property
     def subtracted(self) -> Tensor | None:
-        """``b_dec`` where this SAE subtracts it from its input, else None."""
+        """``b_dec`` if this SAE subtracts it from its input, else None."""
         return self.b_dec if self.subtract_b_dec else None
 
     def normalize(self, x: Tensor) -> Normalized:
-        """The normalised input with the token's own scale and shift: ``x`` [..., d] in the SAE's dtype."""
+        """The normalised ``x`` [..., d] in the SAE's dtype, with the scale and shift of each token."""
         return normalize(x.to(self.W_enc.dtype), self.normalization)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
 
-        ``K`` is ``k`` for a TopK SAE. For the others it is the number of active features of the token that has most;
-        the rows of other tokens end in values of 0.
+        ``K`` is ``k`` for a TopK SAE. For other SAEs it is the largest number of active features of any token; rows
+        with fewer are padded with values of 0.
         """
         _check_width(x, self.d)
         flat = self.normalize(x).values.flatten(0, -2)
@@ -125,7 +125,7 @@ class SparseAutoencoder(nn.Module):
     def decode(self, codes: Tensor, like: Normalized | None = None) -> Tensor:
         """Reconstruction [..., d] of dense codes [..., F], in the normalised space.
 
-        With ``like``, the result of :meth:`normalize`, it is scaled and shifted back to the residual stream.
+        With ``like``, a result of :meth:`normalize`, it is scaled and shifted back to the residual stream.
         """
         decoded = codes @ self.W_dec + self.b_dec
         return decoded if like is None else decoded * like.scale + like.shift
@@ -135,7 +135,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x), self.normalize(x))
 
     def config(self) -> dict[str, Any]:
-        """What :meth:`save` writes beside the tensors."""
+        """The config that :meth:`save` writes with the tensors."""
         return {
             "activation": self.activation_name,
             "k": self.k,
@@ -146,7 +146,7 @@ class SparseAutoencoder(nn.Module):
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``sae.safetensors`` into ``folder``, which is made where it does not exist."""
+        """Write ``config.json`` and ``sae.safetensors`` into ``folder``, which is created if it does not exist."""
         from fastfg.sae.checkpoints import own
 
         own.write(self, Path(folder))
@@ -169,7 +169,7 @@ def _check_width(x: Tensor, d: int) -> None:
 
 
 def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
-    """Floating tensors of one dtype, on one device."""
+    """Require floating tensors with the same dtype and device."""
     first = tensors["W_enc"]
     for name, tensor in tensors.items():
         if tensor is None and name in ACTIVATION_TENSORS:

@@ -1,4 +1,4 @@
-"""Training a TopK sparse autoencoder on residual-stream tokens, with dead features brought back to life."""
+"""Train a TopK sparse autoencoder on residual-stream tokens. Features that stop firing are revived."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 from fastfg.sae.model import SparseAutoencoder
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
-LARGEST = 1e15  # of the tokens' values: the norm of a token is computed in float32
+LARGEST = 1e15  # largest value in a token: its norm is computed in float32
 
 
 @dataclass(frozen=True)
 class SAEReport:
-    """How good a trained SAE is, on tokens that it was not trained on.
+    """Quality of a trained SAE, measured on tokens that it was not trained on.
 
     Attributes:
-        explained_variance: ``1 - sum (x - x_hat)^2 / sum (x - mean x)^2``, the mean per dimension.
-        dead_share: share of the features that are active on none of these tokens.
+        explained_variance: ``1 - sum (x - x_hat)^2 / sum (x - mean x)^2``, with the mean per dimension.
+        dead_share: share of the features that are not active on any of these tokens.
         l0: mean number of active features per token.
-        tokens: how many tokens these three were measured on.
-        steps: training steps.
-        revived: features revived during training.
+        tokens: number of tokens that the three values above were measured on.
+        steps: number of training steps.
+        revived: number of features revived during training.
     """
 
     explained_variance: float
@@ -52,27 +52,29 @@ def train_sae(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SparseAutoencoder, SAEReport]:
-    """Train a TopK SAE on the tokens ``x`` [T, d] (see :func:`fastfg.residuals`); returns it and its report.
+    """Train a TopK SAE on the tokens ``x`` [T, d] (see :func:`fastfg.residuals`). Returns the SAE and its report.
 
-    Adam on the squared error, with unit-norm dictionary rows and a learning rate that is warmed up and cooled down.
-    Training runs in float32 whatever the dtype of ``x``, torch's default dtype and device, and the caller's autocast.
-    ``revivals`` times in the first half of training, each feature that has not fired since the last time starts anew
-    from the error of a token, drawn in proportion to its squared error (Bricken et al. 2023). Its encoder is as long
-    as the others' on average: among TopK features a shorter one would never be chosen.
+    Adam minimises the squared error, with unit-norm dictionary rows and a learning rate that is warmed up and cooled
+    down. Training runs in float32, regardless of the dtype of ``x``, torch's default dtype and device, and autocast.
+
+    ``revivals`` times in the first half of training, each feature that has not fired since the last time is
+    reinitialised from the error of a token, drawn in proportion to its squared error (Bricken et al. 2023). Its encoder
+    gets the average norm of the other encoders, because TopK would never choose a feature with a shorter one.
 
     Args:
-        x: [T, d] floating, finite, at least one batch of training tokens that are not all the same.
+        x: [T, d] floating and finite, at least one batch of training tokens that are not all the same.
         n_features: F, the features in the dictionary.
         k: active features per token.
         epochs: passes over the training tokens.
         batch_size: tokens per step.
         lr: the highest learning rate.
-        held_out: the share of tokens, the LAST of ``x``, that is kept for the report. Keep images whole.
-        revivals: how often dead features are revived; 0 never does it.
-        seed: of the initialisation and the order of tokens.
-        progress: called with (steps done, steps in all).
+        held_out: the share of tokens, the LAST of ``x``, that is kept for the report. Do not split the tokens of an
+            image between the two parts.
+        revivals: how often dead features are revived; 0 is never.
+        seed: seed of the initialisation and of the order of tokens.
+        progress: called with (steps done, total steps).
 
-    Raises ValueError or TypeError that names the argument, and RuntimeError where the weights do not stay finite.
+    Raises ValueError or TypeError that names the argument, and RuntimeError if the weights do not stay finite.
 
     >>> import torch, fastfg
     >>> x = torch.randn(4096, 4) @ torch.randn(4, 16)
@@ -105,7 +107,7 @@ def train_sae(
 def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 0) -> SAEReport:
     """The :class:`SAEReport` of any SAE on tokens ``x`` [T, d], summed in float64.
 
-    Raises ValueError for tokens that are all the same: their variance is 0, and no share of it can be explained.
+    Raises ValueError if all tokens are the same, because their variance is 0.
     """
     if len(x) == 0 or _all_same(x):
         raise ValueError(f"x: expected tokens that differ to report on, got {len(x)} that are all the same")
@@ -125,7 +127,7 @@ def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 
 
 
 class _Training:
-    """Weights and optimiser, in units in which a token's deviation from the mean has norm sqrt(d) on average."""
+    """Weights and optimiser. Tokens are scaled so that their deviation from the mean has norm sqrt(d) on average."""
 
     def __init__(self, x: Tensor, n_features: int, k: int, lr: float, seed: int) -> None:
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -168,13 +170,13 @@ class _Training:
 
     @torch.no_grad()
     def revive(self, x: Tensor) -> None:
-        """Start the features that have not fired since the last call anew, from the errors of tokens ``x``."""
+        """Reinitialise the features that have not fired since the last call, from the errors of tokens ``x``."""
         self._check_finite()
         dead = (~self.fired).nonzero().flatten()
         self.fired.zero_()
         error = x - self.reconstruct(x)[0]
         chance = error.square().sum(-1).cpu()
-        if not len(dead) or not bool(chance.any()):  # tokens without an error have no direction to start from
+        if not len(dead) or not bool(chance.any()):  # without an error there is no direction to start from
             return
         chosen = torch.multinomial(chance, len(dead), replacement=True, generator=self.generator)
         directions = F.normalize(error[chosen.to(x.device)], dim=1)
@@ -191,7 +193,7 @@ class _Training:
             raise RuntimeError(f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.lr}")
 
     def finish(self) -> SparseAutoencoder:
-        """The SAE in the tokens' own units: codes are multiplied by ``unit``, the dictionary rows keep norm 1."""
+        """The SAE in the tokens' own units: codes are multiplied by ``unit``, and dictionary rows keep norm 1."""
         self._check_finite()
         W_enc, b_enc, W_dec, b_dec = (w.detach() for w in self.weights)
         return SparseAutoencoder(
@@ -204,7 +206,7 @@ def _all_same(x: Tensor) -> bool:
 
 
 def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: float) -> None:
-    """``whole``: the arguments that are whole numbers, each with the least that it may be."""
+    """Check the arguments. ``whole`` has the integer arguments, each as (value, least allowed value)."""
     for name, (value, least) in whole.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -219,7 +221,7 @@ def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: flo
 
 
 def _check_tokens(x: Tensor, held_out: float, batch_size: int) -> int:
-    """How many of the tokens are for training."""
+    """Check the tokens. Returns how many of them are for training."""
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: expected floating tokens [T, d], got {got}")

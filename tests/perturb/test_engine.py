@@ -60,7 +60,7 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
     assert sum(sizes) == engine.forwards == 42
     assert set(sizes) == {3}
     assert engine.batches.size == 3
-    assert "7 images did not fit into memory: going on with 3" in caplog.text
+    assert "7 images did not fit into memory: continuing with 3" in caplog.text
     assert len(engine.logits(torch.rand(5, 1, 1, 4))) == 5
 
 

@@ -1,4 +1,4 @@
-"""Reading SAEs from disk, one file per format. Nothing here imports another SAE library or runs pickled code."""
+"""Load SAEs from disk; one file per format. No other SAE library is imported, and no pickled code is run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORMATS = (own, prisma)  # each has WEIGHTS, FILES, reads(folder) -> bool and re
 
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
-    """One SAE from its folder, or from the weights or config file in it.
+    """Load one SAE from its folder, or from the weights or config file in it.
 
     Raises FileNotFoundError for a path that does not exist, and ValueError that names the file and what is wrong with
-    it. A file that belongs to no known format is refused; no other file is read in its place.
+    it. A file of no known format is refused; no other file is read instead.
     """
     folder, form = _locate(Path(path))
     try:
@@ -31,13 +31,13 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
 def load_saes(
     source: str | Path | Mapping[int, str | Path], layers: Sequence[int] | None = None
 ) -> dict[int, SparseAutoencoder]:
-    """SAEs by block: ``{block: SparseAutoencoder}``.
+    """Load SAEs by block: ``{block: SparseAutoencoder}``.
 
     Args:
-        source: a folder with one folder per block (its config or its name tells which: ``layer_2``, ``l2``,
+        source: a folder with one folder per block, whose config or name contains the block (``layer_2``, ``l2``,
             ``blocks.2.hook_resid_post``, ``2``); the folder or a file of one SAE; or a mapping ``{block: path}``.
-        layers: the 0-based blocks that are wanted; None takes all that are there. Needed with one SAE whose files do
-            not tell its block.
+        layers: the 0-based blocks to load; None loads all. Required for a single SAE whose files do not contain its
+            block.
 
     Raises FileNotFoundError or ValueError that names what is missing and what was found.
     """
@@ -77,7 +77,7 @@ def _given(source: Mapping[int, str | Path]) -> dict[int, Path]:
 
 
 def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
-    """The SAEs of ``source`` by block: the one that it is, or those in its folders."""
+    """The SAEs of ``source`` by block: the single SAE in it, or the SAEs in its folders."""
     if not source.is_dir() or any(form.reads(source) for form in FORMATS):
         folder, _ = _locate(source)
         block = block_of(folder)

@@ -1,4 +1,4 @@
-"""Reading an SAE's files: every error names the file and what is wrong with it. No pickled code is run."""
+"""Read the files of an SAE. Every error names the file and what is wrong with it. No pickled code is run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
-    """What ``reader`` reads from ``file``, which must be a mapping by name."""
+    """The result of ``reader(file)``, which must be a mapping {name: tensor}."""
     try:
         state = reader(file)
-    except Exception as error:  # of pickle, zip files, safetensors: a damaged file can raise nearly anything
+    except Exception as error:  # pickle, zip files and safetensors raise nearly anything for a damaged file
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
             f"path: expected tensors in {file}, got a file that is damaged or holds pickled code, which is never run "
@@ -42,7 +42,7 @@ def read_tensors(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
 
 
 def pick(state: dict[str, Any], names: Iterable[str], file: Path) -> dict[str, Any]:
-    """The tensors ``names`` of ``state``, which must be there, be tensors and be finite."""
+    """The tensors ``names`` of ``state``. They must exist, be tensors and be finite."""
     picked = {}
     for name in names:
         if name not in state:
@@ -60,7 +60,7 @@ def pick(state: dict[str, Any], names: Iterable[str], file: Path) -> dict[str, A
 
 
 def field(config: dict[str, Any], name: str, kind: type, folder: Path) -> Any:
-    """The field ``name`` of a config, which must be there and be a ``kind``; a bool is no int."""
+    """The field ``name`` of a config. It must exist and be of type ``kind``; a bool is not an int."""
     if name not in config:
         raise ValueError(f"path: expected the field {name} in {folder / CONFIG}, got {sorted(config)[:12]}")
     value = config[name]

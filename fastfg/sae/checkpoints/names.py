@@ -1,4 +1,4 @@
-"""The block that an SAE belongs to: what its config says, else what its folder's name says. Never a guess."""
+"""Find the block that an SAE belongs to, from its config or else from its folder's name. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MODEL = re.compile(r"(?:vit|clip|siglip|dino(?:v\d)?|deit\d?|eva\d*|mae|beit)[-_
 
 
 def block_of(folder: Path) -> int | None:
-    """The 0-based block of the SAE in ``folder``; None where neither config nor name tells it.
+    """The 0-based block of the SAE in ``folder``; None if neither the config nor the name contains it.
 
-    Raises ValueError where the two differ, and where the name holds several blocks and the config none.
+    Raises ValueError if the two differ, or if the name contains several blocks and the config none.
     """
     told, named = block_in_config(read_config(folder), folder), blocks_in_name(folder.name)
     if told is not None:
@@ -48,7 +48,7 @@ def block_in_config(config: dict[str, Any], folder: Path) -> int | None:
 
 
 def blocks_in_name(name: str) -> set[int]:
-    """The blocks that a name speaks of: ``layer_9``, ``layers.9``, ``blocks.9``, ``l9``, or nothing but a number."""
+    """The blocks in a name: ``layer_9``, ``layers.9``, ``blocks.9``, ``l9``, or a number alone."""
     name = name.lower()
     if name.isdecimal():
         return {int(name)}

@@ -1,4 +1,4 @@
-"""fastfg's own format: ``config.json`` beside ``sae.safetensors``. What is written is read back bit by bit."""
+"""fastfg's own format: ``config.json`` and ``sae.safetensors``. A saved SAE is read back bit for bit."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def read(folder: Path) -> SparseAutoencoder:
 
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:
-    """Write ``sae`` into ``folder``, which is made where it does not exist."""
+    """Write ``sae`` into ``folder``, which is created if it does not exist."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    # clones: safetensors refuses tensors that share memory, as W_enc does where it is W_dec.T
+    # clones, because safetensors refuses tensors that share memory (W_enc may be W_dec.T)
     save_file({name: t.contiguous().clone() for name, t in sae.state_dict().items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"format": FORMAT} | sae.config(), indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""ViT-Prisma's format: ``config.json`` (a VisionModelSAERunnerConfig) beside ``weights.pt`` (a state dict).
+"""ViT-Prisma's format: ``config.json`` (a VisionModelSAERunnerConfig) and ``weights.pt`` (a state dict).
 
-Its standard and gated SAEs always subtract ``b_dec``; ``layer_norm`` there divides by (std + 1e-5), unbiased. Its
-library has changed the defaults of normalisation and activation, so both must be in the config.
+Prisma's standard and gated SAEs always subtract ``b_dec``. Its ``layer_norm`` divides by (unbiased std + 1e-5). The
+defaults of normalisation and activation changed between versions of Prisma, so both must be in the config.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GATED = ("r_mag", "b_gate", "b_mag")
 
 
 def reads(folder: Path) -> bool:
-    """Whether the folder holds this format's two files, and the config is not of fastfg's own format."""
+    """Whether the folder has both files of this format, with a config that is not fastfg's own."""
     both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
     return both and "format" not in read_config(folder)
 
@@ -58,7 +58,7 @@ def read(folder: Path) -> SparseAutoencoder:
 
 
 def _check_site(config: dict[str, Any], folder: Path) -> None:
-    """The SAE was trained on the patch tokens of a block's output."""
+    """Check that the SAE was trained on the patch tokens of a block's output."""
     for name, fits in (("layer_subtype", "hook_resid_post"), ("cls_token_only", False)):
         if config.get(name, fits) != fits:
             raise ValueError(f"path: expected {name} to be {fits!r} in {folder / CONFIG}, got {config[name]!r}")
