@@ -1,4 +1,4 @@
-"""The command line: one file per command, each with ``add`` (its arguments) and ``run``."""
+"""The command line ``fastfg``: one file per command, with ``add`` for its arguments and ``run``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    It is 0 when the command is done (some images may have been skipped, each with its reason), 1 for an error in the
-    input or when no image could be read, and 130 when interrupted. Wrong arguments exit with 2. Errors that the input
-    caused are one line, without a traceback.
+    The code is 0 when the command is done (images that were skipped are listed with their reasons), 1 for an error in
+    the input or if no image could be read, and 130 when interrupted. Wrong arguments exit with 2. Errors caused by the
+    input are printed as one line, without a traceback.
     """
     arguments = parser().parse_args(argv)
     try:

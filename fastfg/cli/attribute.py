@@ -67,12 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _output_name(number: int, stem: str) -> str:
-    """The name of an output without its suffix: unique by its number, and short enough for every file system."""
+    """The name of an output file without its suffix. Its number makes it unique; it is short enough for a file name."""
     return f"{number:06d}-{UNUSUAL.sub('_', stem)[:40]}"
 
 
 def _warning(image: Tensor, explained: Tensor) -> str:
-    """Why the map [gh, gw] of ``image`` [C, H, W] explains nothing; empty where there is no reason."""
+    """Why the map [gh, gw] of ``image`` [C, H, W] explains nothing; empty if it does explain something."""
     if bool((image.flatten(1).amin(1) == image.flatten(1).amax(1)).all()):
         return "blank image: all pixels are equal"
     if not bool(explained.isfinite().all()):

@@ -13,19 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(highlight=False, emoji=False)
 
-# What bad input raises: shown as one line. Anything else is a bug, and keeps its traceback.
+# Errors that bad input raises; each is shown as one line. Any other error is a bug and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that prints errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that shows defaults where there are any, and keeps the line breaks of descriptions."""
+    """Help that shows the defaults and keeps the line breaks of descriptions."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default is not None and action.default is not False
@@ -35,7 +35,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, notes: str = ""
 ) -> argparse.ArgumentParser:
-    """A subcommand: ``summary`` is one line, ``notes`` follow its arguments in the help."""
+    """Add a subcommand. ``summary`` is one line; ``notes`` follow the arguments in the help."""
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, epilog=notes, formatter_class=_Help
     )
@@ -44,14 +44,14 @@ def add_command(
 
 
 def at_least_one(text: str) -> int:
-    """The type of an argument that is a positive integer."""
+    """Argument type: an integer of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
 
 
 def printable(text: str) -> str:
-    """``text`` with what a terminal would not show as one line of characters written as an escape."""
+    """``text`` as one line: line breaks and unprintable characters become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -61,7 +61,7 @@ def count(number: int, noun: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print one line, as it is."""
+    """Print one line."""
     console.print(printable(text), soft_wrap=True, markup=False)
 
 
@@ -73,7 +73,7 @@ def complain(text: str) -> None:
 
 @contextmanager
 def tracker() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yields ``track(title) -> progress(done, total)``: one bar for each title."""
+    """Yields ``track(title) -> progress(done, total)``, with one progress bar per title."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),

@@ -1,4 +1,4 @@
-"""``fastfg demo``: the method on real weights and real photographs."""
+"""``fastfg demo``: run the method on real weights and real photographs."""
 
 from __future__ import annotations
 

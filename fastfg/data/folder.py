@@ -1,4 +1,4 @@
-"""Images from files and folders, in batches. A file that cannot be read is named with its reason."""
+"""Find images in files and folders, and read them in batches. Unreadable files are reported with a reason."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Found(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images [b, C, H, W] with one path and one window each, and the errors of the files that came between them.
+    """Images [b, C, H, W] with one path and one window per image, and the errors of unreadable files between them.
 
-    ``windows`` holds (low, high) for an image with more than 8 bits, and None for the others.
+    A window is (low, high) for an image with more than 8 bits, and None for other images.
     """
 
     paths: list[Path]
@@ -54,12 +54,12 @@ class Batch(NamedTuple):
 
 
 def find_images(paths: Iterable[Path]) -> Found:
-    """The image files among ``paths``. Folders are searched to the bottom.
+    """Find the image files among ``paths``. Folders are searched recursively.
 
-    Skipped, each with its reason: files in a folder whose suffix is not that of an image (a file given by itself is
-    always tried), dangling links, links to folders, unreadable folders, what is not a regular file, DICOM files, and
-    folders that hold earlier output of fastfg. Hidden files, hidden folders and ``__MACOSX`` are left out without a
-    reason. A file that is reached twice is read once.
+    Skipped with a reason: files in a folder that do not have the suffix of an image (a file that is given directly is
+    always tried), dangling links, links to folders, unreadable folders, anything that is not a regular file, DICOM
+    files, and folders with earlier output of fastfg. Hidden files, hidden folders and ``__MACOSX`` are left out
+    without a reason. A file that is found twice is read once.
 
     Raises FileNotFoundError for a path that does not exist.
     """
@@ -90,12 +90,12 @@ def batches(
     max_pixels: int = MAX_PIXELS,
     max_aspect: float = MAX_ASPECT,
 ) -> Iterator[Batch]:
-    """The images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
+    """Read the images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
 
     Args:
         paths: files, read by :func:`read_image`. transform: a PIL image -> [C, H, W], the same shape for all.
-        batch_size: images per batch. All batches but the last are full; the last one is empty where only errors
-            were left.
+        batch_size: images per batch. All batches but the last are full. The last one has no images if only errors
+            remained.
         window, max_pixels, max_aspect: see :func:`read_image`.
 
     Raises ValueError for arguments that are out of range.
@@ -109,7 +109,7 @@ def batches(
         try:
             picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
             images.append(transform(picture.image))
-        except Exception as error:  # a damaged file makes decoders raise anything; it is reported with the batch
+        except Exception as error:  # for damaged files, decoders can raise anything; the error is reported
             batch.errors.append(FileError(path, f"{type(error).__name__}: {error}"))
         else:
             batch.paths.append(path)
@@ -122,15 +122,15 @@ def batches(
 
 
 def path_text(path: Path) -> str:
-    """The text that stands for a file in every table: the same from wherever the file is reached.
+    """The name of a file in every table. It does not depend on the folder from which the file is found.
 
-    It is the absolute path with links in the folder's part resolved. Bytes that are not UTF-8 are shown as ``\\xNN``.
+    It is the absolute path, with links in its folders resolved. Bytes that are not UTF-8 are shown as ``\\xNN``.
     """
     return os.fsencode(path.parent.resolve() / path.name).decode("utf-8", "backslashreplace")
 
 
 def _search(root: Path) -> Found:
-    """The images below ``root``, and what is skipped there."""
+    """The images below ``root``, and what was skipped there."""
     found, suffixes = Found([], []), readable_suffixes()
 
     def unreadable(error: OSError) -> None:
@@ -158,7 +158,7 @@ def _hidden(name: str) -> bool:
 
 
 def _why_no_file(path: Path) -> str:
-    """Why ``path`` is not a regular file; empty where it is one."""
+    """Why ``path`` is not a regular file; empty if it is one."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -169,7 +169,7 @@ def _why_no_file(path: Path) -> str:
 
 
 def _why_no_image(path: Path, suffixes: set[str]) -> str:
-    """Why a file in a folder is not tried; empty where it is tried."""
+    """Why a file in a folder is not tried; empty if it is tried."""
     try:
         if path.suffix.lower() in suffixes:
             return ""

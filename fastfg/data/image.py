@@ -1,4 +1,4 @@
-"""One image file, read as 8 bits per channel by stated rules, within stated limits."""
+"""Read an image file as 8 bits per channel, by documented rules and with limits on its size."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DICOM = "DICOM is not read yet; export the image as 16-bit PNG or TIFF"
 MANY_FRAMES_READ = ("MPO",)  # a JPEG photograph with previews or a depth map behind it: the photograph is read
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 MIN_IS_WHITE, UNSIGNED = 0, (1,)  # values of the last two
-ROWS = 1024  # windowed at a time
+ROWS = 1024  # rows that are windowed at a time
 
 Window = tuple[float, float]
 
 
 class Picture(NamedTuple):
-    """An image with 8 bits per channel, and the window (low, high) that it was mapped from; None for 8-bit files."""
+    """An image with 8 bits per channel, and the window (low, high) that it was mapped from (None for 8-bit files)."""
 
     image: Image.Image
     window: Window | None
@@ -35,30 +35,30 @@ class Picture(NamedTuple):
 def read_image(
     path: str | Path, *, window: Window | None = None, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT
 ) -> Picture:
-    """Read an image file with Pillow. The content of the file decides its format, not its name.
+    """Read an image file with Pillow. The format is detected from the content, not from the name.
 
-    - 8 bits per channel or fewer: the pixels are returned as they are, in Pillow's mode. Colour profiles are ignored.
+    - 8 bits per channel or fewer: the pixels are returned unchanged, in Pillow's mode. Colour profiles are ignored.
     - Grey with more bits (16-bit, 32-bit, float): values are mapped linearly from ``window`` to 0..255, clipped and
       rounded. Without a window, the file's own range is used: its smallest value becomes 0 and its largest 255,
-      whatever bit depth it declares. A constant image becomes black. A TIFF in which 0 means white is inverted.
+      regardless of the declared bit depth. A constant image becomes black. A TIFF in which 0 means white is inverted.
       Values of a PGM are first scaled to 0..65535 by its declared maximum, which is how Pillow reads them.
     - Colour with 16 bits per channel in PNG and TIFF is refused, because Pillow would keep the upper 8 bits only.
       AVIF, JPEG 2000 and PPM are scaled to 8 bits by the depth that they declare.
     - Transparent pixels are composited over white.
-    - The EXIF orientation is applied, where the EXIF data can be read.
-    - A file with several frames or pages is refused, because one of them would stand for all. The exception is a JPEG
-      with embedded previews (MPO), whose photograph is read.
+    - The EXIF orientation is applied if the EXIF data can be read.
+    - A file with several frames or pages is refused, because only one of them would be read. The exception is a JPEG
+      with embedded previews (MPO): its photograph is read.
 
     Args:
         path: a regular file, in one of the formats :data:`FORMATS`.
         window: (low, high) for images with more than 8 bits; other images ignore it.
-        max_pixels: the most pixels (width x height) that are decoded. Pillow's own limit also holds: twice
-            ``PIL.Image.MAX_IMAGE_PIXELS``.
+        max_pixels: the most pixels (width x height) that are decoded. Pillow's own limit, twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, also applies.
         max_aspect: the largest ratio of the longer side to the shorter one. Transforms that resize the shorter side
             to the model's input make the longer one longer by this ratio.
 
-    Raises ValueError for a file that one of the rules refuses, and Pillow's own errors for a damaged one. Sizes are
-    checked before pixels are decoded.
+    Raises ValueError for a file that these rules refuse, and Pillow's own errors for a damaged file. Sizes are checked
+    before pixels are decoded.
     """
     path = Path(path)
     check_limits(window, max_pixels, max_aspect)
@@ -82,7 +82,7 @@ def read_image(
 
 
 def check_limits(window: Window | None, max_pixels: int, max_aspect: float) -> None:
-    """Raise ValueError for arguments of :func:`read_image` that no file could meet."""
+    """Raise ValueError for arguments of :func:`read_image` that are out of range."""
     if window is not None and not (len(window) == 2 and all(map(isfinite, window)) and window[0] < window[1]):
         raise ValueError(f"window: expected LOW HIGH, finite, with LOW < HIGH, got {' '.join(map(str, window))}")
     if max_pixels < 1:
@@ -92,13 +92,13 @@ def check_limits(window: Window | None, max_pixels: int, max_aspect: float) -> N
 
 
 def readable_formats() -> list[str]:
-    """Those of :data:`FORMATS` that the installed Pillow knows."""
+    """The formats in :data:`FORMATS` that the installed Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def readable_suffixes() -> set[str]:
-    """The suffixes of :func:`readable_formats`, in lower case, with their dot."""
+    """The file suffixes of :func:`readable_formats`, in lower case and with the dot."""
     formats = {*readable_formats(), *MANY_FRAMES_READ}
     return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
@@ -125,7 +125,7 @@ def _check_frames(image: Image.Image) -> None:
 
 
 def _check_depth(image: Any) -> None:
-    """Refuse 16 bits per channel where Pillow keeps the upper 8 without a word: in colour, and in grey with alpha."""
+    """Refuse 16 bits per channel where Pillow silently keeps only the upper 8: in colour, and in grey with alpha."""
     bits = _tiff_tag(image, BITS_PER_SAMPLE) or ()
     rawmodes = [tile[3] for tile in image.tile if isinstance(tile[3], str)]
     if any(n > 8 for n in bits) or any(re.search(";16[BLN]", name) for name in rawmodes):
@@ -156,7 +156,7 @@ def _windowed(image: Image.Image, window: Window | None, inverted: bool) -> Pict
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The image as it is; one with transparent pixels as RGB, over :data:`BACKGROUND`."""
+    """The image itself; if it has transparent pixels, an RGB image composited over :data:`BACKGROUND`."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return image
     straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")

@@ -1,4 +1,4 @@
-"""Folders that fastfg writes to carry a marker, so that a later search for images passes them over."""
+"""Mark the folders that fastfg writes to, so that a later search for images skips them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MARKER = "fastfg.json"
 
 
 def is_output(folder: Path) -> bool:
-    """Whether fastfg wrote to ``folder``: it holds the file ``fastfg.json``."""
+    """Whether fastfg wrote to ``folder``, that is, whether it contains ``fastfg.json``."""
     return os.path.isfile(folder / MARKER)  # noqa: PTH113 - False, not an error, in an unreadable folder
 
 
 def claim(folder: Path, command: str, settings: Mapping[str, object]) -> None:
     """Make ``folder`` an output folder: create it, and write ``fastfg.json`` with the command and its settings.
 
-    Raises ValueError for a file, and for a folder that holds anything else than earlier output: the marker would
-    hide the user's images in it.
+    Raises ValueError for a file, and for a folder that contains anything but earlier output, because the marker would
+    hide the user's images there.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got {folder}, which is a file")

@@ -1,7 +1,7 @@
-"""The public ops. Each file is one op: its checks, its torch schema, and how its arguments reach a backend.
+"""The public ops, one file per op: its argument checks, its torch schema, and the conversion of its arguments.
 
 :mod:`fastfg.ops.dispatch` chooses the backend: plain torch (:mod:`fastfg.reference`), C++ (:mod:`fastfg.ops.native`) or
-Triton (:mod:`fastfg.ops.launch`). No op is differentiable: inputs may require grad, and results never do.
+Triton (:mod:`fastfg.ops.launch`). No op is differentiable: inputs may require grad, but results never do.
 """
 
 from fastfg.ops.encode_project import encode_project

@@ -1,4 +1,4 @@
-"""Checks of the ops' arguments."""
+"""Argument checks for the ops."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastfg.reference.relevancy import IDENTITIES
 
 
 def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) -> None:
-    """Compare each argument's shape with its letters and with the ``sizes`` that are known so far.
+    """Check the shape of each argument against its letters and the ``sizes`` known so far.
 
-    An argument is a pair of a tensor and its letters, as in ``g=(g, "T d")``. A new letter takes its size from the
-    tensor. Raises ValueError that names the argument.
+    An argument is a pair of a tensor and its letters, for example ``g=(g, "T d")``. A new letter takes its size from
+    the tensor. Raises ValueError that names the argument.
     """
     for name, (tensor, letters) in arguments.items():
         if tensor is None:
@@ -32,7 +32,7 @@ def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) 
 def check_indices(indices: Tensor, F: int) -> None:
     """Raise IndexError for a feature that the decoder does not have.
 
-    For indices on the CPU alone: on a GPU this would wait for the device. A traced program can't depend on numbers.
+    Only for indices on the CPU: on a GPU this would wait for the device. A traced program can't depend on values.
     """
     if indices.device.type != "cpu" or torch.compiler.is_compiling() or indices.numel() == 0:
         return
@@ -47,11 +47,11 @@ def check_identity(identity: str) -> None:
 
 
 def check_rows(rows: Tensor) -> None:
-    """Raise ValueError for rows that are not precise enough to be summed through the blocks."""
+    """Raise ValueError for rows in a dtype that is too imprecise for sums over all blocks."""
     if rows.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"rows: expected float32 or float64, whatever the model's dtype, got {rows.dtype}")
 
 
 def widest(rows: Tensor, q: Tensor) -> torch.dtype:
-    """The dtype that asks more of a backend: rows may be float64 where the model is not."""
+    """The wider of the two dtypes: rows may be float64 even if the model is not."""
     return rows.dtype if rows.dtype == torch.float64 else q.dtype

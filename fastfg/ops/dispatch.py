@@ -1,7 +1,7 @@
-"""The choice of a backend for an op.
+"""Choose the backend that runs an op.
 
-``backend="auto"`` chooses by the tensors' device and logs each choice once. A named backend runs, or raises every
-reason why it can't. Nothing falls back to another backend after a kernel has failed.
+``backend="auto"`` chooses by the tensors' device and logs each choice once. A named backend runs, or raises an
+error with every reason why it can't. Nothing falls back to another backend after a kernel has failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastfg.torch_internals import constant_when_traced
 BACKENDS = ("reference", "cpp", "triton")
 PREFERRED = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}  # by device, best first
 NAMESPACES = {"cpp": "fastfg", "triton": "fastfg_triton"}  # of torch.ops
-OPS: list[str] = []  # all that are registered
+OPS: list[str] = []  # the registered ops
 
 log = logging.getLogger("fastfg")
 _lock = threading.Lock()
@@ -33,17 +33,17 @@ Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for can't serve this op. The message says why."""
+    """The named backend can't run this op. The message says why."""
 
 
-# What torch knows of an op ------------------------------------------------------------------------------------------
+# Registration with torch --------------------------------------------------------------------------------------------
 
 
 def register(fake: Fake) -> Fake:
-    """Register the torch op that ``fake`` describes with every backend that has it; runs once, on import.
+    """Register the torch op that ``fake`` describes, for every backend that has it. Runs once, on import.
 
-    ``_gate`` describes the op ``gate``. Its signature is the op's schema. Its body makes the results' shapes and dtypes
-    without their numbers, for tracing.
+    The function ``_gate`` describes the op ``gate``. Its signature is the op's schema. Its body returns tensors with
+    the shapes and dtypes of the results, for tracing.
     """
     op = fake.__name__.removeprefix("_")
     schema = schema_of(op, fake)
@@ -54,7 +54,7 @@ def register(fake: Fake) -> Fake:
 
 
 def schema_of(op: str, fake: Callable[..., Any]) -> str:
-    """``op``'s schema in torch's words, as in ``gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor``."""
+    """The schema of ``op`` for torch, for example ``gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor``."""
     return op + torch.library.infer_schema(fake, mutates_args=()).replace("SymInt", "int")
 
 
@@ -64,9 +64,9 @@ def torch_op(op: str, backend: str) -> Callable[..., Any]:
 
 
 def detached(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorator of the public ops: no gradient is recorded, and the result is a normal tensor in inference mode too.
+    """Decorator of the public ops: no gradient is recorded, and results are normal tensors even in inference mode.
 
-    Kernels run in threads that know neither ``no_grad`` nor inference mode, so they get tensors without a gradient.
+    Kernels run in threads where ``no_grad`` and inference mode are not active, so they get tensors without a gradient.
     """
 
     def without_gradient(value: Any) -> Any:
@@ -87,9 +87,9 @@ def detached(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
 @constant_when_traced
 def choose(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The name of the backend that serves ``op`` for tensors of ``dtype`` on ``device``.
+    """The name of the backend that runs ``op`` for tensors of ``dtype`` on ``device``.
 
-    Raises ValueError for an unknown backend, and BackendError with all reasons where a named one can't run.
+    Raises ValueError for an unknown backend, and BackendError with all reasons if a named backend can't run.
     """
     with _lock:
         return _choose(op, backend, torch.device(device), dtype)
@@ -110,16 +110,16 @@ def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:
-    """All reasons why ``backend`` can't serve ``op`` for tensors like ``like``; None where it can.
+    """All reasons why ``backend`` can't run ``op`` for tensors like ``like``; None if it can.
 
-    Without ``like``: why it can't on any device of this machine. Only asks; registers and loads nothing.
+    Without ``like``: why it can't run on any device of this machine. Nothing is registered or loaded.
     """
     found = reasons(op, backend) if like is None else reasons(op, backend, like.device, like.dtype)
     return "; ".join(found) or None
 
 
 def reasons(op: str, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> list[str]:
-    """All that keeps ``backend`` from serving ``op`` there; without a device and dtype: anywhere on this machine."""
+    """All reasons why ``backend`` can't run ``op`` for this device and dtype (None: for any on this machine)."""
     if backend == "reference":
         return []
     if backend == "cpp":

@@ -1,4 +1,4 @@
-"""``encode_project``: codes and scores in one go, for SAEs of any sparsity."""
+"""``encode_project``: codes and scores in one op, for SAEs of any sparsity."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def encode_project(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Scores ``s_t = sum_f f_t,f (W_dec[f] . g_t)`` of an SAE that is not TopK; no array [T, F] is kept.
+    """Scores ``s_t = sum_f f_t,f (W_dec[f] . g_t)`` of an SAE that is not TopK. No array [T, F] is stored.
 
     Args:
-        x: [T, d] residual stream, already normalised, ``b_dec`` already subtracted where the SAE does so.
+        x: [T, d] residual stream, already normalised, and with ``b_dec`` already subtracted if the SAE subtracts it.
         g: [T, d] gradient of the target at the residual stream.
-        W_enc: [d, F] encoder. ``x`` may be of another dtype; products take the encoder's.
+        W_enc: [d, F] encoder. ``x`` may have another dtype; it is converted to the encoder's.
         b_enc: [F]. Not used by a ``gated`` SAE.
-        W_dec: [F, d] decoder, of ``g``'s dtype.
+        W_dec: [F, d] decoder, with ``g``'s dtype.
         activation: ``relu``, ``tanh_relu``, ``jumprelu``, ``batch_topk`` or ``gated``, with its parameters.
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
@@ -52,7 +52,7 @@ def encode_project(
 
     Raises:
         ValueError: for shapes that don't fit, or an activation that needs all features at once (``topk``).
-        BackendError: where the named backend can't run; the message has every reason.
+        BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
     """

@@ -23,18 +23,19 @@ def encode_topk(
 
     Args:
         x: [T, d] residual stream, already normalised.
-        W_enc: [d, F] encoder, of ``x``'s dtype.
-        b_enc: [F]. May be of another dtype than ``x``.
-        b_dec: [d], or None for an SAE that does not subtract it. May be of another dtype than ``x``.
+        W_enc: [d, F] encoder, with ``x``'s dtype.
+        b_enc: [F]. Its dtype may differ from ``x``'s.
+        b_dec: [d], or None for an SAE that does not subtract it. Its dtype may differ from ``x``'s.
         k: active features per token, from 1 to F.
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
-        Values [T, K] >= 0 in descending order, of ``x``'s dtype, and indices [T, K] int64. Ties go to the lowest index.
+        Values [T, K] >= 0 in descending order, with ``x``'s dtype, and indices [T, K] int64. Of equal values, the one
+        with the lowest index is taken first.
 
     Raises:
         ValueError: for shapes that don't fit, or ``k`` out of range.
-        BackendError: where the named backend can't run; the message has every reason.
+        BackendError: if the named backend can't run; the message has every reason.
 
     Source: the TopK SAEs of Gao et al. 2024, arXiv 2406.04093.
     """

@@ -16,20 +16,20 @@ def _gate(scores: Tensor, kappa: Tensor, c_max: Tensor) -> Tensor:
 
 @detached
 def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor, *, backend: str = "auto") -> Tensor:
-    """Gates of the patches of each image.
+    """Gates of the patches, computed per image.
 
     Args:
-        scores: [..., P] scores of one block's patches, at least one patch.
+        scores: [..., P] scores of the patches of one block, at least one patch.
         kappa, c_max: numbers, or tensors that broadcast against [..., 1], for several configurations at once.
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
-        Gates in [1/c_max, c_max], of ``scores``' dtype: [..., P], where ``...`` is broadcast with ``kappa`` and
-        ``c_max``. NaN for every patch of an image with a NaN score.
+        Gates in [1/c_max, c_max], with the dtype of ``scores``: [..., P], where ``...`` is broadcast with ``kappa``
+        and ``c_max``. If an image has a NaN score, all its gates are NaN.
 
     Raises:
         ValueError: for scores without a patch.
-        BackendError: where the named backend can't run; the message has every reason.
+        BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 4 and 5.
     """

@@ -47,10 +47,10 @@ def gated_relevancy(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One block's step for C gate configurations that share the block's sparse codes.
+    """One block's relevancy step for C gate configurations that share the block's sparse codes.
 
     Args:
-        rows: [C, B, N], float32 or float64; the results have their precision, whatever the model's.
+        rows: [C, B, N], float32 or float64. The results have this dtype, regardless of the model's.
         q, k, v, dO, scale, identity: as in :func:`relevancy`.
         g: [B, P, d] gradient of the target at the patches. They are the last P of the N tokens; the tokens before
             them have gate 1.
@@ -58,17 +58,16 @@ def gated_relevancy(
         values: [B, P, K] codes.
         indices: [B, P, K] int64, the features they belong to, from 0 to F - 1.
         kappa: [C].
-        c_max: [C]. Where it is 1, the configuration does not gate this block: its gates are exactly 1, whatever the
-            scores.
+        c_max: [C]. If it is 1, the configuration does not gate this block: its gates are exactly 1 for any scores.
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
-        The new rows [C, B, N], scores [B, P] and gates [C, B, P]. The inputs are left as they are.
+        The new rows [C, B, N], scores [B, P] and gates [C, B, P]. The inputs are not modified.
 
     Raises:
         ValueError: for shapes that don't fit, rows of another dtype, or an unknown ``identity``.
         IndexError: on the CPU, for an index out of range; see :func:`project` for what a GPU does.
-        BackendError: where the named backend can't run; the message has every reason.
+        BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 1 to 6.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fastfg_triton", "DEF")
-LEAST = (8, 0)  # compute capability: the tiles need more shared memory than older devices have
+LEAST = (8, 0)  # compute capability; older devices have too little shared memory for the tiles
 
 
 def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
@@ -26,7 +26,7 @@ def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
 
 
 def launch(op: str, first: Tensor, *rest: Any) -> Any:
-    """Run ``fastfg/kernels/<op>.py`` on the tensors' own device: Triton launches on the current one."""
+    """Run ``fastfg/kernels/<op>.py`` on the tensors' device. Triton launches on the current device, so it is set."""
     function = getattr(importlib.import_module(f"fastfg.kernels.{op}"), op)
     with torch.cuda.device(first.device):
         return function(first, *rest)
@@ -45,9 +45,9 @@ def why_not(op: str) -> str | None:
 
 
 def why_not_on(device: torch.device | None) -> str | None:
-    """The reason why ``device`` (None: every device of this machine) is not one for Triton kernels, or None."""
+    """The reason why ``device`` can't run Triton kernels, or None. ``device=None`` asks about all on this machine."""
     if not torch.cuda.is_available():
-        return "there is no CUDA device" if device is None else None  # else a tensor without numbers, to be traced
+        return "there is no CUDA device" if device is None else None  # else a fake tensor, for tracing
     every = (torch.device("cuda", number) for number in range(torch.cuda.device_count()))
     devices = every if device is None else [device]
     found = {torch.cuda.get_device_name(one): torch.cuda.get_device_capability(one) for one in devices}

@@ -1,4 +1,4 @@
-"""The C++ ops, where they were built: ``torch.ops.fastfg``."""
+"""The C++ ops, if they are built: ``torch.ops.fastfg``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def load() -> str | None:
 
 
 UNLOADED = load()
-REASONS: dict[str, str | None] = {}  # why an op can't be used, or None; by op
+REASONS: dict[str, str | None] = {}  # {op: why it can't be used, or None}
 
 
 def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Give the C++ op its fake, where it is there and has this schema."""
+    """Register the fake of the C++ op, if the op exists and has this schema."""
     REASONS[op] = UNLOADED or mismatch(op, schema)
     if REASONS[op] is None:
         torch.library.register_fake(f"fastfg::{op}", fake)
 
 
 def mismatch(op: str, schema: str) -> str | None:
-    """Why the library that is loaded does not have ``op`` with this schema, or None."""
+    """Why the loaded library does not have ``op`` with this schema, or None."""
     if not hasattr(torch.ops.fastfg, op):
         return "there is no C++ version"
     built, expected = str(getattr(torch.ops.fastfg, op).default._schema), f"fastfg::{schema}"
@@ -40,5 +40,5 @@ def mismatch(op: str, schema: str) -> str | None:
 
 
 def why_not(op: str) -> str | None:
-    """The reason why ``torch.ops.fastfg`` can't serve ``op``, or None."""
+    """The reason why ``torch.ops.fastfg`` can't run ``op``, or None."""
     return REASONS[op]

@@ -1,4 +1,4 @@
-"""``project``: scores of sparse codes, on the active features alone (equations 2 and 3)."""
+"""``project``: scores of sparse codes, computed from the active features only (equations 2 and 3)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def project(
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
-        Scores [T] and contributions [T, K], both of ``g``'s dtype.
+        Scores [T] and contributions [T, K], both with ``g``'s dtype.
 
     Raises:
         ValueError: for shapes that don't fit.
-        IndexError: on the CPU, for an index out of range. A Triton kernel can't raise: there, the contribution of
-            that index and the token's score are NaN. On a GPU, the reference ends in torch's device-side assertion.
-        BackendError: where the named backend can't run; the message has every reason.
+        IndexError: on the CPU, for an index out of range. A Triton kernel can't raise: it returns NaN as the
+            contribution of that index and as the token's score. The reference on a GPU fails with torch's device-side
+            assertion.
+        BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
     """

@@ -30,23 +30,23 @@ def relevancy(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """One block's step ``r <- r + (r @ E) * w`` with ``E = mean_h max(A * dy/dA, 0)``.
+    """One block's relevancy step ``r <- r + (r @ E) * w``, with ``E = mean_h max(A * dy/dA, 0)``.
 
     Args:
-        rows: [C, B, N], float32 or float64; the results have their precision, whatever the model's.
+        rows: [C, B, N], float32 or float64. The results have this dtype, regardless of the model's.
         q, k, v: [B, H, N, dh] queries, keys and values.
         dO: [B, H, N, dh] gradient of the target at the attention's output.
-        scale: factor of the attention's logits ``q @ k^T``.
+        scale: factor of the attention logits ``q @ k^T``.
         gates: [C, B, N], 1 for prefix tokens; None for a block that is not gated.
-        identity: ``transmm`` (no identity inside E) or ``paper`` (equation 1 by the letter).
+        identity: ``transmm`` (no identity inside E) or ``paper`` (equation 1 taken literally).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
-        The new rows [C, B, N]. The inputs are left as they are.
+        The new rows [C, B, N]. The inputs are not modified.
 
     Raises:
         ValueError: for shapes that don't fit, rows of another dtype, or an unknown ``identity``.
-        BackendError: where the named backend can't run; the message has every reason.
+        BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 1 and 6, in the row form (docs/method.md).
     """

@@ -1,8 +1,8 @@
 """The method in plain torch, one line per equation. Every faster backend is compared with these functions.
 
-Letters, the same everywhere: ``B`` images, ``P`` patches, ``N`` tokens (``P`` + prefix tokens), ``H`` heads,
-``dh`` head width, ``d`` model width, ``L`` blocks, ``F`` SAE features, ``K`` active features per token, ``C`` gate
-configurations, ``T`` tokens in a flat batch.
+Letters in shapes, used throughout fastfg: ``B`` images, ``P`` patches, ``N`` tokens (``P`` + prefix tokens), ``H``
+heads, ``dh`` head width, ``d`` model width, ``L`` blocks, ``F`` SAE features, ``K`` active features per token, ``C``
+gate configurations, ``T`` tokens in a flat batch.
 
 Every function runs on any device, and in float64 for float64 inputs.
 """

@@ -1,4 +1,4 @@
-"""Dense codes: ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, ``f >= 0``."""
+"""Dense codes of an SAE: ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, ``f >= 0``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastfg.reference.encode_topk import topk_lowest_index
 
 ACTIVATIONS = ("topk", "batch_topk", "relu", "jumprelu", "gated", "tanh_relu")
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
-LAYER_NORM_EPS = 1e-5  # added to the standard deviation, outside the root
+LAYER_NORM_EPS = 1e-5  # added to the standard deviation, outside the square root
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Activation:
     b_mag: Tensor | None = None  # [F]
 
     def slice(self, start: int, stop: int) -> Activation:
-        """The same activation for the features ``start:stop``; any but ``topk``, which compares all features."""
+        """The same activation for the features ``start:stop``. Not for ``topk``, which compares all features."""
         return self.map(lambda t: t[start:stop] if t.ndim else t)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Activation:
@@ -50,7 +50,7 @@ class Normalized(NamedTuple):
 
 
 def normalize(x: Tensor, kind: str) -> Normalized:
-    """The SAE's input normalisation of ``x`` [..., d].
+    """Normalise ``x`` [..., d] as the SAE's input.
 
     ``layer_norm`` subtracts the mean and divides by (unbiased standard deviation + 1e-5); ``constant_norm``
     multiplies by ``sqrt(d) / norm``. The scale of a layer-norm SAE is the standard deviation itself.
@@ -69,16 +69,16 @@ def normalize(x: Tensor, kind: str) -> Normalized:
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
     """``(x - b_dec) @ W_enc + b_enc`` [..., F]; ``b_dec`` is None for an SAE that does not subtract it.
 
-    The product is taken in the encoder's dtype, whatever that of ``b_dec``.
+    The product is computed in the encoder's dtype, even if ``b_dec`` has another one.
     """
     centred = x if b_dec is None else x - b_dec
     return centred.to(W_enc.dtype) @ W_enc + b_enc
 
 
 def activate(pre: Tensor, activation: Activation) -> Tensor:
-    """The codes of pre-activations [..., F]. Those of ``gated`` are ``(x - b_dec) @ W_enc``, without a bias.
+    """The codes of pre-activations [..., F]. For ``gated``, pre-activations are ``(x - b_dec) @ W_enc``, without bias.
 
-    Codes are set to 0 where the pre-activation is at most the threshold. A NaN never is, so it stays.
+    A code is 0 where the pre-activation is at most the threshold. This comparison is false for NaN, so NaN stays NaN.
     """
     kind = activation
     if kind.name == "relu":

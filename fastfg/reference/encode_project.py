@@ -1,4 +1,4 @@
-"""Equations 2 and 3 for SAEs of any sparsity, some features at a time: no array [T, F] is kept."""
+"""Equations 2 and 3 for SAEs of any sparsity, in chunks of features: no array [T, F] is stored."""
 
 from __future__ import annotations
 

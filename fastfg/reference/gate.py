@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 MAD_EPS = 1e-8
-MAD_TO_STD = 1.4826  # of a normal distribution
+MAD_TO_STD = 1.4826  # for a normal distribution
 
 
 def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor) -> Tensor:
-    """Gates [..., P] of ``scores`` [..., P], which are the patches of one image and layer.
+    """Gates [..., P] from ``scores`` [..., P]; the last dimension has the patches of one image and block.
 
-    The median of an even number of patches is the lower one, as torch's is. ``kappa`` and ``c_max`` are numbers, or
-    tensors that broadcast against [..., 1], for several configurations at once. Computed in float32 at least, because
-    MAD_EPS is 0 in float16.
+    The median of an even number of patches is the lower one, as in torch. ``kappa`` and ``c_max`` are numbers, or
+    tensors that broadcast against [..., 1], for several configurations at once. The computation uses at least float32,
+    because MAD_EPS is 0 in float16.
     """
     s = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kappa, c_max = (torch.as_tensor(number, dtype=s.dtype, device=s.device) for number in (kappa, c_max))

@@ -25,9 +25,9 @@ def gated_relevancy(
     c_max: Tensor,  # [C], 1 for a configuration that does not gate this block
     identity: str = "transmm",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new rows [C, B, N], scores [B, P] and gates [C, B, P], all of the dtype of ``rows``.
+    """The new rows [C, B, N], scores [B, P] and gates [C, B, P], all with the dtype of ``rows``.
 
-    The N - P prefix tokens come first and have gate 1. So does every patch where ``c_max`` is 1.
+    The N - P prefix tokens come first and have gate 1. If ``c_max`` is 1, every patch also has gate 1.
     """
     scores, _ = project(g.flatten(0, 1), W_dec, values.flatten(0, 1), indices.flatten(0, 1))  # eq. 2, 3
     scores = scores.unflatten(0, g.shape[:2]).to(rows.dtype)

@@ -10,7 +10,7 @@ TILE = 2**22  # entries of gathered decoder rows at a time, 16 MiB in float32
 
 
 def project_dense(g: Tensor, W_dec: Tensor, f: Tensor) -> Tensor:
-    """``s_t = sum_k (D^T g_t)_k f_tk`` [...], as in the paper: ``g`` [..., d], ``W_dec`` [F, d], ``f`` [..., F]."""
+    """``s_t = sum_k (D^T g_t)_k f_tk`` [...] as in the paper: ``g`` is [..., d], ``W_dec`` [F, d], ``f`` [..., F]."""
     feature_gradient = g @ W_dec.mT  # eq. 2
     return (feature_gradient * f).sum(-1)  # eq. 3
 
@@ -21,9 +21,9 @@ def project(
     values: Tensor,  # [T, K]
     indices: Tensor,  # [T, K]
 ) -> tuple[Tensor, Tensor]:
-    """Scores [T] from the active features alone, and the terms [T, K] of their sums. ``D^T g`` is never formed.
+    """Scores [T] from the active features only, and the terms [T, K] that they sum. ``D^T g`` is never computed.
 
-    Tokens are taken some at a time, so that the decoder's rows [T, K, d] are never held together.
+    Tokens are processed in chunks, so that the decoder rows [T, K, d] are never all in memory.
     """
     tokens = max(1, TILE // max(1, values.shape[1] * g.shape[1]))
     parts = zip(g.split(tokens), values.split(tokens), indices.split(tokens), strict=True)

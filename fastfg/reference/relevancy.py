@@ -1,8 +1,8 @@
-"""Equations 1 and 6: gradient-weighted attention, gated by column, summed up through the blocks.
+"""Equations 1 and 6: gradient-weighted attention, gated by column and accumulated over the blocks.
 
-There are two forms with the same result. The row form keeps only the row or rows that the head reads, and goes from
-the last block to the first, as the backward pass does. The library uses it. The matrix form builds the whole N x N
-relevancy from the first block to the last, as the paper writes it. The tests compare with it.
+There are two forms with the same result. The library uses the row form. It keeps only the row or rows that the head
+reads, and goes from the last block to the first, like the backward pass. The tests compare it with the matrix form,
+which builds the whole N x N relevancy from the first block to the last, as in the paper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 IDENTITIES = ("transmm", "paper")
-TILE = 2**20  # entries of attention at a time, 4 MiB in float32: about what a core keeps in its caches
+TILE = 2**20  # entries of attention at a time, 4 MiB in float32: about the size of a core's caches
 
 
 def attention_map(attn: Tensor, dattn: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ def relevancy(
 ) -> Tensor:
     """One block of the row form, ``r <- r + (r @ E) * w`` [C, B, N], with ``E`` from q, k, v and dO.
 
-    With ``identity="paper"`` (eq. 1 by the letter) ``E`` includes the identity, and the gate scales that too.
-    ``E`` is computed for some queries at a time, so nothing of size N x N is held. It has the dtype of ``rows``,
-    whatever the model's.
+    With ``identity="paper"`` (eq. 1 taken literally) ``E`` includes the identity, and the gate scales it too. ``E`` is
+    computed in chunks of queries, so nothing of size N x N is stored. It has the dtype of ``rows``, regardless of the
+    model's.
     """
     q, k, v, dO = (t.to(rows.dtype) for t in (q, k, v, dO))
     flow = torch.zeros_like(rows)
@@ -52,7 +52,7 @@ def relevancy(
 
 
 def query_tiles(q: Tensor) -> Iterator[slice]:
-    """Slices of the queries of ``q`` [B, H, N, dh], so that the attention of each slice has at most TILE entries."""
+    """Slices over the queries of ``q`` [B, H, N, dh]; the attention of a slice has at most TILE entries."""
     B, H, N, _ = q.shape
     size = max(1, TILE // max(1, B * H * N))
     for start in range(0, N, size):
@@ -68,7 +68,7 @@ def rollout(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def attend(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``rows @ mean_h A`` [C, B, N keys], for ``rows`` [C, B, N queries]; some queries at a time."""
+    """``rows @ mean_h A`` [C, B, N keys], for ``rows`` [C, B, N queries], in chunks of queries."""
     q, k = q.to(rows.dtype), k.to(rows.dtype)
     flow = rows.new_zeros(*rows.shape[:2], k.shape[2])
     for n in query_tiles(q):
@@ -78,10 +78,10 @@ def attend(rows: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def pooling_row(q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
-    """The first row under an attention-pooling head, the head's own ``mean_h max(A * dA, 0)`` [B, N keys].
+    """The starting row for an attention-pooling head: the head's own ``mean_h max(A * dA, 0)`` [B, N keys].
 
-    ``q`` and ``dO`` are [B, H, n, dh] for the head's ``n`` learnt queries. Their maps are summed: a query whose output
-    is not used has no gradient and adds nothing.
+    ``q`` and ``dO`` are [B, H, n, dh] for the head's ``n`` learned queries. The maps of the queries are summed; a query
+    whose output is not used has no gradient and adds nothing.
     """
     return attention_map(torch.softmax(q @ k.mT * scale, dim=-1), dO @ v.mT).sum(1)
 

@@ -1,4 +1,4 @@
-"""Tables, figures, overlays and the HTML page: the results as people read them."""
+"""Show results as tables, figures, overlays and an HTML page."""
 
 from fastfg.report.figure import save_figure
 from fastfg.report.overlay import displayed, save_overlay

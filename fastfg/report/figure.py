@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FigureRow(NamedTuple):
-    """One image: its name, the picture [H, W, 3], two maps [gh, gw], and the scores of each map by metric."""
+    """One image: its name, the picture [H, W, 3], two maps [gh, gw], and {metric: score} per map."""
 
     name: str
     picture: Tensor
@@ -67,10 +67,10 @@ def _draw(row: FigureRow, axes: Sequence[Axes]):  # type: ignore[no-untyped-def]
         axis.imshow(heat.numpy(), cmap=COLOURS, alpha=0.65, vmin=0, vmax=1)
         axis.set_xlabel("  ".join(f"{_short(name)} {value:.2f}" for name, value in scores.items()), fontsize=7.5)
     axes[0].set_xlabel(row.name, fontsize=7.5)
-    axes[3].set_xlabel(" ", fontsize=7.5)  # an empty label keeps the images of a row at one height
+    axes[3].set_xlabel(" ", fontsize=7.5)  # an empty label keeps the images of a row at the same height
     return axes[3].imshow(torch.as_tensor(difference / largest).numpy(), cmap="RdBu_r", alpha=0.85, vmin=-1, vmax=1)
 
 
 def _short(metric: str) -> str:
-    """A metric's name in the figure."""
+    """The short name of a metric."""
     return METRICS[metric].short if metric in METRICS else metric

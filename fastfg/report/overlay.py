@@ -1,4 +1,4 @@
-"""A heatmap over its image, as a PNG."""
+"""Draw a heatmap over its image and save it as a PNG."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def displayed(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] 
     """A model's input [C, H, W], with 1 or 3 channels, as a picture [H, W, 3] in 0..1.
 
     Args:
-        mean, std: of the model's normalisation, one value per channel. Where one of them is None, the picture is
-            stretched to 0..1 instead.
+        mean, std: the model's normalisation, one value per channel. If one of them is None, the picture is stretched
+            to 0..1 instead.
     """
     picture = image.detach().float().cpu()
     if mean is not None and std is not None:

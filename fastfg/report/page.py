@@ -1,4 +1,4 @@
-"""The report as one HTML file. It contains the figure, and every text in it is escaped."""
+"""Write the report as one HTML file. It contains the figure, and all text in it is escaped."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def write_page(
 
     Args:
         title, subtitle: the heading, and the line under it.
-        summary: from :func:`fastfg.study.summarize`.
-        scores, errors: from :func:`fastfg.study.compare_batch`.
+        summary: a result of :func:`fastfg.study.summarize`.
+        scores, errors: tables from :func:`fastfg.study.compare_batch`.
         figure: a PNG file, which is embedded. figure_caption: its caption.
         settings: {name: value}, shown as text.
         notes: paragraphs under the comparison.

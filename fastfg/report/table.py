@@ -28,19 +28,19 @@ def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]
     best = {}
     for metric in metrics:
         means = summary.loc[summary["metric"] == metric].set_index("variant")["mean"].dropna()
-        if len(means) and metric in METRICS:  # of a metric of the user's own, the better side is not known here
+        if len(means) and metric in METRICS:  # for a user's own metric, the better direction is unknown
             best[metric] = means.idxmax() if METRICS[metric].higher_is_better else means.idxmin()
     rows: dict[str, list[Cell]] = {}
     for entry in summary.sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable").to_dict("records"):
         text = f"{entry['mean']:.3f} ± {entry['se']:.3f}{entry['stars']}"
-        if entry["missing"]:  # a mean of some images alone says so
+        if entry["missing"]:  # a mean over some of the images says so
             text += f" ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
         rows.setdefault(entry["variant"], []).append(Cell(text, best.get(entry["metric"]) == entry["variant"]))
     return [_title(metric) for metric in metrics], rows
 
 
 def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
-    """``summary`` as a Markdown table; its footnote names ``against``, which the others are tested against."""
+    """``summary`` as a Markdown table. Its footnote names ``against``, the variant that the tests compare with."""
     titles, rows = table_cells(summary)
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for variant, cells in rows.items():

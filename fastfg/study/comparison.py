@@ -1,4 +1,4 @@
-"""Several ways of explaining the same images, judged side by side."""
+"""Explain the same images with several gates, and score the maps side by side."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fastfg.types import Attribution, Gate, Scores
 if TYPE_CHECKING:
     import pandas as pd
 
-IMAGES_ON_CPU, IMAGES_ON_GPU = 8, 64  # attributed at a time
+IMAGES_ON_CPU, IMAGES_ON_GPU = 8, 64  # images per attribution
 
 
 class Comparison(NamedTuple):
     """One batch of images under several gates.
 
     Attributes:
-        scores: one row per image and variant: ``index`` (the image's place in the batch), ``image`` (its key),
+        scores: one row per image and variant: ``index`` (the image's position in the batch), ``image`` (its key),
             ``variant``, ``target``, and one column per metric.
-        errors: one row per score that is missing: ``index``, ``image``, ``variant``, ``metric``, ``message``.
-        attribution: of all variants, with a leading ``C``.
+        errors: one row per missing score: ``index``, ``image``, ``variant``, ``metric``, ``message``.
+        attribution: the attribution of all variants, with a leading dimension ``C``.
     """
 
     scores: pd.DataFrame
@@ -52,25 +52,25 @@ def compare(
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Attribute images under each of ``gates`` and judge every map; what several maps need is computed once.
+    """Explain images with each of ``gates`` and score every map. Work that several maps need is done once.
 
-    One forward and one backward pass serve all gates; a perturbed forward that several maps or metrics need is run
+    One forward and one backward pass serve all gates. A perturbed forward that several maps or metrics need is run
     once. Apart from the table, memory does not grow with the number of images.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         images: [B, C, H, W], or an iterable of batches: tensors, or tuples whose first entry is the tensor, as a
             DataLoader of (image, label) gives them; labels are not used.
-        gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all of the gates.
+        gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all gates.
         target: None (the predicted class), an int, one per image, or a function of the model's output.
-        keys: the images' names, one per image. metrics, baseline: as for :func:`fastfg.evaluate`; what holds one entry
-            per image (``subsets``, a tensor ``baseline``) holds one for each of all the images.
-        progress: called with (images done, images in all, or None where that is not known).
+        keys: the images' names, one per image. metrics, baseline: as in :func:`fastfg.evaluate`. Per-image arguments
+            (``subsets``, a tensor ``baseline``) have one entry per image over all batches.
+        progress: called with (images done, total images, or None if the total is not known).
         options: more arguments of :func:`fastfg.evaluate`.
 
-    Returns a table with one row per image and variant: ``index`` (the image's place), ``image`` (its key),
+    Returns a table with one row per image and variant: ``index`` (the image's position), ``image`` (its key),
     ``variant``, ``target``, one column per metric, and ``error``: why a score is missing (NaN), or None. Raises
-    ValueError where there are not as many keys, targets or other per-image arguments as images.
+    ValueError if the number of keys, targets or other per-image arguments differs from the number of images.
 
     >>> import torch, fastfg
     >>> model = fastfg.models.timm.import_timm().create_model("vit_tiny_patch16_224", img_size=64, num_classes=5).eval()
@@ -121,14 +121,14 @@ def compare_batch(
     keys: Sequence[str | int] | None = None,
     **options: Any,
 ) -> Comparison:
-    """:func:`compare` for images that are attributed in one pass, with the maps themselves."""
+    """:func:`compare` for images that fit into one attribution; also returns the maps."""
     attribution = attribute(model, images, saes=saes, gate=list(gates.values()), target=target)
     scores = evaluate(model, images, attribution.maps, target=attribution.target, keys=keys, **options)
     return Comparison(*tidy(scores, list(gates), attribution.target), attribution)
 
 
 def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores [C, B] as a table with one row per image and variant, and their errors as another."""
+    """Scores [C, B] as a table with one row per image and variant, and the errors as a second table."""
     import pandas as pd
 
     rows = [
@@ -148,10 +148,10 @@ def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataF
 
 
 def _with_errors(found: Comparison, first: int) -> pd.DataFrame:
-    """The scores with a column ``error``; ``first`` is the place of the batch's first image among all of them."""
+    """The scores with a column ``error``. ``first`` is the position of the batch's first image among all images."""
     import pandas as pd
 
-    messages: dict[tuple[Any, Any], str] = {}  # by place, not by key: two images may have the same key
+    messages: dict[tuple[Any, Any], str] = {}  # by position, because two images may have the same key
     for error in found.errors.itertuples(index=False):
         at, text = (error[0], error.variant), f"{error.metric}: {error.message}"
         messages[at] = f"{messages[at]}; {text}" if at in messages else text
@@ -161,7 +161,7 @@ def _with_errors(found: Comparison, first: int) -> pd.DataFrame:
 
 
 def _batches(images: Tensor | Iterable[Tensor | Sequence[Any]]) -> Iterator[Tensor]:
-    """At most as many images at a time as one attribution takes."""
+    """The images in batches that are small enough for one attribution."""
     for number, given in zip(count(), [images] if isinstance(images, Tensor) else images):
         batch = given[0] if isinstance(given, (tuple, list)) and given else given
         if not isinstance(batch, Tensor):
@@ -178,7 +178,7 @@ def _is_per_image(values: Any) -> bool:
 
 
 def _part(name: str, values: Any, rows: slice) -> Any:
-    """The entries of ``rows`` where there is one entry per image; else ``values`` as they are."""
+    """The entries of ``values`` for ``rows`` if it has one entry per image; else ``values`` unchanged."""
     if not _is_per_image(values):
         return values
     if len(values) < rows.stop:

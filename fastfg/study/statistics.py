@@ -1,4 +1,4 @@
-"""Table 1's numbers: mean and standard error over images, and Welch's t-test against the first variant."""
+"""Summarise scores as in the paper's Table 1: mean and standard error over images, and Welch's t-test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-NOT_METRICS = ("index", "image", "key", "path", "variant", "target", "error")  # the other columns of a table of scores
+NOT_METRICS = ("index", "image", "key", "path", "variant", "target", "error")  # columns of a score table
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
@@ -20,12 +20,12 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     """One row per variant and metric: ``mean``, ``se`` (standard error over images), ``n``, ``missing``, ``p`` and
     ``stars``.
 
-    ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``; NaN for itself, and
-    where fewer than two images have a score. Missing scores are left out: ``n`` were there, ``missing`` were not.
+    ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``. It is NaN for ``against``
+    itself, and if fewer than two images have a score. ``n`` scores are used; ``missing`` scores are left out.
 
     Args:
-        scores: columns ``variant`` and one per metric, besides those that say which image it is (see
-            :func:`fastfg.study.compare`).
+        scores: a table with the column ``variant`` and one column per metric, and with columns that identify the image
+            (see :func:`fastfg.study.compare`).
     """
     import pandas as pd
     from scipy import stats

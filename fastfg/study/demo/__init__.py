@@ -1,4 +1,4 @@
-"""``fastfg demo`` on real weights and real photographs, and what only the demo uses."""
+"""The study that ``fastfg demo`` runs on real weights and real photographs, and the code that only the demo uses."""
 
 from fastfg.study.demo.run import Settings, run_demo
 

@@ -1,8 +1,8 @@
-"""ELPV: 2,624 electroluminescence photographs of solar cells, each with the probability of a defect.
+"""ELPV: 2,624 electroluminescence photographs of solar cells, with one defect probability per photograph.
 
 Deitsch et al., "Automatic classification of defective photovoltaic module cells in electroluminescence images",
-Solar Energy 185 (2019). Licence CC-BY-NC-SA 4.0. The photographs are read where
-the user installed them, and never redistributed.
+Solar Energy 185 (2019). Licence CC-BY-NC-SA 4.0. The photographs are read from the user's installation and never
+redistributed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LICENCE = "ELPV solar cells (Deitsch et al. 2019), CC-BY-NC-SA 4.0: used here, n
 
 
 class Cells(NamedTuple):
-    """The files (300 x 300 pixels, grey), and for each one the probability of a defect and the kind of wafer."""
+    """The files (300 x 300 pixels, grey), with the probability of a defect and the kind of wafer per file."""
 
     paths: list[Path]
     probability: list[float]

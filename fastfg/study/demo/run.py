@@ -1,8 +1,8 @@
 """The demo: does gating help a DINOv2-S that finds defects in photographs of solar cells?
 
 It computes features, fits a linear head and trains SAEs on three blocks. Then it explains held-out defective cells with
-vanilla TransMM, the method, the shuffled control and the control without an SAE, and judges the maps by three metrics.
-What was trained is kept in ``cache/``; the next run with the same settings uses it again.
+vanilla TransMM, the method, the shuffled control and the control without an SAE, and scores the maps by three metrics.
+The trained parts are kept in ``cache/``, and the next run with the same settings reuses them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and settings of the demo, chosen for a few minutes on two cores."""
+    """Sizes and settings of the demo, chosen so that it takes a few minutes on two cores."""
 
     layers: tuple[int, ...] = (4, 6, 8)
     train_images: int = 600
@@ -75,7 +75,7 @@ class Settings:
         }
 
     def metric_options(self) -> dict[str, Any]:
-        """Options for :func:`fastfg.evaluate`: coarser than the defaults, to save time."""
+        """Options for :func:`fastfg.evaluate`. They are coarser than the defaults, to save time."""
         return {
             "saco": {"n_bins": self.n_bins},
             "pixel_flipping": {"patches_per_step": self.patches_per_step},
@@ -85,7 +85,7 @@ class Settings:
 
 
 def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
-    """Run the demo into ``out`` and return its report page.
+    """Run the demo, write its results to ``out`` and return the path of the report page.
 
     Args:
         say: prints a line. track: takes the title of a long step and returns a progress callback.
