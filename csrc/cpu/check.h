@@ -1,4 +1,4 @@
-// What every op checks before it touches memory. A message names the argument, what was expected and what came.
+// Checks of every op before it touches memory. A message names the argument, the expected and the given value.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,7 +13,7 @@
 namespace fastfg {
 
 // Nothing inside an op is recorded for autograd. Worker threads do not inherit the caller's grad mode or inference
-// mode: each one that calls ATen needs this guard too.
+// mode, so each worker thread that calls ATen needs this guard too.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
 inline void check_cpu(const char* name, const at::Tensor& tensor) {
@@ -49,7 +49,7 @@ inline void check_range(const char* name, const int64_t* features, int64_t n, in
   TORCH_CHECK_INDEX(false, name, ": expected features from 0 to ", F - 1, ", got ", wrong);
 }
 
-// The sizes met so far, by letter. The first tensor that has a letter sets its size, and the others must agree.
+// The sizes known so far, by letter. The first tensor with a letter sets its size, and the others must agree.
 class Sizes {
  public:
   using Letters = std::initializer_list<std::string_view>;

@@ -1,5 +1,5 @@
-// Codes and scores in one pass, for SAEs whose activation acts on each feature alone. Any sparsity.
-// Per panel of features, one GEMM gives the pre-activations, a second one D^T g, and a pass over both adds up their
+// Codes and scores in one pass, for SAEs of any sparsity whose activation acts on each feature separately.
+// Per panel of features, one GEMM computes the pre-activations, a second one D^T g, and a pass over both sums their
 // products.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -19,14 +19,14 @@ constexpr int64_t PANEL_BYTES = 1 << 20;  // size of each of a panel's two array
 
 using Optional = std::optional<at::Tensor>;
 
-// A slice of a parameter of the features, in float32 or float64. Undefined where the activation does not have it.
+// A slice of a per-feature parameter, in float32 or float64. Undefined if the activation does not have it.
 at::Tensor part(const Optional& parameter, at::ScalarType wide, int64_t start, int64_t n, int64_t F) {
   if (!parameter.has_value()) return {};
   const auto whole = parameter->dim() == 0 ? parameter->expand({F}) : *parameter;
   return whole.narrow(0, start, n).to(wide).contiguous();
 }
 
-// Turns pre-activations into codes, in place. NaN stays NaN: values are set to 0 where a comparison is true.
+// Turns pre-activations into codes, in place. Values are set to 0 where a comparison is true, so NaN stays NaN.
 void activate(
     at::Tensor& pre, const std::string& kind, const at::Tensor& threshold, const at::Tensor& r_mag,
     const at::Tensor& b_gate, const at::Tensor& b_mag) {
@@ -57,7 +57,7 @@ void add_products(const at::Tensor& f, const at::Tensor& dg, at::Tensor& scores)
   });
 }
 
-// A parameter of the features is [F], or one number for all of them.
+// A per-feature parameter is [F], or one number for all features.
 void check_parameter(const char* name, const Optional& parameter, bool needed, const std::string& kind, int64_t F) {
   if (!parameter.has_value()) {
     TORCH_CHECK_VALUE(!needed, name, ": expected [", F, "] (F) or a number for '", kind, "', got None");

@@ -1,6 +1,6 @@
-// The K largest pre-activations per token, then ReLU. Ties go to the lowest index.
-// The GEMM runs over panels of features that stay in cache. A token keeps only what exceeds its K-th best so far:
-// about K ln(F / K) of the F features. The [T, F] pre-activations are never stored.
+// The K largest pre-activations per token, then ReLU. Of equal values, the one with the lowest index is taken.
+// The GEMM runs over panels of features that stay in cache. A token keeps only values above its K-th best so far, about
+// K ln(F / K) of the F features. The [T, F] pre-activations are never stored.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -25,7 +25,7 @@ struct Entry {
   int64_t index;
 };
 
-// NaN ranks first, as in torch.topk, so that it shows in the result.
+// NaN ranks first, as in torch.topk, so that it appears in the result.
 template <typename scalar_t>
 bool before(const Entry<scalar_t>& a, const Entry<scalar_t>& b) {
   const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
@@ -34,19 +34,19 @@ bool before(const Entry<scalar_t>& a, const Entry<scalar_t>& b) {
   return a.value > b.value;
 }
 
-// One token's best features so far: a buffer of up to 2K entries, cut to K whenever it is full.
+// The best features of one token so far: a buffer of up to 2K entries, cut to K when it is full.
 template <typename scalar_t>
 class Best {
  public:
   explicit Best(int64_t k) : k_(k) { entries_.reserve(2 * k); }
 
-  // Features come in ascending order: one that equals the K-th best has a higher index, and loses.
-  // Until K features are held there is no K-th best, and each one is taken, -inf too.
+  // Features come in ascending order, so a feature that equals the K-th best has a higher index and loses.
+  // Until there are K features, there is no K-th best, and every feature is taken, even -inf.
   void scan(const scalar_t* values, int64_t n, int64_t first_index) {
     using Vec = at::vec::Vectorized<scalar_t>;
     int64_t i = 0;
     for (; i + Vec::size() <= n; i += Vec::size()) {
-      // NaN compares as false, so it is never skipped.
+      // Comparisons with NaN are false, so NaN is never skipped.
       if (full_ && all_set(Vec::loadu(values + i) <= Vec(threshold_))) continue;
       for (int64_t j = i; j < i + Vec::size(); j++) take(values[j], first_index + j);
     }
@@ -83,7 +83,7 @@ class Best {
     if (static_cast<int64_t>(entries_.size()) == k_) {
       const auto last = std::max_element(entries_.begin(), entries_.end(), before<scalar_t>);
       full_ = true;
-      // When all K are NaN, nothing else can enter.
+      // If all K are NaN, nothing else can enter.
       threshold_ = std::isnan(last->value) ? std::numeric_limits<scalar_t>::infinity() : last->value;
     }
   }

@@ -16,7 +16,7 @@ namespace {
 
 constexpr double MAD_EPS = 1e-8, MAD_TO_STD = 1.4826;
 
-// NaN where any value is NaN, as torch.median; nth_element must not see one.
+// NaN if any value is NaN, as in torch.median. nth_element must not be called with NaN.
 template <typename scalar_t>
 scalar_t lower_median(std::vector<scalar_t>& values) {
   if (std::any_of(values.begin(), values.end(), [](scalar_t x) { return std::isnan(x); })) {

@@ -1,5 +1,5 @@
 // Equations 2 to 6 for one gated block in one call: project, gate, relevancy.
-// On a CPU there is nothing to fuse: one number per patch passes between the three, and stays in cache.
+// On a CPU there is nothing to fuse: only one number per patch passes between the three, and it stays in cache.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -15,7 +15,7 @@ at::Tensor relevancy(
 
 namespace {
 
-// What the three ops, which see flattened tensors, do not check themselves.
+// The checks that the three ops can't do themselves, because they get flattened tensors.
 void check_gated_relevancy(
     const at::Tensor& rows, const at::Tensor& q, const at::Tensor& g, const at::Tensor& W_dec,
     const at::Tensor& values, const at::Tensor& indices, const at::Tensor& kappa, const at::Tensor& c_max) {
@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gated_relevancy(
   const auto scores = s.to(rows.scalar_type()).view({B, P});
   const auto a_row = [&](const at::Tensor& of) { return of.to(rows.scalar_type()).repeat_interleave(B); };
   auto gates = gate(scores.repeat({C, 1}), a_row(kappa), a_row(c_max)).view({C, B, P});
-  gates = gates.masked_fill(c_max.view({C, 1, 1}) == 1, 1);  // also where the scores are NaN
+  gates = gates.masked_fill(c_max.view({C, 1, 1}) == 1, 1);  // even if the scores are NaN
   const auto w = at::cat({at::ones({C, B, N - P}, gates.options()), gates}, -1);
   return {relevancy(rows, q, k, v, dO, scale, w, paper), scores, gates};
 }

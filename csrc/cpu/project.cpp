@@ -20,9 +20,9 @@ namespace {
 
 constexpr int64_t AHEAD = 8;  // rows requested before they are needed
 constexpr int64_t GRADIENT_BYTES = 2 << 20;  // gradients of one group of tokens; they are read many times
-constexpr int64_t SORT_FROM = 4;  // pairs are sorted from one per this many features; fewer pairs share few rows
+constexpr int64_t SORT_FROM = 4;  // sort if there is at least one pair per this many features; else few rows are shared
 
-// While a row is multiplied, the same columns of a later row are prefetched: one cache line per line used, so that
+// While a row is multiplied, the same columns of a later row are prefetched, one cache line per line used, so that
 // requests do not pile up. They go to the second-level cache, so that the first level keeps the gradients.
 template <typename scalar_t>
 void request(const scalar_t* later, int64_t i, int64_t n) {
@@ -66,7 +66,7 @@ double dot(const double* a, const double* b, int64_t d, const double* later) {
   return sum;
 }
 
-// Rows in half precision are converted as they are read: half the bytes, and the sum is in float32.
+// Half-precision rows are converted as they are read: that halves the bytes, and sums are in float32.
 template <typename half_t>
 float dot(const half_t* a, const float* b, int64_t d, const half_t* later) {
   using Vec = at::vec::Vectorized<float>;
@@ -83,7 +83,7 @@ float dot(const half_t* a, const float* b, int64_t d, const half_t* later) {
   return sum;
 }
 
-// The pairs from begin to end, sorted by feature and stable: a counting sort.
+// The pairs from begin to end, sorted by feature: a stable counting sort.
 std::vector<int64_t> by_feature(const int64_t* feature, int64_t begin, int64_t end, int64_t F) {
   std::vector<int64_t> order(end - begin);
   if ((end - begin) * SORT_FROM < F) {

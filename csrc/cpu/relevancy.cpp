@@ -54,7 +54,7 @@ at::Tensor relevancy(
   const BelowAutograd guard;
   check_relevancy(rows, q_in, k_in, v_in, dO_in, gates);
   if (rows.numel() == 0) return at::empty(rows.sizes(), rows.options());
-  // The result has the precision of rows, whatever the model's. A negative scale moves to q: add_row needs a positive.
+  // The result has the precision of rows, not the model's. A negative scale moves to q: add_row needs scale >= 0.
   const auto q = (scale < 0 ? -q_in : q_in).to(rows.scalar_type()), k = k_in.to(rows.scalar_type()), v = v_in.to(rows.scalar_type()),
              dO = dO_in.to(rows.scalar_type());
   const int64_t C = rows.size(0), B = q.size(0), H = q.size(1), N = q.size(2);

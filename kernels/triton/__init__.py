@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op, under the op's own name. They import torch and triton alone.
+"""Triton kernels, one file per op, named after the op. They import only torch and triton.
 
-``tuning`` is not an op: it chooses the kernels' tiles.
+``tuning`` is not an op: it chooses the tiles of the kernels.
 """

@@ -1,8 +1,8 @@
 """``s_t = sum_f act((x_t @ W_enc)_f + b_enc_f) (g_t . W_dec[f])`` for SAEs of any sparsity; no array [T, F].
 
-Each program has some tokens and goes over tiles of features: both products of a tile, then the activation, then the
-sum over the tile's features. A few tokens alone would leave the GPU idle, so the features are split among programs as
-well. Each split writes its own partial sum.
+Each program processes some tokens, and loops over tiles of features: both products of a tile, then the activation, then
+the sum over the tile's features. For a few tokens, this alone would leave the GPU idle, so the features are also split
+among programs. Each split writes its own partial sum.
 
 Operations: ``4 T d F`` (two matrix products). Bytes: ``2 T d + 2 d F`` elements. Each is read once per tile of the
 other factor, mostly from the cache.
@@ -21,7 +21,7 @@ from .gate import tanh
 ACTIVATIONS = ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
-# None of them spills registers on the cards it is offered for. float32 takes twice the memory and three products.
+# No configuration spills registers on its GPUs. float32 takes twice the memory and three products.
 SINGLE = [{"BLOCK_T": 64, "BLOCK_F": 32, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}]
 HALF = [
     {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
@@ -93,7 +93,7 @@ def encode_project(
     b_gate: Tensor | None,  # [F]
     b_mag: Tensor | None,  # [F]
 ) -> Tensor:
-    """Scores [T], of ``x``'s dtype. Products take the decoder's and the encoder's dtype; sums are in float32."""
+    """Scores [T] with ``x``'s dtype. Products are in the dtypes of encoder and decoder; sums are in float32."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     (T, d), F, dtype = x.shape, W_enc.shape[1], x.dtype

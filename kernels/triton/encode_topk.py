@@ -1,14 +1,13 @@
-"""The K largest of ``(x - b_dec) @ W_enc + b_enc`` for each token, then ReLU; [T, F] is never held whole.
+"""The K largest of ``(x - b_dec) @ W_enc + b_enc`` per token, then ReLU. The array [T, F] is never stored.
 
-A value and its feature are one integer key: the value's bits, in the order of the values, above the complement of the
-index. All keys differ, and among equal values the lowest index wins.
+A value and its feature form one integer key. The high bits are the value's bits, mapped so that they sort as the values
+do; the low bits are the complement of the index. All keys differ, and of equal values the lowest index wins.
 
-The features are taken in panels. The first panel fills each token's short list. ``select`` cuts a list to its K largest
-keys; the smallest of them is the token's threshold. The next panel appends the keys above the threshold, about K m / n
-of them for a panel of m features after n others. So panels grow with the number of features before them, and a few
-panels cover all features. Tiles are visited spread over F: every panel is a fair sample whatever the order of an SAE's
-features. Where a list was still too short, ``select`` computes that token's panel again, exactly, some features at a
-time.
+The features are processed in panels. The first panel fills the short list of each token. ``select`` cuts a list to its
+K largest keys; the smallest of them is the token's threshold. The next panel appends the keys above the threshold,
+about K m / n keys for a panel of m features after n others. So panels grow with the number of features before them, and
+a few panels cover all features. The tiles of a panel are spread over F, so a panel is a fair sample for any order of
+the features. If a list was still too short, ``select`` recomputes that token's panel exactly, in chunks of features.
 
 Operations: ``2 T d F`` (one matrix product). Bytes: ``T d + d F`` elements read per pass of a tile, and about
 ``T K log(F / list)`` keys of 8 bytes written and read. The list takes at most 5% of ``4 T F`` bytes, or K and a tile.
@@ -36,8 +35,8 @@ NEVER, ALWAYS = tl.constexpr(2**31 - 1), tl.constexpr(-(2**31))  # floors that n
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 PIECE = tl.constexpr(64)  # features at a time of a panel that is computed again
 
-# For the filter, with 16 rows per warp, so that each row lies within one warp. None of them spills registers on the
-# cards it is offered for. float32 takes twice the memory and three products.
+# For the filter: 16 rows per warp, so that each row lies within one warp. No configuration spills registers on its
+# GPUs. float32 takes twice the memory and three products.
 SINGLE = [
     {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
@@ -54,7 +53,7 @@ HALF = [  # the first runs two programs per multiprocessor: one multiplies while
 
 @triton.jit
 def ordered_bits(value, nan):
-    """int32 numbers in the order of the float32 values, none of which is -0; NaN comes above all, as in torch.topk."""
+    """int32 numbers in the order of the float32 values (none may be -0); NaN is above all, as in torch.topk."""
     bits = tl.where(value != value, nan, value.to(tl.int32, bitcast=True))
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -186,9 +185,9 @@ def make_again(
     x_s, W_s, b_s,
     BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute a panel again for a token whose list had no room for it.
+    """Compute a panel again for a token whose list was too short for it.
 
-    The list's first K keys are those from before the panel. Returns the new length.
+    The first K keys of the list are those from before the panel. Returns the new length.
     """
     count = K
     for turn in range(0, last - first):
@@ -219,7 +218,7 @@ def select_kernel(
     x_s, W_s, b_s,
     BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Cut a token's list to its K largest keys and store the smallest of them; ``first:last`` is the latest panel."""
+    """Cut a token's list to its K largest keys, and store the smallest of these. ``first:last`` is the latest panel."""
     t = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr + t)
     list_ptr = keys_ptr + t * CAPACITY
@@ -289,7 +288,7 @@ def encode_topk(
     b_dec: Tensor | None,  # [d], None: not subtracted
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Values [T, K] >= 0 in descending order, of ``x``'s dtype, and int64 indices [T, K]; sums are in float32."""
+    """Values [T, K] >= 0 in descending order with ``x``'s dtype, and int64 indices [T, K]; sums are in float32."""
     (T, d), F = x.shape, W_enc.shape[1]
     values = torch.empty(T, k, dtype=x.dtype, device=x.device)
     indices = torch.empty(T, k, dtype=torch.int64, device=x.device)
@@ -304,7 +303,7 @@ def encode_topk(
 
 
 def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Config) -> Tensor:
-    """Each token's list of keys [T, capacity]. The first k are the largest, in any order."""
+    """The list of keys per token [T, capacity]. The first k keys are the largest, in any order."""
     (T, d), F = x.shape, W_enc.shape[1]
     BLOCK_F = config["BLOCK_F"]
     capacity, tiles = list_length(d, F, k, BLOCK_F, x.element_size()), triton.cdiv(F, BLOCK_F)

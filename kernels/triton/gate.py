@@ -1,12 +1,12 @@
 """A robust z-score of the patches' scores becomes a multiplier in [1/c_max, c_max] (equations 4 and 5).
 
 ``m = median(s)``, ``mad = median(|s - m|) + 1e-8``, ``z = (s - m) / (1.4826 mad)``,
-``w = exp(log(c_max) tanh(kappa z))``. The median of an even number of patches is the lower one. Each program has one
-row. The median is exact: floats map to integers in the same order, and the median's integer is found bit by bit from
-the highest one down, by counting for each bit how many lie below.
+``w = exp(log(c_max) tanh(kappa z))``. The median of an even number of patches is the lower one. Each program processes
+one row. The median is exact: floats are mapped to integers in the same order, and the median's integer is found bit by
+bit from the highest bit down, by counting how many numbers lie below.
 
-Operations: ``2 x 32`` comparisons and about 20 operations for each of the R P scores of R rows. Bytes: each score is
-read once and each gate written once. Neither takes long; the gain is one launch in place of twelve.
+Operations: ``2 x 32`` comparisons and about 20 operations per score, for R rows of P scores. Bytes: each score is read
+once and each gate is written once. Neither takes long; the gain is one launch instead of twelve.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def kth_smallest(x, inside, rank):
 def median_and_scale(s, inside, P):
     """``m`` and ``1.4826 mad`` of the ``P`` numbers ``s`` where ``inside`` is true.
 
-    The second is NaN where any of them is: NaN has no order.
+    The second is NaN if any number is NaN, because NaN has no order.
     """
     rank = (P - 1) // 2
     m = kth_smallest(s, inside, rank)
@@ -51,7 +51,7 @@ def median_and_scale(s, inside, P):
 
 @triton.jit
 def tanh(x):
-    """To about 2e-7 of the result, however small: near 0 a polynomial (Cephes), for 1 - 2 / (exp(2 x) + 1) cancels."""
+    """Relative error about 2e-7 everywhere. Near 0 a polynomial (Cephes), where 1 - 2 / (exp(2 x) + 1) would cancel."""
     square = x * x
     near = ((((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
              + 1.33314422036e-1) * square - 3.33332819422e-1) * square * x + x  # fmt: skip
@@ -81,7 +81,7 @@ def gate(
     kappa: Tensor,  # [R]
     c_max: Tensor,  # [R]
 ) -> Tensor:
-    """Gates [R, P], of ``scores``' dtype; computed in float32."""
+    """Gates [R, P] with the dtype of ``scores``; computed in float32."""
     R, P = scores.shape
     out = torch.empty(R, P, dtype=scores.dtype, device=scores.device)
     if out.numel():

@@ -1,10 +1,10 @@
 """``project``, ``gate`` and ``relevancy`` of one gated block in one launch: equations 1 to 6.
 
-There are two kinds of programs per image: those that gather decoder rows are bound by memory, and those that compute
-tiles of the flow are bound by the matrix unit, so the two overlap on a multiprocessor. Each program adds one to its
-image's counter after it has written its results. The last one finds all results in memory, computes the image's gates
-and applies them to all C rows. No program waits for another, so there is no deadlock. Which program is the last varies
-from run to run, but the result does not, because all sums have a fixed order.
+There are two kinds of programs per image. Programs that gather decoder rows are bound by memory, and programs that
+compute tiles of the flow are bound by the matrix unit, so the two overlap on a multiprocessor. Each program adds one to
+its image's counter after it has written its results. The last one finds all results in memory, computes the image's
+gates and applies them to all C rows. No program waits for another, so there is no deadlock. Which program is the last
+varies from run to run, but the result does not, because all sums have a fixed order.
 
 Operations: ``4 B H N^2 dh`` of the flow and ``2 B P K d`` of the projection (the log-sum-exp, a launch before,
 ``2 B H N^2 dh``). Bytes: ``B P K d`` elements of ``W_dec``, ``4 B H N dh`` of q, k, v and dO, and the partial sums.
@@ -47,7 +47,7 @@ ROWS = [
 
 @triton.jit
 def arrives_last(count_ptr, expected):
-    """Whether this is the last of ``expected`` programs to come here; it then sees all that the others wrote before."""
+    """Whether this is the last of ``expected`` programs to arrive. The last one sees everything the others wrote."""
     tl.debug_barrier()  # the stores of all threads come before the release
     return tl.atomic_add(count_ptr, 1, sem="acq_rel") == expected - 1
 
@@ -73,7 +73,7 @@ def finish(
     scores_ptr, kappa_ptr, c_max_ptr, rows_ptr, flow_ptr, gates_ptr, out_ptr, C, B, H, N, P, splits, r_s, b,
     IDENTITY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Image ``b``'s gates and new rows. Other programs' results are read past the L1 cache (.cg): it may be stale."""
+    """The gates and new rows of image ``b``. Other programs' results bypass the L1 cache (.cg), which may be stale."""
     scores_ptr += b * P
     every = tl.arange(0, BLOCK_P)
     scores = tl.load(scores_ptr + every, mask=every < P, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -86,7 +86,7 @@ def finish(
             p = n - (N - P)
             patch = (p >= 0) & (n < N)
             s = tl.load(scores_ptr + p, mask=patch, other=0.0, cache_modifier=".cg").to(tl.float32)
-            w = tl.where(c_max == 1, 1.0, multiplier(s, m, scale, kappa, c_max))  # exactly 1, even where a score is NaN
+            w = tl.where(c_max == 1, 1.0, multiplier(s, m, scale, kappa, c_max))  # exactly 1, even if a score is NaN
             tl.store(gates_ptr + row * P + p, w, mask=patch)
             rows = tl.load(rows_ptr + c * r_s[0] + b * r_s[1] + n * r_s[2], mask=n < N).to(tl.float32)
             flow = sum_splits(flow_ptr + row * N + n, C * B * N, splits, n < N)
@@ -103,7 +103,7 @@ def gated_relevancy_kernel(
 ):  # fmt: skip
     program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0) - P
-    if program < tiles:  # the ones that take longer come first
+    if program < tiles:  # the longer ones come first
         m = program % key_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         split, c_tile = program // key_tiles % splits, program // key_tiles // splits
         c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -140,9 +140,9 @@ def gated_relevancy(
     c_max: Tensor,  # [C], 1 for a configuration that does not gate this block
     paper: bool,  # whether E includes the identity
     *,
-    lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, where the model kept it
+    lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, if the model kept it
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New rows [C, B, N], scores [B, P] and gates [C, B, P], of ``rows``' dtype; sums are in float32.
+    """New rows [C, B, N], scores [B, P] and gates [C, B, P], with the dtype of ``rows``; sums are in float32.
 
     For an index outside of [0, F), the patch's score and its image's gates are NaN.
     """

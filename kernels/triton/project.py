@@ -1,11 +1,11 @@
 """``s_t = sum_k f_tk (W_dec[k] . g_t)`` over the K active features of a token, and its terms (equations 2 and 3).
 
-Each program has one token. It gathers BLOCK_K rows of ``W_dec`` at a time, in tiles of columns, and adds ``W * g`` into
-a tile of products. After the last columns, one reduction of that tile gives the dot products of all BLOCK_K rows.
-Neither ``D^T g`` nor ``f W_dec`` is formed. An index that the decoder does not have is not read: its term is NaN.
+Each program processes one token. It gathers BLOCK_K rows of ``W_dec`` at a time, in tiles of columns, and adds
+``W * g`` to a tile of products. After the last columns, one reduction of that tile gives the dot products of all
+BLOCK_K rows. Neither ``D^T g`` nor ``f W_dec`` is computed. An index out of range is not read: its term is NaN.
 
 Operations: ``2 T K d``. Bytes: ``T K d`` elements of ``W_dec``, and little else. That is one operation per byte at 16
-bits, so memory sets the pace, or its cache for rows that tokens share.
+bits, so memory is the limit, or the cache for rows that tokens share.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def contributions_of(
     g_ptr, W_ptr, values_ptr, indices_ptr, first, K, D, F, g_d, W_s, v_k, i_k,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``f_tk (W_dec[k] . g_t)`` of BLOCK_K features of the token that the pointers start at.
+    """``f_tk (W_dec[k] . g_t)`` for BLOCK_K features of the token that the pointers start at.
 
-    0 past K, and NaN for an index outside of the decoder.
+    0 past K, and NaN for an index out of range.
     """
     k = first + tl.arange(0, BLOCK_K)
     index = tl.load(indices_ptr + k * i_k, mask=k < K, other=-1).to(tl.int64)
@@ -82,7 +82,7 @@ def project(
     values: Tensor,  # [T, K]
     indices: Tensor,  # [T, K]
 ) -> tuple[Tensor, Tensor]:
-    """Scores [T] and their terms, the contributions [T, K], both of ``g``'s dtype; sums are in float32.
+    """Scores [T] and their terms, the contributions [T, K], both with ``g``'s dtype; sums are in float32.
 
     For an index outside of [0, F), the contribution and the token's score are NaN.
     """

@@ -1,13 +1,13 @@
 """One block of the row form: ``r <- r + (r @ E) * w`` with ``E = mean_h max(A * dA, 0)`` (equations 1 and 6).
 
-``A = softmax(q k^T scale)`` and ``dA = dO v^T`` are computed again in tiles, so nothing of size N x N is in memory.
-Each program has some keys of one image. It keeps their ``k`` and ``v``, goes over the queries of one head after
-another, and sums ``rows @ E`` for its keys. Tiles are [keys, queries], so that the product with ``rows`` reads ``E``
-from registers. A few images alone would leave the GPU idle, so the heads are split among programs as well. Each split
-writes its own partial sum, and a last kernel adds them in order and applies the gate. Without a split, the program does
-that itself.
+``A = softmax(q k^T scale)`` and ``dA = dO v^T`` are recomputed in tiles, so nothing of size N x N is in memory. Each
+program processes some keys of one image. It keeps their ``k`` and ``v``, loops over the heads and their queries, and
+sums ``rows @ E`` for its keys. Tiles are [keys, queries], so that the product with ``rows`` reads ``E`` from registers.
+For a few images, this alone would leave the GPU idle, so the heads are also split among programs. Each split writes its
+own partial sum, and a last kernel adds them in order and applies the gate. Without a split, the program does that
+itself.
 
-Operations: ``4 B H N^2 dh`` (two matrix products), ``2 B H N^2 dh`` more where the log-sum-exp is not given, and
+Operations: ``4 B H N^2 dh`` (two matrix products), ``2 B H N^2 dh`` more if the log-sum-exp is not given, and
 one exponential per entry of ``B H N^2``. Bytes: q, k, v and dO once, ``4 B H N dh`` elements.
 """
 
@@ -26,9 +26,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 ROWS_AT_ONCE = 16  # the smallest side of a matrix product
 
-# A program has BLOCK_M keys and takes BLOCK_N queries at a time; for the log-sum-exp it is the other way round. None of
-# them spills registers on the cards it is offered for. float32 products are exact, without the matrix unit: they take
-# small tiles and as many registers as there are.
+# A program has BLOCK_M keys and takes BLOCK_N queries at a time; for the log-sum-exp it is the other way round. No
+# configuration spills registers on its GPUs. float32 products are exact, without the matrix unit. They need small tiles
+# and all available registers.
 EXACT = [{"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 255}]
 EXACT_WIDE = [{"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}]  # heads wider than 64
 ONE_ROW = [
@@ -113,7 +113,7 @@ def flow_tile(
 
 @triton.jit
 def step(rows, flow, w, H, IDENTITY: tl.constexpr):
-    """``rows + (flow / H [+ rows]) * w``: equation 6, for a flow that is summed over the heads."""
+    """``rows + (flow / H [+ rows]) * w``: equation 6, for a flow summed over the heads."""
     flow = flow / H
     if IDENTITY:
         flow += rows
@@ -126,7 +126,7 @@ def flow_kernel(
     q_s, k_s, v_s, o_s, r_s, IDENTITY: tl.constexpr, WHOLE: tl.constexpr, ROWS_PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The new rows where this program has all heads (WHOLE), else the partial sum of its split."""
+    """The new rows if this program has all heads (WHOLE), else the partial sum of its split."""
     split, c_tile = tl.program_id(1) % splits, tl.program_id(1) // splits
     b = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -174,15 +174,15 @@ def configs(q: Tensor, half: list[tuning.Config]) -> list[tuning.Config]:
 
 
 def head_width(dh: int) -> int:
-    """Columns of a tile that holds one head."""
+    """The number of columns of a tile with one head."""
     return max(16, triton.next_power_of_2(dh))
 
 
 def rows_precision(dtype: torch.dtype) -> str:
     """How to multiply the float32 ``E`` and ``rows``: exactly for float32 inputs, else as three bfloat16 products.
 
-    The error of those is at most 3 x 2^-16 of the product of absolute values, and 2^-17 in general. That is far below
-    the error of ``E`` itself, which comes from 16-bit q, k, v and dO.
+    The error of three bfloat16 products is at most 3 x 2^-16 of the product of absolute values, and usually 2^-17. That
+    is far below the error of ``E`` itself, which comes from 16-bit q, k, v and dO.
     """
     return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "bf16x3"
 
@@ -226,7 +226,7 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def flow_arguments(
     rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, lse: Tensor, scale: float, paper: bool
 ) -> dict[str, Any]:
-    """What every kernel with a ``flow_tile`` takes."""
+    """The arguments of every kernel with a ``flow_tile``."""
     (C, B, N), (_, H, _, dh) = rows.shape, q.shape
     return {
         "q_ptr": q,
@@ -262,9 +262,9 @@ def relevancy(
     gates: Tensor | None,  # [C, B, N], 1 for prefix tokens; None: no gate in this block
     paper: bool,  # whether E includes the identity
     *,
-    lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, where the model kept it
+    lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, if the model kept it
 ) -> Tensor:
-    """The new rows [C, B, N], of ``rows``' dtype; sums are in float32."""
+    """The new rows [C, B, N] with the dtype of ``rows``; sums are in float32."""
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out

@@ -1,8 +1,8 @@
-"""The choice of a kernel's tiles: fixed by default, so that results are bitwise the same on all machines with one GPU.
+"""Choose the tiles of a kernel. By default they are fixed, so results are bitwise equal on machines with the same GPU.
 
-A kernel offers a few configurations. The first is the default; ``FIXED`` names the one that was measured to be the
-fastest on a device. ``FASTFG_TUNE=1`` times all of them once per kernel, device, dtype and shape (sizes rounded up to
-powers of two), and keeps the fastest in ``$FASTFG_CACHE/tuned.json`` (~/.cache/fastfg). ``FASTFG_TUNE=cached`` uses
+A kernel has a few configurations. The first is the default; ``FIXED`` names the one that was measured to be the fastest
+on a device. ``FASTFG_TUNE=1`` times all configurations once per kernel, device, dtype and shape (sizes rounded up to
+powers of two), and stores the fastest in ``$FASTFG_CACHE/tuned.json`` (~/.cache/fastfg). ``FASTFG_TUNE=cached`` uses
 that file and times nothing.
 """
 
@@ -33,11 +33,11 @@ _writing = threading.Lock()
 def choose(
     kernel: str, like: Tensor, sizes: Sequence[int], candidates: list[Config], run: Callable[[Config], object]
 ) -> Config:
-    """The configuration for tensors like ``like``, one of ``candidates``; ``run`` does the work with a given one."""
+    """The configuration among ``candidates`` for tensors like ``like``. ``run(configuration)`` does the work."""
     mode = os.environ.get("FASTFG_TUNE") or "0"
     if mode not in MODES:
         raise ValueError(f"FASTFG_TUNE: expected one of {MODES}, got {mode!r}")
-    if not like.is_cuda:  # interpreted, or recorded to be compiled: timing says nothing
+    if not like.is_cuda:  # interpreted or only compiled: times mean nothing
         return offered(candidates)[0]
     card, capability = device(like.device)
     offers = offered(candidates, capability)
@@ -50,17 +50,17 @@ def choose(
             found = min(offers, key=lambda config: seconds(lambda: run(config)))
             keep(cache_file(), key, found)
         chosen = found or chosen
-    return chosen if chosen in offers else offers[0]  # an older version may have kept one that is gone
+    return chosen if chosen in offers else offers[0]  # an older version may have stored one that no longer exists
 
 
 def offered(candidates: list[Config], capability: int = HOPPER) -> list[Config]:
-    """The candidates for cards of this capability, without their ``cards``."""
+    """The candidates for GPUs of this compute capability, without their ``cards`` entry."""
     here = [config for config in candidates if capability in config.get("cards", (capability,))]
     return [{name: value for name, value in config.items() if name != "cards"} for config in here]
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The median time of some runs; infinite where a smaller card of the same capability lacks the shared memory."""
+    """The median time of some runs; infinite if a smaller GPU of this capability has too little shared memory."""
     try:
         return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3
     except triton.runtime.errors.OutOfResources:
@@ -69,7 +69,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @functools.cache
 def device(where: torch.device) -> tuple[str, int]:
-    """The device's name, and the first number of its compute capability."""
+    """The device's name, and the major version of its compute capability."""
     return torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)[0]
 
 
@@ -79,7 +79,7 @@ def cache_file() -> Path:
 
 @functools.cache
 def kept(path: Path) -> dict[str, Config]:
-    """The choices of earlier searches. Warns about a file that can't be read, and takes it as empty."""
+    """The choices of earlier searches. Warns about a file that can't be read, and treats it as empty."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -93,9 +93,9 @@ def kept(path: Path) -> dict[str, Config]:
 
 
 def keep(path: Path, key: str, config: Config) -> None:
-    """Add a choice to the file. Threads and processes may do so at once; readers see a whole file, old or new.
+    """Add a choice to the file. Threads and processes may write at once; readers see a complete file, old or new.
 
-    Where two processes write at the same moment, one choice may be lost, and is then searched for again.
+    If two processes write at the same moment, one choice may be lost. It is then searched for again.
     """
     with _writing:
         kept.cache_clear()
