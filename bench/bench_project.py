@@ -1,4 +1,4 @@
-"""``project``: T = B x P tokens with K of F features active, beside the dense product as the paper writes it."""
+"""``project``: T = B x P tokens with K of F features active, compared with the dense product of the paper."""
 
 import functools
 

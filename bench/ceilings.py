@@ -11,8 +11,8 @@ from bench.clock import Clock
 from bench.suite import Work
 
 RUNS = 7
-COPY = {"cpu": 2**28, "cuda": 2**31}  # bytes, much more than the caches hold
-SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+COPY = {"cpu": 2**28, "cuda": 2**31}  # bytes, much more than the caches can hold
+SIDE = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}  # the CPU ops compute in float32
 
 

@@ -1,4 +1,4 @@
-"""The method in plain torch for timm's ViT: what ``fastfg.attribute`` is compared with."""
+"""The method in plain torch for timm's ViT, to compare ``fastfg.attribute`` with."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _score(sae: SparseAutoencoder, x: Tensor, g: Tensor) -> Tensor:
 def authors_way(
     model: nn.Module, images: Tensor, saes: Mapping[int, SparseAutoencoder], configs: Sequence[Gate | None]
 ) -> Tensor:
-    """As the author's program: single images, maps copied to the CPU, dense codes and ``D^T g``, N x N relevancy."""
+    """Like the author's program: single images, maps copied to the CPU, dense codes and ``D^T g``, N x N relevancy."""
     return torch.stack([_authors_image(model, image[None], saes, configs[0]) for image in images])[None]
 
 

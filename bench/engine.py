@@ -6,7 +6,7 @@
     python -m bench.engine --memory 200        resident memory over that many images, three variants each
 
 Work is counted in multiply-adds of matrix products. Time is compared with the model's own forwards at the same batch
-size, run in turn, in the precision that ``evaluate`` chooses (bfloat16 on a CUDA device). The weights are random.
+size, run alternately, in the precision that ``evaluate`` chooses (bfloat16 on a CUDA device). The weights are random.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def flops(run: Any, *arguments: Any) -> int:
 
 
 def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
-    """Work in forwards of the model: per perturbed forward, and once per view. Third: operations of such a forward."""
+    """Work in forwards of the model, per perturbed forward and per view; and the operations of one model forward."""
     adapter = adapt(model)
     P = torch.Size(adapter.grid(tuple(images.shape[-2:]))).numel()
     with hold(model, adapter.flags):
@@ -66,14 +66,14 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
 
 
 class Pace:
-    """The time of the model's own forward per image, measured in turn with other work."""
+    """The time of the model's own forward per image, measured between other work."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         n = BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU
         self.model, self.batch = model, images[:1].repeat(n, 1, 1, 1)
         self.precision = Precision("bfloat16" if images.is_cuda else "float32", images.device)
         self.seconds: list[float] = []
-        self.spent = 0.0  # on measuring
+        self.spent = 0.0  # seconds spent on measuring
         self()
         self.seconds, self.spent = [], 0.0
 

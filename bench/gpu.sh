@@ -44,7 +44,7 @@ part() { # NAME COMMAND...
   return 1
 }
 
-install() { # MODE, of the native ops
+install() { # MODE of the native ops
   env FASTFG_BUILD="$1" "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 }
 export -f install; export python out
@@ -52,7 +52,7 @@ export -f install; export python out
 part build bash -c 'install require' || part build-without-native bash -c 'install skip'
 part info "$python" -m fastfg.cli info
 
-# The tests name the backends that must be there (tests/ops/cases.py): here the reference, the native ops and Triton.
+# The tests name the required backends (tests/ops/cases.py): here the reference, the native ops and Triton.
 # Most of the time goes into compiling each kernel for each kind of shape, on the CPU.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(--numprocesses 8)

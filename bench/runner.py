@@ -57,7 +57,7 @@ def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 
 
 class Session:
-    """What the benchmarks of one run share: the arguments of the last case, and the ceilings."""
+    """State shared by the benchmarks of one run: the arguments of the last case, and the ceilings."""
 
     def __init__(self, device: str, root: Path | None) -> None:
         self.device, self.root = device, root
@@ -122,7 +122,7 @@ class Benchmark:
             pytest.fail(str(wrong), pytrace=False)
         except torch.OutOfMemoryError:
             line = None
-        if line is None:  # out of the except block, so that the error no longer holds the memory of the run
+        if line is None:  # after the except block, because the error keeps the memory of the run alive
             self.session.empty()
             pytest.skip(f"{self.name}: out of memory")
         self.session.write(line)
@@ -150,7 +150,7 @@ class Benchmark:
         return line
 
     def times(self, run: Callable[[], Any]) -> dict[str, Any]:
-        """The median and its spread, the ratio to the floor, and the ratio to what the suite runs in turn."""
+        """The median and its spread, the ratio to the floor, and the ratio to the function that is run alternately."""
         suite, clock, part = self.suite, self.clock, self.suite.providers[self.name].bar
         other = suite.beside(self.case, self.session.arguments) if suite.beside is not None and not part else None
         others: list[float] = []

@@ -56,7 +56,7 @@ class Provider:
         make: takes the case's arguments, prepares what is not timed, and returns the function to time.
         bar: for an implementation that is not fastfg's. ``whole`` does all of the work. ``part`` does a part of it, or
             other work to compare with, so its result is not checked.
-        backend: what does the work, for the record.
+        backend: the backend that does the work, to write into the results.
         why_not: takes the case and the device, and returns the reason why it cannot run, or None.
     """
 
@@ -89,7 +89,7 @@ class Suite:
         exact: the reference; it gets the arguments of ``part``.
         work: takes a case, and returns its least work; None if no floor is defined.
         tolerance: the largest error in float32 (the norm of the difference over the norm of the exact result).
-        beside: takes the arguments, and returns a name and a function to run in turn with each of fastfg's
+        beside: takes the arguments, and returns a name and a function to run alternately with each of fastfg's
             providers. A machine that becomes slower does not change their ratio.
         timed: False for a suite that measures peak memory only, on a CPU too.
     """

@@ -1,4 +1,4 @@
-"""Small real things that the tests share: tiny ViTs, random SAEs, digits with a ViT trained on them."""
+"""Shared fixtures: tiny ViTs, random SAEs, and MNIST digits with a ViT trained on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tools import installed, tiny_vit
 
 import_timm()
 torch.set_num_threads(2)
-torch.backends.cudnn.allow_tf32 = False  # float32 is float32 here: a convolution in TF32 keeps three digits of it
+torch.backends.cudnn.allow_tf32 = False  # a convolution in TF32 keeps only three digits of float32
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def images(model):
 
 @pytest.fixture(scope="session")
 def digits_model(request):
-    """A ViT trained on real digits, its test images and their labels; trained once, then taken from the cache."""
+    """A ViT trained on real digits, its test images and their labels. It is trained once and then cached."""
     from safetensors.torch import load_file, save_file
 
     from tests.digits import load_digits

@@ -1,7 +1,7 @@
-"""``pytest -p tests.reporter``: sends every report to the run that started this process (see ``subprocesses.py``).
+"""``pytest -p tests.reporter`` sends every report to the run that started this process (see ``subprocesses.py``).
 
-A report goes as a line of JSON, in the form in which pytest itself hands reports between processes, to the file that
-``FASTFG_REPORTS`` names.
+A report is one line of JSON, in the form that pytest itself uses to pass reports between processes. It is written to
+the file that ``FASTFG_REPORTS`` names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``--no-unexpected-skips``: a test that is skipped for a reason that is not expected fails.
+"""``--no-unexpected-skips``: a test that is skipped for an unexpected reason fails.
 
-``make test`` runs with it, where everything that a test may need is installed. Elsewhere, as on a machine with a GPU
-and few packages, tests skip what is missing, and the summary names each reason.
+``make test`` uses this option, because it installs everything that a test may need. In other environments, for example
+on a GPU machine with few packages, tests skip what is missing, and the summary names each reason.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def forbid(report: pytest.TestReport | pytest.CollectReport, expected: Sequence[str]) -> None:
-    """Make a failure of a skip whose reason matches none of the ``expected`` patterns."""
+    """Turn a skip into a failure if its reason matches none of the ``expected`` patterns."""
     if not report.skipped or hasattr(report, "wasxfail"):
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext

@@ -1,14 +1,14 @@
-"""Test suites that need a process of their own, with every test reported in the main run.
+"""Test suites that need their own process, with every test reported in the main run.
 
-Triton reads once, when it is first imported, whether its kernels are interpreted, and the rehearsal of CUDA changes
-torch for good. Tests that need either can't share a process with the others. A module names them in a :class:`Suite`::
+Triton decides on its first import whether kernels are interpreted, and the rehearsal of CUDA changes torch for the
+whole process. Tests that need either can't share a process with the others. A module names them in a :class:`Suite`::
 
     test_interpreted = Suite([["tests/ops/test_parity.py"]], lambda config: {"TRITON_INTERPRET": "1"})
 
-which is collected as one test. It runs one pytest process per share, all at the same time. Each process sends its
+A suite is collected as one test. It runs one pytest process per share, all at the same time. Each process sends its
 reports through ``tests.reporter``, and the main run logs them as its own: they are counted, named, timed, and shown
-with their tracebacks. The suite's own test fails if one of its tests failed or was skipped for a reason that
-``skips`` does not list, and if a process crashed, ran out of time, collected nothing or lost a test.
+with their tracebacks. The suite's own test fails if one of its tests fails or is skipped for a reason that ``skips``
+does not list. It also fails if a process crashes, runs out of time, collects nothing or loses a test.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import pytest
 from tests.skips import forbid
 
 ROOT = Path(__file__).parents[1]
-ENDED = (0, 1)  # pytest's exit codes of a run that came to its end: all tests passed, some failed
+ENDED = (0, 1)  # pytest's exit codes of a complete run: all tests passed, some failed
 POLL = 0.1  # seconds
 TAIL = 6000  # characters of a process's output to show
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests to run in processes of their own.
+    """Tests to run in their own processes.
 
     Args:
         shares: the files of each process; shares run at the same time.
@@ -81,7 +81,7 @@ class Process:
         return self.process.poll() is None
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What the process has sent since the last call."""
+        """The reports that the process has sent since the last call."""
         with self.reports.open("rb") as file:
             file.seek(self.read)
             new = file.read()
@@ -95,7 +95,7 @@ class Process:
         self.process.wait()
 
     def trouble(self) -> str | None:
-        """Why the process, which has ended, did not come to its end; None where it did."""
+        """Why the finished process did not complete its run, or None."""
         code = self.process.returncode
         if code not in ENDED:
             return f"pytest ended with exit code {code}; the last test started: {self.last}"
@@ -150,7 +150,7 @@ class SuiteItem(pytest.Item):
         return process.described(f"not done after {self.suite.timeout:g} s; the last test started: {process.last}")
 
     def log(self, process: Process, event: dict[str, Any]) -> bool:
-        """Logs an event's report as the main run's own; True where it is a failure."""
+        """Log an event's report as the main run's own. Returns whether it is a failure."""
         if "collected" in event:
             process.collected = event["collected"]
             self.session.testscollected += event["collected"]  # for the percentages

@@ -1,4 +1,4 @@
-"""Every message names the argument, what was expected, and what came."""
+"""Every error message names the argument, what was expected, and what was given."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Examples in docstrings run, in every module of fastfg."""
+"""The docstring examples of every module run."""
 
 import doctest
 import importlib
@@ -15,7 +15,7 @@ import_timm()
 
 
 def sources():
-    """The file of each module that Python finds in fastfg."""
+    """{module name: file} for every module that Python finds in fastfg."""
 
     def broken(name):
         raise ImportError(f"{name} can't be imported, so its modules can't be listed")
@@ -37,6 +37,6 @@ def test_examples(name):
 
 
 def test_no_file_is_left_out():
-    """A folder without ``__init__.py`` would be."""
+    """A folder without ``__init__.py`` would be left out."""
     assert set(Path(fastfg.__file__).parent.rglob("*.py")) <= set(SOURCES.values())
     assert {"fastfg.attribution.attribute", "fastfg.metrics.evaluate", "fastfg.types"} <= set(EXAMPLES)

@@ -1,4 +1,4 @@
-"""The house: imports point down only, and ``import fastfg`` stays light."""
+"""The rules of the code base: imports only point down, ``import fastfg`` is fast, files and functions are short."""
 
 import ast
 import importlib
@@ -25,7 +25,7 @@ HEAVY = (
     "onnx",
 )
 
-# Each room and what it may import of fastfg (its own files besides). Rooms lower down import less.
+# {folder or file: what it may import from fastfg, besides its own files}. Lower ones import less.
 ALLOWED = {
     "types": set(),
     "targets": set(),
@@ -46,7 +46,7 @@ ALLOWED = {
 
 
 def imports(file):
-    """The parts of fastfg that a file imports, and the other packages at its top level."""
+    """The parts of fastfg that a file imports, and the other packages that it imports at its top level."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     inside, outside = set(), set()
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The paths for CUDA, rehearsed without a GPU in processes that believe in one (see ``tests/rehearsal/card.py``)."""
+"""The CUDA code paths, run without a GPU in processes with a fake one (see ``tests/rehearsal/card.py``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def environment(config):
-    card = config.cache.mkdir("card")  # keeps what the compiler makes of card.cpp
+    card = config.cache.mkdir("card")  # stores the compiled card.cpp
     return {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTFG_CARD": str(card)}
 
 

@@ -1,4 +1,4 @@
-"""A suite in processes of its own: what the main run reports of it, and what fails."""
+"""Suites in their own processes: what the main run reports, and what fails."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SLOW = "import time\ndef test_it(): time.sleep(600)"
 
 @pytest.fixture
 def outcome(tmp_path):
-    """Runs a suite of files with these contents in a main run; gives its exit code and its output."""
+    """Run a suite of files with these contents in a main run. Returns its exit code and its output."""
 
     def run(*texts, timeout=300.0, options=("-v",)):
         shares = []

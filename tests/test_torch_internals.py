@@ -1,4 +1,4 @@
-"""The parts of torch that are not public still do what fastfg needs of them."""
+"""The private parts of torch that fastfg uses still work as fastfg needs."""
 
 import warnings
 

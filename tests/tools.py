@@ -1,4 +1,4 @@
-"""Builders that the tests share, and the oracle they hold the library against."""
+"""Builders that the tests share, and the oracle that the library is compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 
 def tiny_vit(dtype=torch.float64, seed=0, gain=8, **options):
-    """A timm VisionTransformer with random weights that do not leave it all but linear."""
+    """A timm VisionTransformer with random weights that are large enough to make it clearly nonlinear."""
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def random_sae(d, F, activation, seed=0, normalize="none", subtract_b_dec=True, 
 
 
 def installed(load):
-    """What ``load`` reads from a wheel; where that is not installed the test is skipped, and names it."""
+    """The result of ``load()``, which reads a wheel. Skips the test, naming the wheel, if it is not installed."""
     try:
         return load()
     except FileNotFoundError as error:
@@ -85,7 +85,7 @@ def record(model, images, target=None):
 
 
 def dense_score(gate, sae, x, g):
-    """Every score kind as SPEC writes it, with dense codes and D^T g formed in full: [B, P]."""
+    """Every score kind by its definition, with dense codes and D^T g computed in full: [B, P]."""
     if gate.score == "gradient_x_residual":
         return (g * x).sum(-1)
     f = sae.encode(x)
@@ -103,7 +103,7 @@ def dense_score(gate, sae, x, g):
 
 
 def oracle(model, images, gate=None, saes=None, identity="transmm", prefix=1, pooled=slice(0, 1), target=None):
-    """The maps [B, P] by the N x N matrix form, from recorded attention maps."""
+    """The maps [B, P] in the N x N matrix form, from recorded attention maps."""
     _, _, attn, dattn, x, g = record(model, images, target)
     gates = []
     for block in range(len(attn)):

@@ -1,4 +1,4 @@
-"""The row form, computed by hooks during one backward pass, against the matrix form of recorded maps."""
+"""``attribute`` (the row form, computed by hooks in one backward pass) equals the matrix form of recorded maps."""
 
 import itertools
 import threading
@@ -17,7 +17,7 @@ KINDS = [
     {"score": "gradient_signed"},
     {"score": "gradient_x_residual"},
 ]
-# (options of the model, prefix tokens, tokens that are pooled)
+# (options of the model, prefix tokens, pooled tokens)
 MODELS = {
     "class token": ({}, 1, slice(0, 1)),
     "class token and 4 registers": ({"reg_tokens": 4}, 5, slice(0, 1)),
@@ -54,7 +54,7 @@ def test_gated_equals_the_matrix_form(name, identity, kind):
     model = tiny_vit(**options)
     images = torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
     saes = {block: random_sae(32, 100, "topk", k=9, seed=block) for block in (0, 2, 3)}
-    # Behind its last LayerNorm a patch's gradient is orthogonal to its residual: g . x is rounding noise at block 2
+    # After the last LayerNorm, a patch's gradient is orthogonal to its residual: g . x is rounding noise at block 2
     layers = (0, 1) if kind["score"] == "gradient_x_residual" else (0, 2, 3)
     gate = fastfg.Gate(layers=layers, kappa=0.8, c_max=20.0, **kind)
     result = fastfg.attribute(model, images, saes=saes, gate=gate, identity=identity)

@@ -1,4 +1,4 @@
-"""Every block must run once, in order, with one attention of its own over all tokens: else an error, no wrong map."""
+"""Every block must run once, in order, with one attention of its own over all tokens; anything else is an error."""
 
 import dataclasses
 import gc
@@ -166,7 +166,7 @@ def test_attention_that_is_met_otherwise(model, images, change):
 
 
 def test_a_gated_block_whose_output_is_not_read(model, images):
-    """The next block reads what block 1 has stored, and not what it returns."""
+    """The next block reads a value that block 1 stored, not the output of block 1."""
     plain, stored = model.blocks[1].forward, []
 
     def forward(x):

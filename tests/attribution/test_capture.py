@@ -1,4 +1,4 @@
-"""Other methods of the same pass, compiled models, nested calls, early stops, and two models in two threads."""
+"""Other methods from the same pass, compiled models, nested calls, early stops, and two models in two threads."""
 
 import threading
 

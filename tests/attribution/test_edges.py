@@ -1,4 +1,4 @@
-"""No images, more features than there are, and a default device that is not the model's."""
+"""Edge cases: no images, more features than exist, and a default device that is not the model's."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The Captum-shaped class, beside the real Captum and inside the real Quantus."""
+"""``FeatureGradient`` has Captum's interface, and works in Quantus."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_bilinear_pixels_lie_between_their_patches(model, images, saes, gate):
     maps = fastfg.attribute(model, images, saes=saes, gate=gate, target=2).maps
     smooth = method.attribute(images, target=2)
     assert smooth.shape == (3, 1, 32, 48)
-    assert torch.equal(smooth[:, 0, 0, 0], maps[:, 0, 0])  # outside of the patches' centres, the nearest one's value
+    assert torch.equal(smooth[:, 0, 0, 0], maps[:, 0, 0])  # outside of all centres, the value of the nearest patch
     # 8 pixels per patch: pixel 11 is 0.5 pixels before the centre of patch 1, at 12, which is 8 away from patch 0's
     expected = 0.0625 * maps[:, 0, 0] + 0.9375 * maps[:, 0, 1]
     torch.testing.assert_close(smooth[:, 0, 0, 11], expected, rtol=1e-9, atol=0)
@@ -79,7 +79,7 @@ def test_quantus_explain_func(model, images):
         return fastfg.FeatureGradient(model).attribute(pixels, target=torch.as_tensor(targets)).numpy()
 
     class Model(torch.nn.Module):
-        """Quantus hands over float32 images."""
+        """Quantus passes float32 images."""
 
         def __init__(self):
             super().__init__()

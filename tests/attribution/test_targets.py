@@ -1,4 +1,4 @@
-"""What is explained: a class, one of the two classes of a single logit, or a function of the model's output."""
+"""Targets of ``attribute``: a class, one of the two classes of a single logit, or a function of the model's output."""
 
 import copy
 from types import SimpleNamespace

@@ -53,7 +53,7 @@ def test_one_suite_as_a_process(tmp_path, plugin):
 
 
 def test_the_shapes_that_have_a_target_are_found():
-    """``gpu.sh`` selects them with ``pytest -k``, from every suite but ``gate``, which has none."""
+    """``gpu.sh`` selects these shapes with ``pytest -k``, in every suite except ``gate``, which has none."""
     targets = re.search(r'^targets="(.+)"$', (ROOT / "bench" / "gpu.sh").read_text(), re.MULTILINE)[1]
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--size", "full", "--collect-only", "-k"]
     done = subprocess.run(
@@ -147,7 +147,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
 def test_what_does_not_fit_is_let_go_of_before_it_is_skipped(bench):
     with pytest.raises(pytest.skip.Exception, match="too large: out of memory") as skipped:
         bench("too large")
-    assert skipped.value.__context__ is None  # the frames of an error would keep the tensors alive
+    assert skipped.value.__context__ is None  # the frames of an error keep tensors alive
 
 
 @pytest.mark.gpu

@@ -30,7 +30,7 @@ NAME = "test_vit"  # timm's own tiny ViT: 64 wide, 6 blocks, patches of 16 pixel
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with weights, SAEs, and images of which one is broken."""
+    """A folder with weights, SAEs, and images, one of them broken."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     model = import_timm().create_model(NAME, num_classes=4)
@@ -167,7 +167,7 @@ def test_files_with_the_same_content_are_told_apart(files, tmp_path, monkeypatch
 def test_a_map_that_explains_nothing_is_marked(files, tmp_path, capsys):
     Image.new("RGB", (90, 70), (7, 8, 9)).save(tmp_path / "blank.png")
     shutil.copy(files / "images" / "a.png", tmp_path / "constant.png")
-    # Without attention to the class token's gradient, no patch has any relevance.
+    # If the attention does not change the output, no patch has any relevance.
     state = load_file(files / "vit.safetensors")
     save_file(
         {name: torch.zeros_like(v) if "attn.proj" in name else v for name, v in state.items()},
@@ -354,7 +354,7 @@ def check_error(capsys, message):
 
 @pytest.fixture(scope="module")
 def wrong_files(files):
-    """Beside the right ones: weights that are none."""
+    """The weights, and files that are not weights."""
     for suffix in ("pt", "safetensors"):
         (files / f"garbage.{suffix}").write_bytes(b"garbage" * 100)
     torch.save({"model": Path("a")}, files / "pickle.pt")

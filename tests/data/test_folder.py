@@ -1,4 +1,4 @@
-"""Images from folders: broken files are named, the rest goes on."""
+"""Images from folders: broken files are reported, and the other files are read."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Damaged files, odd modes and odd names: each is read or named, and none ends a run."""
+"""Damaged files, odd modes and odd names: each file is read or reported, and none ends a run."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from fastfg.data import batches, find_images, path_text
 from tests.data.test_folder import to_tensor
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "F")
-SKIPPED = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5"}  # written only, or by a program beside Pillow
+SKIPPED = {"EPS", "PDF", "PALM", "WMF", "BUFR", "GRIB", "HDF5"}  # Pillow can't read these by itself
 NAMES = [
     b"\xff\xfe not utf-8.png",
     b"new\nline.png",
@@ -52,7 +52,7 @@ def written():
                     warnings.simplefilter("ignore", DeprecationWarning)
                     image.save(file, form)
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # this format does not hold this mode
+                continue  # this format does not support this mode
             yield f"{form}-{mode}.{form.lower()}", file.getvalue()
 
 
@@ -62,7 +62,7 @@ def square(image):
 
 def read_all(paths):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of truncated files
+        warnings.simplefilter("ignore")  # Pillow warns about truncated files
         return list(batches(paths, square, 16))
 
 
@@ -115,5 +115,5 @@ def test_odd_names(odd_names):
     assert len(found.paths) == len(NAMES) and not found.skipped
     (batch,) = batches(found.paths, to_tensor, 20)
     assert len(batch.paths) == len(NAMES) and not batch.errors
-    texts = {path_text(path).encode() for path in batch.paths}  # as UTF-8: any file can hold them
+    texts = {path_text(path).encode() for path in batch.paths}  # must encode as UTF-8
     assert len(texts) == len(NAMES)

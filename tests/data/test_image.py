@@ -1,4 +1,4 @@
-"""Image files are read by the rules that read_image states, and never by others without a word."""
+"""Image files are read by the rules in read_image's docstring, and by no silent other rule."""
 
 import struct
 import zlib
@@ -30,7 +30,7 @@ def photograph(mode="RGB", size=(8, 6)):
 def test_eight_bits_are_read_as_pillow_reads_them(tmp_path, mode, suffix):
     path = tmp_path / f"a.{suffix}"
     photograph(mode).save(path)
-    picture = read_image(path, window=(0.0, 3.0))  # which says nothing about 8 bits
+    picture = read_image(path, window=(0.0, 3.0))  # ignored for 8 bits
     assert picture.window is None
     for wanted in ("RGB", "L"):
         with Image.open(path) as image:
@@ -40,9 +40,9 @@ def test_eight_bits_are_read_as_pillow_reads_them(tmp_path, mode, suffix):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("a.png", RAMP),  # 16 bits that hold 6
-        ("a.png", RAMP * 80 + 300),  # 12
-        ("a.png", RAMP * 1300),  # 16
+        ("a.png", RAMP),  # 6 bits in a 16-bit file
+        ("a.png", RAMP * 80 + 300),  # 12 bits
+        ("a.png", RAMP * 1300),  # 16 bits
         ("a.tif", RAMP * 80),
         ("a.tif", (RAMP * 80).astype(">u2")),
         ("a.tif", RAMP.astype(np.int32) * 1000 - 1024),
@@ -201,7 +201,7 @@ def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("error")
 def test_a_large_photograph_is_no_bomb(tmp_path):
-    Image.new("1", (11_648, 8_736)).save(tmp_path / "a.png")  # 102 megapixels, which Pillow warns of
+    Image.new("1", (11_648, 8_736)).save(tmp_path / "a.png")  # 102 megapixels: Pillow warns
     assert read_image(tmp_path / "a.png").image.size == (11_648, 8_736)
 
 

@@ -1,4 +1,4 @@
-"""The examples in CONTRIBUTING.md run as they stand, one after another."""
+"""The examples in CONTRIBUTING.md run as written, one after another."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The README's quick start runs as it stands, with made-up photographs and a small random model, not a download."""
+"""The README's quick start runs as written, on generated photographs and a small random model instead of a download."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_quick_start(tmp_path, monkeypatch):
         Image.fromarray(pixels.numpy()).resize((320, 240)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    narrow = "pretrained=False, embed_dim=48"  # a sixteenth of the products
+    narrow = "pretrained=False, embed_dim=48"  # a sixteenth of the work
     page = run_blocks(ROOT / "README.md", replace=[("pretrained=True", narrow), ("n_features=2048", "n_features=128")])
     with Image.open("overlay.png") as overlay:
         assert overlay.size == (224, 224)

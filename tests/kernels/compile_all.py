@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU, and prints what each one takes.
+"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU, and prints the resources that each one needs.
 
     python -m tests.kernels.compile_all [--markdown FILE]
 
-The ops run on CPU tensors with the launches recorded in place of run, so what is compiled is what a card would be
-given: the same tiles, strides and specialisations, in every configuration that tuning may choose. Exits with 1 where
-a kernel spills or outgrows shared memory, or where a product of matrices did not become tensor-core instructions.
+The ops run on CPU tensors, and launches are recorded instead of run. So the kernels are compiled as for a real GPU,
+with the same tiles, strides and specialisations, in every configuration that tuning may choose. Exits with 1 if a
+kernel spills registers or needs too much shared memory, or if a matrix product does not use tensor cores.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Launch(NamedTuple):
     fn: JITFunction
     args: tuple
     options: dict
-    cards: set  # where its configuration is offered
-    untuned: set  # where it is the one that serves untuned
+    cards: set  # the GPUs that its configuration is offered for
+    untuned: set  # the GPUs where it is the default
 
 
 class Line(NamedTuple):
-    """One of the table."""
+    """One row of the table."""
 
     kernel: str
     config: str
@@ -70,11 +70,11 @@ class Line(NamedTuple):
 
 
 launches: dict[tuple, Launch] = {}
-now = {"cards": ALL, "untuned": ALL, "every": True}  # of what is being recorded, and whether all candidates are
+now = {"cards": ALL, "untuned": ALL, "every": True}  # the state of the recording, and whether it covers all candidates
 
 
 def record(fn, *args, grid, warmup, **options):
-    """In place of JITFunction.run: keeps a launch unless one like it is there."""
+    """Replaces JITFunction.run: records a launch unless an equal one is already recorded."""
     given = dict(zip(fn.arg_names, args, strict=False))
     given |= {p.name: options.pop(p.name) for p in fn.params if p.name in options and not p.is_constexpr}
     args = tuple(given[name] for name in fn.arg_names if name in given)  # constexprs come last
@@ -84,7 +84,7 @@ def record(fn, *args, grid, warmup, **options):
 
 
 def choose(kernel, like, sizes, candidates, run):
-    """In place of tuning.choose: records the launches of all candidates, or of what serves untuned."""
+    """Replaces tuning.choose: records the launches of all candidates, or of the default."""
     waiting = ALL
     for config in candidates:
         cards = ALL & set(config.get("cards", ALL))
@@ -97,13 +97,13 @@ def choose(kernel, like, sizes, candidates, run):
 
 
 def source(launch: Launch) -> ASTSource:
-    """What Triton's launcher would compile for these arguments."""
+    """The source that Triton's launcher would compile for these arguments."""
     fn, args, options = launch[:3]
     values = dict(zip(fn.arg_names, args, strict=False)) | {n: v for n, v in options.items() if n in fn.arg_names}
     signature, constants, attributes = {}, {}, {}
 
     def kind(value, path, constant=False, plain=False):
-        """The signature's entry for a value, or for each of a tuple's; a plain number's own value doesn't matter."""
+        """The signature's entry for a value, or one per element of a tuple. The value of a number doesn't matter."""
         if isinstance(value, tuple):
             return tuple(kind(part, (*path, i)) for i, part in enumerate(value))
         if plain:
@@ -123,7 +123,7 @@ def source(launch: Launch) -> ASTSource:
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack, which hold what was spilled."""
+    """Registers per thread, and the bytes of stack per thread, which hold spilled registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -133,7 +133,7 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 
 def instructions_of(cubin: bytes) -> int:
-    """From the size of the ELF file's executable sections; each instruction has 16 bytes."""
+    """The number of instructions: the size of the ELF file's executable sections, at 16 bytes per instruction."""
     (start,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", cubin, start + size * i) for i in range(count)]
     return sum(length for _, _, flags, _, _, length in sections if flags & EXECUTABLE) // 16
@@ -151,12 +151,12 @@ def dtype_of(launch: Launch) -> str:
 
 
 def wanted(launch: Launch, sm: int) -> bool:
-    """float16's programs are bfloat16's but for the type: once is enough."""
+    """float16 programs equal bfloat16 programs except for the type, so one of them is enough."""
     return sm // 10 in launch.cards and (sm == 90 or dtype_of(launch) != "fp16")
 
 
 def buffers(launch: Launch) -> int:
-    """Bytes that an encoder's tiles take where their loads run ahead; sm_80 has one stage of them in registers."""
+    """Bytes of an encoder's tiles if their loads are pipelined; sm_80 keeps one stage in registers."""
     tiles = {"filter_kernel": 1, "encode_project_kernel": 2}.get(launch.fn.__name__, 0)
     if not tiles:
         return 0
@@ -186,7 +186,7 @@ def compile_one(launch: Launch, sm: int) -> Line:
 
 
 def compile_numbered(job: tuple[int, int]) -> Line:
-    """In a process of its own, which has the recorded launches from its parent."""
+    """Runs in its own process, which gets the recorded launches from its parent."""
     return compile_one(list(launches.values())[job[0]], job[1])
 
 
@@ -206,7 +206,7 @@ def run_gated_relevancy(dtype: torch.dtype, C: int, P: int) -> None:
 
 
 def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
-    """Each op on small inputs of a real model's strides, with all candidates or the first of each."""
+    """Run each op on small inputs with the strides of a real model, with all candidates or only the first."""
     T, d, F, K = 64, 768, 49152, 128
     x, W_enc, W_dec = torch.zeros(T, d, dtype=dtype), torch.zeros(d, F, dtype=dtype), torch.zeros(F, d, dtype=dtype)
     b_enc, b_dec, indices = W_enc[0], W_dec[0], torch.zeros(T, K, dtype=torch.int64)
@@ -236,7 +236,7 @@ def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
 
 
 def markdown(lines: list[Line]) -> str:
-    """A row for each kernel and architecture: of what serves untuned, the variant that takes most registers."""
+    """One row per kernel and architecture: of the default's variants, the one that needs the most registers."""
     rows: dict[tuple, Line] = {}
     for line in sorted(lines, key=lambda line: line.registers):
         if line.untuned and line.dtype != "fp16":

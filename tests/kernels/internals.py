@@ -1,6 +1,6 @@
-"""What only the Triton kernels have: how they split their work, their lists, and every choice that tuning may make.
+"""Parts that only the Triton kernels have: the splits of their work, their lists, and every choice of tuning.
 
-``test_triton.py`` runs this file beside ``tests/ops/test_parity.py``, which compares their results in general.
+``test_triton.py`` runs this file with ``tests/ops/test_parity.py``, which compares the results with the reference.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def test_gated_relevancy_takes_a_log_sum_exp():
 @pytest.mark.parametrize("k", [1, 20, 200])
 @pytest.mark.parametrize("order", ["none", "by index", "as visited"])
 def test_ties_go_to_the_lowest_index_however_lists_fill(order, k):
-    """Whole numbers, so that every sum is exact; rising as tiles are visited, so that lists overflow."""
+    """Whole numbers, so that every sum is exact. They rise in the order of the tiles, so that lists overflow."""
     T, d, F, BLOCK_F = 3, 16, 1500, 64
     tiles = -(-F // BLOCK_F)
     turn = torch.zeros(tiles, dtype=torch.long)
     turn[torch.arange(tiles) * encode_topk.spread(tiles) % tiles] = torch.arange(tiles)
     rank = turn[torch.arange(F) // BLOCK_F] if order == "as visited" else torch.arange(F) // 7
     x = torch.ones(T, d, device=DEVICE)
-    x[1] = 0  # of this token all are equal where nothing rises
+    x[1] = 0  # all values of this token are equal where nothing rises
     W_enc = randn(d, F).round().to(x)
     b_enc = torch.zeros(F, device=DEVICE) if order == "none" else 50.0 * rank.to(DEVICE)
     values, indices = run("encode_topk", (x, W_enc, b_enc, None, k), "triton")
@@ -92,7 +92,7 @@ def test_lists_take_a_twentieth_of_dense_codes(d, F, k):
 @pytest.mark.parametrize("BLOCK_F", [64, 256])
 @pytest.mark.parametrize(("d", "F", "k"), SAES)
 def test_panels_fit_whatever_the_order_of_features(d, F, k, BLOCK_F):
-    """Few panels, and none of them adds more than a list has room for."""
+    """There are few panels, and no panel adds more keys than a list has room for."""
     capacity, tiles = encode_topk.list_length(d, F, k, BLOCK_F, itemsize=2), F // BLOCK_F
     panels = encode_topk.panels(F, k, capacity, BLOCK_F)
     assert (panels[0], panels[-1][1]) == ((0, capacity // BLOCK_F), tiles)
@@ -111,7 +111,7 @@ def test_panels_fit_whatever_the_order_of_features(d, F, k, BLOCK_F):
 
 # Tuning ---------------------------------------------------------------------------------------------------------------
 
-TUNED = {  # the name under which a launch is tuned: its op and inputs
+TUNED = {  # {name of a tuned launch: (its op, its inputs)}
     "encode_topk": ("encode_topk", cases.encode_topk(5, 70, 401, 13)),
     "encode_project": ("encode_project", cases.encode_project("relu", 5, 40, 150)),
     "project": ("project", cases.project(5, 300, 77, 40)),
@@ -126,7 +126,7 @@ MOST = {torch.float32: 1e-5, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps
 @pytest.mark.parametrize("dtype", MOST, ids=str)
 @pytest.mark.parametrize("kernel", TUNED)
 def test_every_candidate_is_right(kernel, dtype, monkeypatch):
-    """Those of ``kernel`` one after another; other kernels that it launches take their first."""
+    """The candidates of ``kernel``, one after another. Other kernels that it launches use their first candidate."""
     op, arguments = TUNED[kernel]
     seen, number = {}, 0
 

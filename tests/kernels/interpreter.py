@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended in two places.
+"""Triton's interpreter with two fixes.
 
 Import this before the first kernel is launched, in a process that has ``TRITON_INTERPRET=1`` in its environment.
 """
@@ -17,13 +17,13 @@ _patch_tensor, _create_dot = interpreter._patch_lang_tensor, interpreter.Interpr
 
 
 def _patched(tensor, scope):
-    """NumPy 2.4 gives no int of an array of one entry, which Triton 3.6 asks for at each loop bound."""
+    """NumPy 2.4 does not convert an array with one entry to an int, which Triton 3.6 needs for each loop bound."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _widened(x):
-    """Triton 3.6 keeps a bfloat16 number as its bits, and would multiply those."""
+    """Triton 3.6 stores a bfloat16 number as its bits, and would multiply the bits."""
     if x.dtype.scalar != tl.bfloat16:
         return x
     return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
@@ -38,7 +38,7 @@ interpreter.InterpreterBuilder.create_dot = _dot
 
 
 def serve_cpu_tensors():
-    """From now on ``backend="triton"`` takes CPU tensors."""
+    """Make ``backend="triton"`` accept CPU tensors."""
 
     def interpreted(op):
         return lambda *arguments: getattr(importlib.import_module(f"fastfg.kernels.{op}"), op)(*arguments)

@@ -1,8 +1,8 @@
-"""Float32 products made of three narrower ones: how good they are.
+"""The error of float32 products that are computed as three products of narrower numbers.
 
-Triton's interpreter multiplies in float32 whatever it is told, so what a card does is done here by hand: each number
-is a narrow one plus a narrow rest; the product is high * high + high * low + low * high. Sums are exact here (a
-card's are float32), so all that is left is what the split loses, relative to the product of absolute values.
+Triton's interpreter always multiplies in float32, so these tests do by hand what a GPU does. Each number is a narrow
+number plus a narrow rest, and the product is high * high + high * low + low * high. Sums are exact here (float32 on a
+GPU), so the error is only that of the split. It is relative to the product of absolute values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def bfloat16(x):
-    """8 bits, rounded to nearest: to 2^-8 of the number. So is the rest, and what is left is 2^-16."""
+    """8 bits, rounded to nearest: the relative error is 2^-8. The rest is rounded too, so both together have 2^-16."""
     return x.to(torch.bfloat16).float()
 
 
@@ -22,11 +22,11 @@ def tfloat32(x):
 
 
 def cut_tfloat32(x):
-    """What the matrix unit reads of a float32 number."""
+    """The bits of a float32 number that the matrix unit reads."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-# The bounds: what is left of either number, and the product of the rests, which is not made.
+# The bounds: the rounding of both numbers, and the product of the two rests, which is not computed.
 SPLITS = {"bf16x3": (bfloat16, bfloat16, 3.01 * 2**-16), "tf32x3": (tfloat32, cut_tfloat32, 5 * 2**-22)}
 
 
@@ -37,7 +37,7 @@ def three_products(a, b, first, rest):
 
 
 def numbers(*shape, seed):
-    """Of magnitudes from 2^-8 to 2^8, of both signs."""
+    """Random numbers with magnitudes from 2^-8 to 2^8 and both signs."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.exp2(16 * torch.rand(shape, generator=generator) - 8)
 
@@ -54,7 +54,7 @@ def test_a_split_product_is_as_good_as_its_bits(kind, M, K, N):
 
 @pytest.mark.parametrize(("kind", "usual"), [("bf16x3", 2**-17), ("tf32x3", 2**-23)])
 def test_the_usual_error_is_far_below_the_bound(kind, usual):
-    """The root mean square, of single products: sums of many do better still."""
+    """The root mean square error of single products; sums of many products are even better."""
     first, rest, _ = SPLITS[kind]
     a, b = numbers(500, 1, seed=1), numbers(1, 500, seed=2)
     error = three_products(a, b, first, rest) / (a.double() @ b.double()) - 1
@@ -70,7 +70,7 @@ def test_one_narrow_product_would_not_do(kind):
 
 
 def test_relevancy_keeps_its_precision_through_twelve_blocks():
-    """``r <- r + r @ E`` with bfloat16 thirds, E as relevancy's is: not negative, rows that sum to about 1/2."""
+    """``r <- r + r @ E`` as three bfloat16 products. E is like relevancy's: not negative, row sums about 1/2."""
     E = torch.rand(12, 197, 197, generator=torch.Generator().manual_seed(3)) ** 8
     E /= 2 * E.sum(-1, keepdim=True)
     row = torch.zeros(1, 197)

@@ -1,8 +1,8 @@
-"""The Triton kernels: under Triton's interpreter where there is no GPU.
+"""The Triton kernels, under Triton's interpreter if there is no GPU.
 
-On a GPU ``tests/ops/test_parity.py`` tests the backend ``triton`` where it stands, and this file adds what only these
-kernels have. The interpreter must be chosen before Triton is first imported, and torch may have done that already: it
-runs in processes of its own.
+On a GPU, ``tests/ops/test_parity.py`` tests the backend ``triton`` directly, and this file adds the tests of parts that
+only these kernels have. The interpreter must be chosen before Triton is first imported, and torch may have imported it
+already. So the interpreter runs in separate processes.
 """
 
 from __future__ import annotations

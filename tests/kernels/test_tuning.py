@@ -1,4 +1,4 @@
-"""The choice of a kernel's tiles, with a clock and a card that are made up."""
+"""The choice of a kernel's tiles, with a fake clock and a fake GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY = "op, H100, bfloat16, 256, 64"
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-    """What was run to be timed; FASTEST is the fastest here, and ELSEWHERE would be on other cards."""
+    """The timed runs. FASTEST is the fastest configuration here; ELSEWHERE would be the fastest on other GPUs."""
     runs = []
     monkeypatch.setenv("FASTFG_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "device", lambda where: ("H100", 9))
@@ -93,7 +93,7 @@ def test_nothing_is_timed_off_a_card_or_while_a_graph_is_captured(timed, monkeyp
 
 
 def test_threads_may_keep_their_choices_at_once(timed):
-    """Nothing is lost, and whoever reads meanwhile finds a whole file."""
+    """Nothing is lost, and a reader always finds a complete file."""
     together, wrong = threading.Barrier(9), []
 
     def use(work):

@@ -1,4 +1,4 @@
-"""Odd but legal inputs to evaluate, and inputs that could be taken for something else."""
+"""Odd but legal inputs to evaluate, and inputs that could be mistaken for something else."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_a_model_that_writes_into_its_input_or_output():
 
 
 def test_border_pixels_that_no_patch_covers():
-    """A model may take images whose size is no multiple of its patch: the rest is never perturbed."""
+    """A model may take images whose size is not a multiple of its patch. The remaining border is never perturbed."""
     grid = fastfg.perturb.PatchGrid.of((35, 50), (4, 6), (8, 8))
     assert (grid.bottom, grid.right) == (3, 2)
     pixels = grid.to_pixels(torch.ones(24, dtype=torch.bool))
@@ -89,7 +89,7 @@ def test_border_pixels_that_no_patch_covers():
 
 
 def test_memory_that_holds_two_images_only(images):
-    """Views are prepared no more at a time than fit either."""
+    """Views are also prepared in groups that fit into memory."""
     model, maps = tiny_vit(), torch.rand(3, 4, 6)
     expected = fastfg.evaluate(model, images, maps, target=1)
     sizes = []

@@ -1,4 +1,4 @@
-"""The batched engine against the one-image-at-a-time loop, toys whose answer is known, and one bad image."""
+"""The batched engine against a loop over single images, toys with a known answer, and one bad image."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.tools import tiny_vit
 
 
 def patches(image, chosen, fill, grid=(4, 6), size=8):
-    """``image`` with the chosen patches filled, by slices."""
+    """``image`` with the chosen patches filled, by slicing."""
     image = image.clone()
     for patch in chosen:
         row, column = divmod(int(patch), grid[1])
@@ -21,7 +21,7 @@ def patches(image, chosen, fill, grid=(4, 6), size=8):
 
 @torch.no_grad()
 def one_at_a_time(model, image, amap, target, subsets, n_bins, step, impact="target", running=False, kind="spearman"):
-    """All three metrics, forward by forward."""
+    """All three metrics, one forward at a time."""
 
     def read(x):
         logits = model(x[None])[0].double()
@@ -166,7 +166,7 @@ def test_several_maps_equal_each_alone_and_share_forwards(model, images):
             assert together[metric].dtype == torch.float64
         asked, run = asked + alone.forwards["asked"], run + alone.forwards["run"]
     assert together.forwards["asked"] == asked
-    shared = 60 + 1 + 1  # the subsets, the image as it is, and with no patch left
+    shared = 60 + 1 + 1  # the subsets, the plain image, and the image without any patch
     assert run - together.forwards["run"] >= 2 * 3 * shared
     assert together.forwards["saved"] == together.forwards["asked"] - together.forwards["run"]
 
@@ -201,7 +201,7 @@ def test_logits_that_are_not_finite_are_an_error_for_that_image_alone(images):
     images = images.clone()
     images[1, 0, 0, 0] = 1e4
     maps = torch.rand(3, 4, 6)
-    maps[:, 0, 0] = 2.0  # the first patch goes first: Pixel Flipping sees the NaN in its unperturbed point alone
+    maps[:, 0, 0] = 2.0  # the first patch is removed first: Pixel Flipping sees the NaN only in its unperturbed point
     scores = fastfg.evaluate(model, images, maps, target=1)
     for metric in scores:
         assert scores[metric].isnan().tolist() == [False, True, False]

@@ -1,4 +1,4 @@
-"""The metric in CONTRIBUTING.md is short, and runs as it stands."""
+"""The metric in CONTRIBUTING.md is short and runs as written."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SaCo by hand, in another order of loops, and on toys whose answer is known."""
+"""SaCo by hand, in another order of loops, and on toys with a known answer."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A score that would say nothing has a name and is NaN."""
+"""A score without meaning is NaN, and its error says why."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
 
 
 def reasons(scores):
-    """The reasons by metric and image, where every missing score has one, and no other has."""
+    """The reasons by metric and image. Each missing score has a reason, and no other score has one."""
     for metric, values in scores.items():
         missing = {(e.config, e.image) for e in scores.errors if e.metric == metric}
         nan = values.isnan().nonzero().tolist()
@@ -42,7 +42,7 @@ def test_changes_that_are_rounding_alone_are_no_changes():
 
 
 def test_small_changes_of_a_probability_are_changes():
-    def model(images):  # of a model that is very sure
+    def model(images):  # a very confident model
         z = 30 + patch_means(images) @ torch.linspace(1, 2, 24, dtype=images.dtype)
         return torch.stack([z, torch.zeros_like(z)], 1)
 

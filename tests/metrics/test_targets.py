@@ -1,4 +1,4 @@
-"""What is read: a single logit as a sigmoid, a class by softmax, or a function of the output."""
+"""Targets of ``evaluate``: a single logit read as a sigmoid, a class by softmax, or a function of the output."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_function_of_the_output(model, images):
     found = fastfg.evaluate(model, images, MAPS, target=lambda logits: logits[:, 2])
     expected = fastfg.evaluate(model, images, MAPS, target=2)
     torch.testing.assert_close(found["faithfulness_correlation"], expected["faithfulness_correlation"])
-    curve = found.details["pixel_flipping"]["curve"]  # of the value, which is no probability
+    curve = found.details["pixel_flipping"]["curve"]  # a curve of the value, which is not a probability
     torch.testing.assert_close(curve[:, 0], model(images)[:, 2].detach())
     with pytest.raises(ValueError, match="saco: expected impact='target' for a target function, got 'max'"):
         fastfg.evaluate(model, images, MAPS, target=lambda logits: logits[:, 2], saco={"impact": "max"})

@@ -51,7 +51,7 @@ def hf(folder, name, config, **options):
 
 
 def torchvision_vit():
-    import_timm()  # torchvision itself can't be imported beside a torch that it was not built for
+    import_timm()  # a torchvision that was built for another torch can't be imported directly
     from torchvision.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(32, 8, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=7)
@@ -158,7 +158,7 @@ FAMILIES = {
 }
 
 
-# convolutional stems; where their convolutions overlap, a perturbed patch changes its neighbours' tokens too
+# convolutional stems; if their convolutions overlap, a perturbed patch also changes its neighbours' tokens
 HYBRIDS = {
     "timm hybrid, ResNet stem": ("timm", lambda: timm_named("vit_tiny_r_s16_p8_224"), 1, [CLS]),
     "timm ViTamin": ("timm", lambda: timm_named("vitamin_small_224", img_size=32, embed_dim=384, depth=2), 0, [ALL]),
@@ -172,7 +172,7 @@ HYBRIDS = {
 
 
 def build(name):
-    """The instance in float64, with weights that make its attention far from even."""
+    """The instance in float64, with weights that make its attention far from uniform."""
     library, builder, _, _ = (FAMILIES | HYBRIDS)[name]
     if importlib.util.find_spec(library) is None:
         import pytest

@@ -1,4 +1,4 @@
-"""Every family, with fused attention on, against the matrix form of relevancy from attention that is written out."""
+"""Every family, with fused attention, against the matrix form of relevancy computed from explicit attention maps."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ SIDES = {"timm ViT, wide image": (24, 40), "timm ViTamin": (32, 32), "timm Mobil
 
 
 class Explicit:
-    """Attention by its formula, in place of F.scaled_dot_product_attention; keeps every map."""
+    """Explicit attention in place of F.scaled_dot_product_attention; records every map."""
 
     def __init__(self):
         self.attn = []

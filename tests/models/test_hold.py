@@ -1,4 +1,4 @@
-"""Holding a model still: nested holders, shared parts, threads, compiled parts and weights of inference mode."""
+"""Holding a model still: nested holders, shared parts, threads, compiled parts, weights made in inference mode."""
 
 import threading
 from contextlib import ExitStack

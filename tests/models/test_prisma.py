@@ -1,4 +1,4 @@
-"""vit-prisma's HookedViT: the same logits through timm, and relevancy from its own recorded patterns."""
+"""vit-prisma's HookedViT: the same logits as through timm, and relevancy from its own recorded patterns."""
 
 import pytest
 import torch

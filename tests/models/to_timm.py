@@ -1,4 +1,4 @@
-"""A HookedViT turned into timm's VisionTransformer: the oracle of the HookedViT adapter."""
+"""Converts a HookedViT to timm's VisionTransformer, as the oracle for the HookedViT adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": 
 def to_timm(hooked: Any) -> Any:
     """timm's VisionTransformer with the weights of ``hooked``, a ``vit_prisma.models.base_vit.HookedViT``.
 
-    The same logits (pre-logits where ``return_type`` says so), with fused attention. Raises ValueError for
+    It returns the same logits (pre-logits if ``return_type`` says so), with fused attention. Raises ValueError for
     variants that timm's model does not have.
     """
     config = hooked.cfg
@@ -74,7 +74,7 @@ def _state(source: dict[str, Tensor], config: Any, pre_logits: bool) -> dict[str
     for block in range(config.n_layers):
         here = f"blocks.{block}"
         attn = {name: source[f"{here}.attn.{name}"] for name in ("W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V", "W_O")}
-        # Prisma keeps [H, d, dh] a projection; timm one [3 H dh, d]
+        # Prisma has one [H, d, dh] per projection; timm has one [3 H dh, d] for all three
         weights = [attn[f"W_{n}"].permute(0, 2, 1).flatten(0, 1) for n in "QKV"]
         state |= {
             f"{here}.attn.qkv.weight": torch.cat(weights),

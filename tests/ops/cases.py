@@ -1,4 +1,4 @@
-"""Each op's inputs, in float64 on the CPU, the shapes at which every backend is tried, and the backends themselves."""
+"""Inputs of the ops in float64 on the CPU, the shapes that every backend is tested with, and the backends."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def required() -> tuple[str, ...]:
-    """The backends that must serve every op in this process: the tests of one that is missing fail.
+    """The backends that must run every op in this process. If one is missing, its tests fail.
 
-    On the CPU Triton runs in a process of its own, which ``tests/kernels/test_triton.py`` starts.
+    On the CPU, Triton runs in a separate process, which ``tests/kernels/test_triton.py`` starts.
     """
     if INTERPRETED:
         return ("triton",)
@@ -69,7 +69,7 @@ def many_gates(*shape):
 
 
 def one_gate_for_all(*shape):
-    """One number in memory for all images, and one for each image."""
+    """One number for all images, expanded in memory, and one number per image."""
     kappa = torch.full((1, 1, 1), 0.7, dtype=torch.float64).expand(1, shape[-2], 1)
     return gate(*shape, kappa=kappa, c_max=1 + randn(shape[-2], 1, seed=2).exp())
 
@@ -81,7 +81,7 @@ def relevancy(C, B, H, N, dh, gated=True, identity="transmm"):
 
 
 def gated_relevancy(C, B, H, N, dh, P, d, F, K, identity="transmm"):
-    """The first configuration of several gates nothing: its ``c_max`` is 1."""
+    """If there are several configurations, the first one gates nothing: its ``c_max`` is 1."""
     g, W_dec, values, indices = project(B * P, d, F, K)
     codes = (g.unflatten(0, (B, P)), W_dec, values.unflatten(0, (B, P)), indices.unflatten(0, (B, P)))
     kappa, c_max = 0.5 + 0.1 * torch.arange(C).double(), 50 - 2.5 * torch.arange(C).double()
@@ -135,7 +135,7 @@ SHAPES = {  # small enough for Triton's interpreter
         (2, 0, 2, 6, 32, 5, 33, 77, 13),
     ],
 }
-COMPILED = {  # the interpreter would take minutes for them
+COMPILED = {  # the interpreter would take minutes for these shapes
     encode_topk: [
         (1, 33, 100, 1),
         (49, 33, 1000, 13, False),
@@ -181,7 +181,7 @@ INTERPRETED_HALVES = [
     "gated_relevancy 1 2 2 50 32 49 33 77 13",
     "gated_relevancy 3 2 2 50 32 49 33 77 13",
 ]
-OF = {many_gates: "gate", one_gate_for_all: "gate"}  # the op, where the builder has another name
+OF = {many_gates: "gate", one_gate_for_all: "gate"}  # the op, if the builder has another name
 
 
 def named(shapes):
@@ -197,7 +197,7 @@ CASES = named(SHAPES) | ({} if INTERPRETED else named(COMPILED))
 HALVES = (
     INTERPRETED_HALVES if INTERPRETED else [case for case in CASES if "1370" not in case]
 )  # cases of half precision
-TYPICAL = {  # one case per op, of several tokens, images and configurations
+TYPICAL = {  # one case per op, with several tokens, images and configurations
     "encode_topk": partial(encode_topk, 7, 33, 300, 13),
     "project": partial(project, 7, 33, 300, 13),
     "encode_project": partial(encode_project, "jumprelu", 7, 33, 300),
@@ -212,11 +212,11 @@ if not INTERPRETED:
         "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
     }
 
-WIDE = {"relevancy": (0, 6), "gated_relevancy": (0, 10, 11)}  # the rows and what multiplies them: float32 at least
+WIDE = {"relevancy": (0, 6), "gated_relevancy": (0, 10, 11)}  # the rows and their factors are at least float32
 
 
 def each(arguments, change):
-    """``change(position, tensor)`` in place of each tensor among the arguments, also of those in an activation."""
+    """The arguments with each tensor replaced by ``change(position, tensor)``, also inside an activation."""
 
     def one(i, value):
         if isinstance(value, Activation):
@@ -228,7 +228,7 @@ def each(arguments, change):
 
 
 def cast(op, arguments, dtype, device=DEVICE):
-    """The arguments on ``device``, floating ones in ``dtype``, the rows and their gates in float32 at least."""
+    """The arguments on ``device`` with floating tensors in ``dtype``; rows and gates are at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
 
     def change(i, tensor):
@@ -238,11 +238,11 @@ def cast(op, arguments, dtype, device=DEVICE):
     return each(arguments, change)
 
 
-# Layouts: the same numbers, elsewhere in memory, where a wrong step reads what must not be read -----------------------
+# Layouts: the same numbers, laid out so that a wrong stride reads memory that must not be read ------------------------
 
 
 def unread(tensor, *shape):
-    """Memory that spoils what is computed from it: NaN, or an index far out of range."""
+    """Poisoned memory: NaN, or an index far out of range."""
     value = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 3
     return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
 
@@ -254,12 +254,12 @@ def strided(_, tensor):
 
 
 def turned(_, tensor):
-    """The last two dimensions in the other order."""
+    """The last two dimensions swapped in memory."""
     return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
 
 
 def packed(_, tensor):
-    """As models hold q, k and v: the second of three tensors [B, N, H, dh] in one."""
+    """The layout of q, k and v in models: the second of three tensors [B, N, H, dh] in one."""
     if tensor.ndim != 4:
         return tensor
     B, H, N, dh = tensor.shape
@@ -267,7 +267,7 @@ def packed(_, tensor):
 
 
 def expanded(_, tensor):
-    """Other numbers: the last entry of the first dimension, read again and again from the same memory."""
+    """The last entry of the first dimension, repeated from the same memory; so the numbers differ."""
     return tensor[-1:].expand_as(tensor)
 
 

@@ -1,4 +1,4 @@
-"""How far a backend's results are from the op's reference in float64."""
+"""Compare a backend's results with the op's reference in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def exact(op, arguments):
 
 
 def error(found, expected):
-    """The largest one, relative to the result's scale; NaN and infinity only where the reference has them."""
+    """The largest error relative to the result's scale. NaN and infinity must be where the reference has them."""
     assert found.shape == expected.shape
     found, expected = found.double(), expected.double()
     known = expected.isfinite()
@@ -30,7 +30,7 @@ def error(found, expected):
 
 
 def errors(op, arguments, found, expected):
-    """The largest error of each result, where ``found`` is right in all that has no error."""
+    """The largest error of each result. Asserts that ``found`` is right in everything that has no error measure."""
     found = outputs(found)
     if op == "encode_topk":
         return errors_of_codes(arguments, *found, expected[0])
@@ -40,7 +40,7 @@ def errors(op, arguments, found, expected):
 
 
 def errors_of_codes(arguments, values, indices, expected):
-    """Of the values, and of what was chosen: the chosen features' exact pre-activations are the K largest."""
+    """The errors of the values and of the choice: the chosen features' exact pre-activations are the K largest."""
     *given, k = cast("encode_topk", arguments, torch.float64, arguments[0].device)
     assert indices.dtype == torch.int64
     assert all(len(row.unique()) == k for row in indices)
@@ -50,7 +50,7 @@ def errors_of_codes(arguments, values, indices, expected):
 
 
 def errors_of_steps(arguments, rows, scores, gates, expected_scores):
-    """Each of the three against the exact one of what came before it: a gate may magnify a score's error."""
+    """The error of each step, given the result of the step before, because a gate may magnify a score's error."""
     given = cast("gated_relevancy", arguments, torch.float64, arguments[0].device)
     old, q, k, v, dO, scale, *_, kappa, c_max, identity = given
     all_gates = torch.ones_like(old)
@@ -64,7 +64,7 @@ def errors_of_steps(arguments, rows, scores, gates, expected_scores):
 
 
 def run(op, arguments, backend):
-    """The result of the public op, which leaves its arguments as they are."""
+    """The result of the public op. Asserts that the op does not change its arguments."""
     kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     result = getattr(ops, op)(*arguments, backend=backend)
     for a, b in zip(arguments, kept, strict=True):
@@ -73,7 +73,7 @@ def run(op, arguments, backend):
 
 
 def check(op, arguments, backend, most=1e-5):
-    """The result, whose error is at most ``most``."""
+    """The result. Asserts that its error is at most ``most``."""
     found = run(op, arguments, backend)
     assert max(errors(op, arguments, found, exact(op, arguments))) <= most
     return outputs(found)

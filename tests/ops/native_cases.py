@@ -1,4 +1,4 @@
-"""Random arguments of the native ops, by name and in the order of their schemas: any size, zero too."""
+"""Random arguments for the native ops, by name and in the order of their schemas, of any size including zero."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STREAMING = ("relu", "tanh_relu", "jumprelu", "batch_topk", "gated")
 
 
 class Draw:
-    """Sizes and numbers from one seed."""
+    """Random sizes and numbers from one seed."""
 
     def __init__(self, seed, dtype=torch.float32):
         self.sizes, self.numbers, self.dtype = random.Random(seed), torch.Generator().manual_seed(seed), dtype
 
     def size(self, low, high):
-        """Between the bounds, the lower one often."""
+        """A size between the bounds, often the lower one."""
         return low if self.sizes.random() < 0.15 else self.sizes.randint(low, high)
 
     def choice(self, options):

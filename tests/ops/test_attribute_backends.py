@@ -1,4 +1,4 @@
-"""The default backend's maps are the reference's."""
+"""The default backend gives the same maps as the reference."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import fastfg
 from tests.tools import random_sae, tiny_vit
 
-# Of few active features, one that bfloat16 swaps for another at the threshold weighs much.
+# bfloat16 may swap a feature at the threshold for another; with few active features, that has a large effect.
 ACTIVATIONS = {"topk": {"k": 32}, "relu": {}}
 GATES = [None, fastfg.Gate((1, 2), kappa=1.0, c_max=50.0), fastfg.Gate((2,), kappa=0.5, c_max=10.0, shuffle_seed=3)]
 

@@ -1,4 +1,4 @@
-"""Which backend serves an op, and what is said where none can."""
+"""Which backend runs an op, and the error if none can."""
 
 import logging
 from types import SimpleNamespace
@@ -122,7 +122,7 @@ def cards(monkeypatch):
 
 
 def test_an_old_gpu_is_no_place_for_triton(cards):
-    """Its shared memory is too small for the tiles."""
+    """The shared memory of an old GPU is too small for the tiles."""
     cards((7, 5), (8, 6))
     expected = "it needs a device of compute capability 8.0 (sm_80) or later: GPU 0 has 7.5"
     assert choose("gate", "auto", "cuda:0", torch.float16) == "reference"
@@ -155,7 +155,7 @@ def test_a_library_of_other_sources_says_so():
 
 
 def test_to_ask_is_not_to_register():
-    """Whatever is asked, and however often: the ops are registered once, with the op's own file."""
+    """Asking never registers anything: an op is registered once, when its own file is imported."""
     before = set(torch._C._dispatch_get_all_op_names())
     assert {f"fastfg_triton::{op}" for op in OPS} <= before
     for op in (*OPS, "no_such_op"):

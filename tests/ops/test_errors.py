@@ -1,4 +1,4 @@
-"""Arguments that don't fit are named."""
+"""Errors name the argument that is wrong."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.ops.cases import gated_relevancy as gated
 
 
 def wrong(op, number, value):
-    """``op`` on its typical arguments, with another value for the one of that number."""
+    """``op`` on its typical arguments, with another value for the argument at that position."""
     arguments = list(TYPICAL[op]())
     arguments[number] = value
     return lambda: getattr(ops, op)(*arguments)

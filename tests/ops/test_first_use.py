@@ -37,6 +37,6 @@ print(wrong)
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_threads_may_meet_at_the_first_use(device):
-    """With tensors that hold no numbers, so no GPU is needed."""
+    """Uses fake tensors, so no GPU is needed."""
     out = subprocess.run([sys.executable, "-c", CODE, device], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -16,7 +16,7 @@ from tests.ops.cases import relevancy as attention
 
 @pytest.fixture
 def several_threads():
-    """Enough threads for parallel loops to leave the calling thread, where a mode is not known."""
+    """Enough threads that parallel loops use other threads, where the caller's mode is not set."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
@@ -85,7 +85,7 @@ def test_empty_inputs_give_empty_results(op, number, backend):
 @pytest.mark.parametrize("index", [-1, 9, -(2**40), 2**40])
 @pytest.mark.parametrize(("op", "backend"), [pair for pair in PAIRS if pair[0] in ("project", "gated_relevancy")])
 def test_a_feature_that_the_decoder_lacks(op, backend, index):
-    """It is named. A Triton kernel can't raise: there, its term is NaN, and the rest is as without it."""
+    """The error names the index. A Triton kernel can't raise: its term is NaN, and the other terms are unchanged."""
     given = {"project": sparse(3, 5, 9, 2), "gated_relevancy": block(2, 1, 2, 4, 4, 3, 5, 9, 2)}[op]
     arguments, where = list(cast(op, given, torch.float32, device_of(backend))), 3 if op == "project" else 9
     expected = outputs(getattr(ops, op)(*arguments, backend=backend))
@@ -103,7 +103,7 @@ def test_a_feature_that_the_decoder_lacks(op, backend, index):
 
 @pytest.mark.parametrize(("op", "backend"), [pair for pair in PAIRS if pair[0].startswith("encode")])
 def test_a_bias_may_be_wider_than_the_sae(op, backend):
-    """A bfloat16 SAE with float32 biases; what the caller centred is float32 then."""
+    """A bfloat16 SAE with float32 biases: then the centred input is float32."""
     arguments = list(cast(op, TYPICAL[op](), torch.bfloat16, device_of(backend)))
     arguments[3] = arguments[3].float()
     if op == "encode_topk":
@@ -118,7 +118,7 @@ def test_a_bias_may_be_wider_than_the_sae(op, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tanh_keeps_its_relative_precision(backend):
-    """The code of one feature, whose pre-activation is x itself."""
+    """The code of a single feature whose pre-activation is x itself."""
     x = torch.logspace(-8, 1.3, 200, dtype=torch.float64)[:, None]
     one = torch.ones(1, 1, dtype=torch.float64)
     none, relu = torch.zeros(1, dtype=torch.float64), Activation("tanh_relu")
@@ -131,7 +131,7 @@ def test_tanh_keeps_its_relative_precision(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("c_max", [1e30, 1e-30])
 def test_gates_keep_the_relative_precision_of_tanh(c_max, backend):
-    """Of log(w) / log(c_max), for z around 1 and every kappa; log(w) is as large as float32 has room for."""
+    """Checks log(w) / log(c_max) for z around 1 and every kappa; c_max is as extreme as float32 allows."""
     kappa = torch.logspace(-6, 1.3, 30, dtype=torch.float64).float()[:, None].to(device_of(backend))
     scores = torch.tensor([-1.0, 0.0, 1.0]).to(kappa)
     found = ops.gate(scores, kappa, torch.full_like(kappa, c_max), backend=backend).double().log()

@@ -1,4 +1,4 @@
-"""The native ops on random arguments, right and wrong; `make sanitize` runs the same under the sanitizers."""
+"""The native ops on random arguments, right and wrong. `make sanitize` runs the same tests under the sanitizers."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_any_size_and_layout(op, dtype):
         for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             assert ours.shape == theirs.shape
             if ours.is_floating_point() and ours.numel() and not (op == "gated_relevancy" and dtype == torch.bfloat16):
-                # a gate may magnify the error of a score: gates are compared where scores are exact enough
+                # a gate may magnify the error of a score, so gates are compared only where scores are exact enough
                 limit = tolerance * (20 if op == "gated_relevancy" else 1)
                 error = float((ours.double() - theirs).abs().max() / theirs.abs().max().clamp(min=1))
                 assert error <= limit, (seed, i)
@@ -48,7 +48,7 @@ def test_any_size_and_layout(op, dtype):
 
 @pytest.mark.parametrize("op", BUILD)
 def test_one_wrong_argument(op):
-    """An error that names the argument, or a result where the change is legal. The sanitizers judge the rest."""
+    """An error that names the argument, or a result if the change is legal. The sanitizers check the rest."""
     refused = 0
     for seed in SEEDS:
         arguments, draw = arguments_of(op, seed)
@@ -61,7 +61,7 @@ def test_one_wrong_argument(op):
 
 
 def refusal(op, arguments):
-    """The message of the error that the op raises, None where it raises none."""
+    """The message of the error that the op raises, or None."""
     try:
         run(op, arguments)
     except (ValueError, IndexError) as error:
@@ -70,7 +70,7 @@ def refusal(op, arguments):
 
 
 def wrong(tensor, draw):
-    """One size larger or smaller, a dimension more or less, or another dtype."""
+    """The tensor with one size larger or smaller, one dimension more or less, or another dtype."""
     sizes = list(tensor.shape)
     what = draw.choice(["larger", "smaller", "longer", "shorter", "dtype"])
     if what in ("larger", "smaller") and sizes:
@@ -102,7 +102,7 @@ def test_an_index_out_of_range(op):
 
 
 def test_topk_of_values_with_ties_infinities_and_nan():
-    """Whole numbers, infinities and NaN in the bias: the choice is that of a stable sort."""
+    """Whole numbers, infinities and NaN in the bias. The same features are chosen as by a stable sort."""
     levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, torch.inf, -torch.inf, torch.nan])
     for seed in range(200):
         draw = Draw(seed)

@@ -1,4 +1,4 @@
-"""The native ops called directly: what they refuse, at which sizes and in which of torch's modes they work."""
+"""The native ops called directly: the arguments that they refuse, edge sizes, and torch's modes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.ops.native_cases import BUILD, Draw, judge, run
 
 
 def typical(op):
-    """Arguments that have no empty size."""
+    """Arguments without an empty dimension."""
     for seed in range(200):
         arguments = BUILD[op](Draw(seed))
         tensors = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
@@ -18,7 +18,7 @@ def typical(op):
 
 
 def topk(b_enc, k, T=2):
-    """Values and indices of the native op where the pre-activations are ``b_enc``, as lists, of the first token."""
+    """Values and indices for the first token, as lists, from the native op with pre-activations ``b_enc``."""
     b_enc = torch.tensor(b_enc)
     values, indices = torch.ops.fastfg.encode_topk(torch.zeros(T, 2), torch.zeros(2, len(b_enc)), b_enc, None, k)
     assert torch.equal(indices, indices[:1].expand(T, k))
@@ -57,7 +57,7 @@ def test_topk_takes_the_lowest_index_among_equals(b_enc, k, indices):
     [([1.0, NAN, 2.0], True), ([INF, INF, 1.0], True), ([1.0, 2.0, INF], False), ([-INF, 0.0, 1.0, INF], False)],
 )
 def test_gates_of_scores_that_are_not_finite(scores, nan):
-    """An infinite median has no deviations from it: every gate is NaN, as in the reference."""
+    """Deviations from an infinite median are not defined: every gate is NaN, as in the reference."""
     s, one = torch.tensor([scores]), torch.ones(1)
     found, expected = torch.ops.fastfg.gate(s, one, 10 * one), reference.gate(s, 1.0, 10.0)
     assert bool(found.isnan().all()) == nan
@@ -79,7 +79,7 @@ def test_relevancy_of_a_negative_scale():
     torch.testing.assert_close(found, reference.relevancy(rows, *attention, -1.0))
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Refused arguments ---------------------------------------------------------------------------------------------------
 
 WRONG = [  # op, argument, what it becomes, error, message
     ("encode_topk", "x", torch.zeros(3, 5), "x: expected [T, 2] (T d), got [3, 5]"),
@@ -174,7 +174,7 @@ def requires_grad(arguments):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("op", BUILD)
 def test_results_are_the_same_in_every_mode(op, mode):
-    arguments = small(op, 3)  # of two images: each thread has one
+    arguments = small(op, 3)  # two images, one per thread
     expected = run(op, arguments)
     with mode():
         tracked = requires_grad(arguments)

@@ -28,7 +28,7 @@ from tests.ops.cases import (
 from tests.ops.compare import check, error, errors, exact, run
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-EXACT = [  # the reference in float64 is the judge, and Triton has no float64
+EXACT = [  # all backends in float32; only C++ in float64, which Triton does not have
     (case, backend, dtype)
     for backend in BACKENDS
     for case in CASES
@@ -43,9 +43,9 @@ every_pair = pytest.mark.parametrize(("op", "backend"), PAIRS)
 
 @pytest.fixture(autouse=True, scope="module")
 def _poison():
-    """New memory is full of NaN (of the largest number, where it is of integers) until it is written.
+    """Fill new memory with NaN (integers with the largest number).
 
-    An element of a result that a kernel leaves out is therefore wrong in every test of this file.
+    So a test in this file fails if a kernel does not write an element of its result.
     """
     assert torch.utils.deterministic.fill_uninitialized_memory  # torch's default
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -122,7 +122,7 @@ def test_any_shape(op, backend):
 
 @every_pair
 def test_nan_reaches_what_it_belongs_to(op, backend):
-    """One in the second token, or image, is seen in that one's part of the result and in no other part."""
+    """A NaN in the second token (or image) appears in that token's part of the result, and in no other part."""
     arguments = list(typical(op, backend))
     where = {"relevancy": 1, "gated_relevancy": 6}.get(op, 0)  # q; g; the first
     arguments[where][1].view(-1)[5] = torch.nan
@@ -158,7 +158,7 @@ def test_rows_that_are_not_gated_do_not_see_nan_scores(backend):
 
 @every_backend
 def test_nan_pre_activations_are_chosen_first(backend):
-    """As torch sorts: NaN is greater than any number."""
+    """NaN is greater than any number, as in torch's sort."""
     given = cases.encode_topk(3, 33, 300, 13)
     x, _, b_enc, _, _ = arguments = cast("encode_topk", given, torch.float32, device_of(backend))
     b_enc[41] = torch.nan
@@ -184,7 +184,7 @@ def test_a_nan_among_ties_is_chosen_first(backend):
 
 @every_backend
 def test_negative_and_signed_zero_pre_activations(backend):
-    """Negative ones become 0; -0.0 equals 0.0, so the lowest index comes first."""
+    """Negative values become 0. -0.0 equals 0.0, so the lowest index comes first."""
     b_enc = torch.tensor([-1.0, -0.0, 0.0, -2.0, -0.0, -1.0])
     arguments = (randn(2, 16), torch.zeros(16, 6), b_enc, None, 5)
     values, indices = run("encode_topk", cast("encode_topk", arguments, torch.float32, device_of(backend)), backend)
@@ -235,7 +235,7 @@ def test_gates_of_odd_scores(scores, backend):
 @every_backend
 @pytest.mark.parametrize("odd", [0, 1])
 def test_gated_relevancy_of_equal_scores(odd, backend):
-    """A MAD of 0: the equal ones have gate 1, the odd one the largest or the least."""
+    """The MAD is 0: equal scores have gate 1, and the different one has the largest or the smallest gate."""
     arguments = list(typical("gated_relevancy", backend))
     for i in (6, 8, 9):
         arguments[i] = arguments[i][:, :1].expand_as(arguments[i]).clone()
@@ -251,7 +251,7 @@ def test_gated_relevancy_of_equal_scores(odd, backend):
 def test_attention_logits_that_overflow_an_exponential(backend):
     arguments = list(typical("relevancy", backend))
     arguments[1] = 40 * arguments[1]
-    check("relevancy", arguments, backend, 1e-4)  # of logits near 100, float32 keeps 1e-5
+    check("relevancy", arguments, backend, 1e-4)  # float32 logits near 100 have an error of 1e-5
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_arguments_may_be_views_of_one_anothers_memory(op, backend):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-# What holds among results -------------------------------------------------------------------------------------------
+# Relations between results ------------------------------------------------------------------------------------------
 
 
 @every_backend

@@ -20,7 +20,7 @@ LAYOUTS = {"plain": lambda i, t: t, "turned": turned}  # the same numbers, in an
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("op", "backend"), [pair for pair in PAIRS if pair[1] != "reference"])
 def test_schema_and_fake_are_right(op, backend, dtype, layout, monkeypatch):
-    """With the arguments that the public op gives to the torch op."""
+    """Uses the arguments that the public op passes to the torch op."""
     checked = []
 
     def checking(*which):
@@ -76,7 +76,7 @@ def test_triton_ops_trace_without_a_gpu(op):
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_the_native_ops_are_all_there(op):
-    """A library that was not built, or from other sources, fails here with its reason."""
+    """Fails with the reason if the library was not built, or was built from other sources."""
     assert native.why_not(op) is None
 
 

@@ -1,4 +1,4 @@
-"""Tokens stand in for pixels only where that gives the same logits, on the very images that are judged."""
+"""Tokens are perturbed instead of pixels only if that gives the same logits for the evaluated images."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
 
 
 def same(model, images, **options):
-    """The scores by the path that is chosen are those by pixels; the path's name."""
+    """Assert that the chosen path gives the same scores as pixels. Returns the path's name."""
     found = fastfg.evaluate(model, images, MAPS, target=1, **options)
     expected = fastfg.evaluate(model, images, MAPS, target=1, path="pixels", **options)
     for metric in expected:
@@ -19,7 +19,7 @@ def same(model, images, **options):
 
 
 def widen(model, gain=1.0):
-    """Patches that overlap: each sees two pixels of its neighbours."""
+    """Overlapping patches: each patch reads two pixels of its neighbours."""
     stem = model.patch_embed.proj
     wide = torch.nn.Conv2d(3, stem.out_channels, 12, stride=8, padding=2)
     wide.weight.data.mul_(gain)

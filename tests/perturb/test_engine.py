@@ -1,4 +1,4 @@
-"""Full batches whatever is submitted, and every reading in its place."""
+"""Batches are full for any masks, and each reading belongs to its mask."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from fastfg.perturb import Batches, Engine, PatchGrid, Pixels, View, generator, image_key
 
 GRID = PatchGrid(1, 4, 1, 1)
-COUNTS = [4, 1, 6, 0, 9, *[2] * 11]  # masks of each view
+COUNTS = [4, 1, 6, 0, 9, *[2] * 11]  # masks per view
 
 
 def halves(images):
@@ -15,7 +15,7 @@ def halves(images):
 
 
 def read_some(engine):
-    """Read several views, and hold the readings against the images made one by one; what progress was told."""
+    """Read several views, and compare with images that are perturbed one by one. Returns the progress calls."""
     random = torch.Generator().manual_seed(0)
     images = torch.rand(len(COUNTS), 1, 1, 4, dtype=torch.float64, generator=random)
     fills = torch.rand(len(COUNTS), 1, 1, 1, dtype=torch.float64, generator=random)

@@ -1,4 +1,4 @@
-"""What removed patches are filled with, and the drifting mean against the loop that it stands for."""
+"""The fills of removed patches, and the drifting mean against the loop that it replaces."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Products in 8 bits: as exact as the format, whatever the scale of a row, and the layer as it was afterwards."""
+"""Products in 8 bits: as exact as the format allows for any scale of a row, and the layer is restored afterwards."""
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def run(path, images, fills, view, masks):
     inputs = path.buffers(prepared, len(masks))
     for i, v in enumerate(view):
         path.place(prepared, v, masks[i : i + 1], tuple(t[i : i + 1] for t in inputs))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         logits = path.run(inputs)
     return logits, counter.get_total_flops()
 
@@ -59,7 +59,7 @@ def test_the_logits_are_those_of_the_pixels(name):
 
 
 def test_work_that_is_left_out_of_a_class_token_model():
-    """The embedding, the first block's q, k, v, and the last block's rows that no one reads."""
+    """The embedding, the first block's q, k, v, and the unread rows of the last block are not computed."""
     depth, d, N = 3, 48, 17
     model = build("timm ViT")
     adapter = adapt(model)

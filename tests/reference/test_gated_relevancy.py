@@ -1,4 +1,4 @@
-"""One gated block in one call: its three steps one after another."""
+"""``gated_relevancy`` equals its three steps one after another."""
 
 import torch
 

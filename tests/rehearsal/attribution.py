@@ -1,4 +1,4 @@
-"""Attribution on the card equals attribution on the CPU for every model, gate and SAE; run by test_rehearsal.py."""
+"""Attribution on the fake GPU equals attribution on the CPU for every model, gate and SAE; see test_rehearsal.py."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +49,7 @@ def same(found, expected, rtol=1e-9):
 
 
 def same_result(found, expected, rtol=1e-9):
-    """Everything that is returned."""
+    """All tensors of the result."""
     same(found.maps, expected.maps, rtol)
     same(found.logits, expected.logits, rtol)
     assert found.target.tolist() == expected.target.tolist()
@@ -135,13 +135,13 @@ ONE_LAUNCH = {
 
 
 @pytest.mark.parametrize("identity", ["transmm", "paper"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float64 is served by the reference
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the reference runs float64
 @pytest.mark.parametrize("gate", ONE_LAUNCH.values(), ids=ONE_LAUNCH)
 def test_gated_blocks_in_one_launch(gate, dtype, identity, launched):
     model, images, saes = given(dtype, normalize="layer_norm", reg_tokens=2)
     options = {"gate": gate, "identity": identity, "target": 1}
     expected = fastfg.attribute(model, images, saes=saes, **options)
-    assert "gated_relevancy" not in launched  # the CPU goes by the separate ops
+    assert "gated_relevancy" not in launched  # the CPU uses the separate ops
     model, images, saes = to_card(model, images, saes)
     launched.clear()
     found = fastfg.attribute(model, images, saes=saes, **options)
@@ -164,7 +164,7 @@ def test_what_one_launch_does_not_serve_goes_by_the_separate_ops(other, launched
     model, images, saes = to_card(model, images, saes)
     launched.clear()
     same_result(fastfg.attribute(model, images, saes=saes, **options), expected)
-    assert launched.count("gated_relevancy") == (other != "features")  # block 2 has one gate, which is served
+    assert launched.count("gated_relevancy") == (other != "features")  # block 2 has one gate, which the op can compute
     assert launched.count("relevancy") == 3 + (other == "features")
 
 
@@ -205,7 +205,7 @@ def test_under_autocast():
 
 
 def test_gates_of_several_images():
-    """Numbers reach the kernel as tensors, one per row."""
+    """The kernel gets kappa and c_max as tensors, with one number per row."""
     scores = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     for kappa, c_max in ((1.0, 10.0), (torch.tensor([0.5, 2.0])[:, None, None], 50.0)):
         expected = ops.gate(scores, kappa, c_max, backend="reference")
@@ -213,7 +213,7 @@ def test_gates_of_several_images():
 
 
 def test_a_gated_block_in_one_op():
-    """Its rows and numbers may be expanded, as the start of relevancy is."""
+    """Rows, kappa and c_max may be expanded, as the first rows of relevancy are."""
     random = torch.Generator().manual_seed(0)
     q, k, v, dO = torch.randn(4, 2, 2, 6, 8, generator=random)
     g, W_dec = torch.randn(2, 5, 16, generator=random), torch.randn(30, 16, generator=random)

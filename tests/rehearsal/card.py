@@ -1,10 +1,10 @@
-"""A rehearsal of the GPU: tensors that say ``cuda:0``, keep CUDA's rules about devices, and compute on the CPU.
+"""A fake GPU ("the card"): its tensors report ``cuda:0``, follow CUDA's rules about devices, and compute on the CPU.
 
-``plugin`` makes torch believe in a card before it is first imported. A tensor on it is a wrapper (:class:`OnCard`)
-around a CPU tensor. Each op first looks whether CUDA would take these arguments, then runs on what is wrapped.
-Dispatch, autocast and autograd are torch's own, as for a real card: the keys are CUDA's, and the backward pass runs in
-the device's own thread. Triton kernels run under the interpreter, their host code on tensors of the card. There is no
-way back: use a process of its own.
+``plugin`` installs the card before torch is first imported. A tensor on the card is a wrapper (:class:`OnCard`) around
+a CPU tensor. Each op first checks whether CUDA would accept its arguments, then runs on the wrapped tensors. Dispatch,
+autocast and autograd are torch's own, as for a real GPU: the dispatch keys are CUDA's, and the backward pass runs in
+the device's own thread. Triton kernels run under the interpreter, and their host code gets tensors on the card. The
+card can't be removed again, so use a separate process.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 CARD = torch.device("cuda", 0)
 TOTAL = 80 * 2**30  # bytes of memory
-memory = {"free": TOTAL, "allocated": 0, "peak": 0}  # what torch.cuda answers; set by the tests
+memory = {"free": TOTAL, "allocated": 0, "peak": 0}  # reported by torch.cuda; set by the tests
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy, aten.copy_}  # the only ways from one device to another
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
-NUMBERS = INDEXING | {aten.fill, aten.fill_}  # take a number of the CPU, as what is done to each entry alone does
+NUMBERS = INDEXING | {aten.fill, aten.fill_}  # accept a CPU scalar, as elementwise ops do
 LIBRARY = torch.library.Library("aten", "IMPL")
 
 
@@ -31,7 +31,7 @@ class OnCard(Tensor):
     """``under``, a CPU tensor, as a tensor on the card."""
 
     under: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # no type of its own to Python code
+    __torch_function__ = torch._C._disabled_torch_function_impl  # Python code sees no special type
 
     @staticmethod
     def __new__(cls, under: Tensor) -> OnCard:
@@ -43,17 +43,17 @@ class OnCard(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._can_decompose():  # it comes whole from within a Triton op, below autograd
+        if func._can_decompose():  # not decomposed when called inside a Triton op, below autograd
             return func.decompose(*args, **kwargs)
         check(func, args, kwargs)
-        if func.namespace == "fastfg_triton":  # as it is registered; its host code goes on with tensors of the card
+        if func.namespace == "fastfg_triton":  # the host code of the op gets tensors on the card
             return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
         if func is aten._scaled_mm.default:
             return OnCard(scaled_mm(*tree_map_only(OnCard, below, args), **tree_map_only(OnCard, below, kwargs)))
         where = kwargs.get("device")
         if where is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
-        with torch.inference_mode(False):  # a wrapper made there could be no view of one from outside
+        with torch.inference_mode(False):  # else a wrapper made there can't be a view of one from outside
             out = func(*tree_map_only(OnCard, below, args), **tree_map_only(OnCard, below, kwargs))
             if where is not None and where.type == "cpu":
                 return out
@@ -64,7 +64,7 @@ class OnCard(Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
     def tolist(self) -> Any:
-        return self.under.tolist()  # torch's own does not know wrappers
+        return self.under.tolist()  # torch's own tolist does not support wrappers
 
     def __repr__(self) -> str:
         return f"OnCard({self.under!r})"
@@ -75,7 +75,7 @@ def below(t: Tensor) -> Tensor:
 
 
 def check(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise what CUDA raises where ``func`` doesn't take tensors of these devices, or this generator."""
+    """Raise CUDA's error if ``func`` doesn't accept tensors on these devices, or this generator."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != "cuda":
@@ -101,7 +101,7 @@ def check(func: Any, args: Any, kwargs: Any) -> None:
 def scaled_mm(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: None, scale_result: None, out_dtype: torch.dtype
 ) -> Tensor:
-    """``torch._scaled_mm`` with a scale each row and column, and what a card wants of its arguments."""
+    """``torch._scaled_mm`` with one scale per row and column, and the requirements of a GPU on its arguments."""
     if not (a.is_contiguous() and b.mT.is_contiguous()):
         raise RuntimeError("_scaled_mm: expected a row-major and a column-major factor")
     if b.shape[0] % 16 or b.shape[1] % 16:
@@ -114,19 +114,19 @@ def scaled_mm(
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
 
-# Putting it in ------------------------------------------------------------------------------------------------------
+# Installation -------------------------------------------------------------------------------------------------------
 
 
 def insert_card() -> None:
-    """From now on torch has the card; ``card.cpp`` was loaded before torch was (see ``plugin``)."""
+    """Make torch use the card. ``card.cpp`` must be loaded before torch (see ``plugin``)."""
     if torch.accelerator.current_accelerator() != torch.device("cuda"):
         raise RuntimeError("the card came too late: torch had looked for one already")
-    import tests.kernels.interpreter  # noqa: F401  mends what launches kernels here
+    import tests.kernels.interpreter  # noqa: F401  fixes the interpreter
 
-    LIBRARY.impl("empty.memory_format", _empty, "CUDA")  # all factories are made of these two
+    LIBRARY.impl("empty.memory_format", _empty, "CUDA")  # all factories use these two
     LIBRARY.impl("empty_strided", _empty_strided, "CUDA")
-    LIBRARY.impl("copy_", _copy, "CUDA")  # of torch.tensor, which passes by what is made in Python
-    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to("cuda"): its data are of another type
+    LIBRARY.impl("copy_", _copy, "CUDA")  # for torch.tensor, which bypasses the Python dispatch
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to("cuda") changes the tensors' type
     _answer_as_a_card()
     _launch_from_the_card()
 
@@ -145,7 +145,7 @@ def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _answer_as_a_card() -> None:
-    """What fastfg asks ``torch.cuda``, as an H100 answers."""
+    """The functions of ``torch.cuda`` that fastfg calls, with the answers of an H100."""
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=TOTAL, multi_processor_count=132
     )
@@ -175,7 +175,7 @@ def _answer_as_a_card() -> None:
 
 
 def _launch_from_the_card() -> None:
-    """Triton's interpreter takes the card's tensors, and those alone, as its launcher does."""
+    """Triton's interpreter accepts only tensors on the card, as Triton's launcher accepts only CUDA tensors."""
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__

@@ -1,4 +1,5 @@
-"""Evaluation on the card is that on the CPU: every path, baseline and precision; run by test_rehearsal.py."""
+"""Evaluation on the fake GPU equals evaluation on the CPU, for every path, baseline and precision; see
+test_rehearsal.py."""
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ COARSE = {"faithfulness_correlation": {"n_runs": 5, "n_trials": 2}, "pixel_flipp
 
 
 def given(dtype=torch.float64, **options):
-    """A model that tells its normalisation, images, and two maps of each."""
+    """A model with a known normalisation, images, and two maps per image."""
     model = tiny_vit(dtype=dtype, **options)
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     random = torch.Generator().manual_seed(1)
@@ -164,7 +165,7 @@ def test_compare():
 
 
 class Small:
-    """A card on which a forward of ``most`` images fits, and of more does not; what is asked for is counted."""
+    """A card with memory for a forward of at most ``most`` images. Counts the images of each forward."""
 
     def __init__(self, model, most):
         self.most, self.sizes = most, []

@@ -1,4 +1,4 @@
-"""``pytest -p tests.rehearsal.plugin``: the card is in before torch, which looks for one early, is first imported."""
+"""``pytest -p tests.rehearsal.plugin`` installs the card before torch is imported: torch looks for one early."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def compiled() -> Path:
-    """The library of ``card.cpp`` for this torch, kept in ``$FASTFG_CARD`` where that names a folder."""
+    """The library built from ``card.cpp`` for this torch, stored in the folder ``$FASTFG_CARD`` if that is set."""
     spec, source = importlib.util.find_spec("torch"), Path(__file__).with_name("card.cpp")
     assert spec is not None and spec.origin is not None
     home, version = Path(spec.origin).parent, importlib.metadata.version("torch")
@@ -37,4 +37,4 @@ from tests.rehearsal.card import insert_card  # noqa: E402
 
 insert_card()
 import_timm()
-torch.set_num_threads(1)  # what is small gains nothing from more
+torch.set_num_threads(1)  # small work gains nothing from more threads

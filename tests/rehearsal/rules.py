@@ -1,4 +1,4 @@
-"""The card keeps CUDA's rules, so that what breaks them is seen; run by test_rehearsal.py."""
+"""The card enforces CUDA's rules, so that code which breaks them fails; see test_rehearsal.py."""
 
 import threading
 

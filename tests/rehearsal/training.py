@@ -1,4 +1,4 @@
-"""Sparse autoencoders on the card: training, files, and reports made of what comes from there; run by
+"""Sparse autoencoders on the card: training, files, and reports from results on the card; see
 test_rehearsal.py.
 """
 

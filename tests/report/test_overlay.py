@@ -1,4 +1,4 @@
-"""Overlays: the picture where the heatmap is 0, and no colours for what is no number."""
+"""Overlays: the plain picture where the heatmap is 0, and an error for NaN."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The page, figure and overlay show what was computed, and no name can inject HTML."""
+"""The page, figure and overlay show the results, and no name can inject HTML."""
 
 import pandas as pd
 import torch

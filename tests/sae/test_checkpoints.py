@@ -120,7 +120,7 @@ def test_prisma_weights_of_another_kind(tmp_path):
 
 
 def own(folder, **config):
-    """An SAE in fastfg's format, with some fields of its config changed; those given as None are left out."""
+    """An SAE in fastfg's format, with some fields of its config changed. Fields given as None are left out."""
     random_sae(32, 100, "topk", k=5).save(folder)
     file = folder / "config.json"
     fields = {name: v for name, v in (json.loads(file.read_text()) | config).items() if v is not None}
@@ -167,7 +167,7 @@ def test_own_tensors_that_do_not_fit(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    """Each file of both formats, cut at many lengths: a ValueError that names it, whatever its reader raises."""
+    """Each file of both formats, cut at many lengths, raises a ValueError that names the file."""
     own(tmp_path / "own")
     write_prisma(tmp_path / "prisma", weights(random_sae(32, 100, "relu")))
     for file in ("own/config.json", "own/sae.safetensors", "prisma/config.json", "prisma/weights.pt"):
@@ -196,7 +196,7 @@ def test_tensors_that_share_memory_round_trip(tmp_path):
     again = fastfg.sae.load_sae(tmp_path)
     for name, tensor in sae.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
-    assert sae.W_enc.data_ptr() == W_dec.data_ptr()  # as it was
+    assert sae.W_enc.data_ptr() == W_dec.data_ptr()  # unchanged
 
 
 class Trap:
@@ -245,7 +245,7 @@ def test_a_file_given_by_name_is_that_file_or_an_error(tmp_path):
             fastfg.load_saes(tmp_path / name, layers=[9])
     with pytest.raises(ValueError, match="a.pt, which is not read"):
         fastfg.load_saes({2: tmp_path / "a.pt", 3: tmp_path / "n_images_5.pt"})
-    own(tmp_path)  # both formats' weights, and a config of one of them
+    own(tmp_path)  # the weights of both formats, and the config of one
     assert fastfg.sae.load_sae(tmp_path).k == 5
     with pytest.raises(ValueError, match="weights.pt, which is not read: its folder's SAE is in sae.safetensors"):
         fastfg.sae.load_sae(tmp_path / "weights.pt")

@@ -1,4 +1,4 @@
-"""SparseAutoencoder: sparse codes, reconstruction, and what it refuses."""
+"""SparseAutoencoder: sparse codes, reconstruction, and refused arguments."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training depends on its own seed and on nothing else that is random."""
+"""Training depends on its own seed and on no other random state."""
 
 import torch
 

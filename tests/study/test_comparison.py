@@ -1,4 +1,4 @@
-"""Variants side by side, as one tidy table."""
+"""``compare`` returns the scores of several variants in one tidy table."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Table 1's numbers by hand and by SciPy, and the table that shows them."""
+"""The statistics of Table 1 against hand-computed values and SciPy, and the table that shows them."""
 
 import math
 
