@@ -1,8 +1,8 @@
 """``fastfg.evaluate``: C maps of B photographs, judged by one metric or all three, on a ViT with random weights.
 
-It is compared with a loop over single perturbed images, and with Quantus under the same definitions (patches filled with
-0). Quantus's correlation draws pixels, not patches. The numbers of pixels and forwards are the same, but the scores
-differ and are not compared.
+It is compared with a loop over single perturbed images, and with Quantus under the same definitions (patches filled
+with 0). Quantus's correlation draws pixels, not patches. The numbers of pixels and forwards are the same, but the
+scores differ and are not compared.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from fastfg.models.timm import import_timm
 from fastfg.perturb import generator
 
 METRICS = {"pf": ["pixel_flipping"], "fc": ["faithfulness_correlation"], "all": list(fastfg.metrics.METRICS)}
-READ = {"saco": "impact", "faithfulness_correlation": "drop", "pixel_flipping": "curve"}  # the detail made from the model's outputs
+READ = {"saco": "impact", "faithfulness_correlation": "drop", "pixel_flipping": "curve"}  # from the readings
 RUNS, TRIALS, FILL, TARGET = 20, 3, 0.0, 1
 
 

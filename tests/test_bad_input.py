@@ -74,12 +74,12 @@ def test_gate(options, parts):
         ({"shuffle_seed": 1.5}, ("shuffle_seed: expected integers", "got [1.5]")),
     ],
 )
-def test_gate_of_other_types(options, parts):
+def test_gate_arguments_of_the_wrong_type(options, parts):
     with refuses(TypeError, *parts):
         fastfg.Gate(**({"layers": (2, 3)} | options))
 
 
-def test_layers_that_the_model_or_the_saes_lack(model, images, saes):
+def test_missing_layers(model, images, saes):
     with refuses(ValueError, "gate.layers: expected blocks from 0 to 3", "got [9]"):
         fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 9)))
     with refuses(ValueError, "saes: expected an SAE for each gated block [1, 3]", "none for [3]"):

@@ -55,7 +55,7 @@ def test_every_family(name):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10 * float(expected.max()))
 
 
-def test_images_and_saes_elsewhere_are_named(images):
+def test_images_and_saes_on_another_device_are_named(images):
     model = tiny_vit().cuda()
     with pytest.raises(ValueError, match="images: expected them on cuda:0, .* got cpu"):
         fastfg.attribute(model, images)

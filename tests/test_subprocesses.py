@@ -114,7 +114,7 @@ def test_failures_come_with_their_tracebacks_and_fail_the_suite(outcome):
     assert "3 failed, 3 passed, 1 skipped, 1 xfailed, 1 error" in out
 
 
-def test_a_process_that_does_not_come_to_its_end_fails(outcome):
+def test_a_process_that_ends_early_fails(outcome):
     code, out = outcome(*CRASHES)
     assert code == 1, out
     for message in CRASHES.values():

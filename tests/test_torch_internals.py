@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastfg import torch_internals
 
 
-def test_this_torch_was_tried():
+def test_this_torch_version_was_tested():
     if not torch.__version__.startswith(torch_internals.TRIED_ON):
         warnings.warn(f"torch {torch.__version__} is not one of {torch_internals.TRIED_ON}", stacklevel=1)
     assert all(version.count(".") == 1 for version in torch_internals.TRIED_ON)

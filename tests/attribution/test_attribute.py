@@ -99,7 +99,7 @@ def test_a_list_of_gates_equals_each_alone(model, images, saes):
             assert torch.equal(together.features[block].indices[c], alone.features[block].indices)
 
 
-def test_what_a_configuration_does_not_gate_has_no_score(model, images, saes):
+def test_a_block_that_is_not_gated_has_no_score(model, images, saes):
     result = fastfg.attribute(model, images, saes=saes, gate=[None, fastfg.Gate((2,))])
     assert result.scores[2][0].isnan().all()
     assert not result.scores[2][1].isnan().any()
@@ -123,7 +123,7 @@ def test_features_are_the_largest_terms_of_the_score(model, images, activation):
         assert torch.equal(found.indices[active], best[active])
 
 
-def test_more_features_than_are_active_are_filled_up(model, images, saes):
+def test_missing_features_are_padded(model, images, saes):
     found = fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1,)), features=12).features[1]
     assert found.indices.shape == (3, 24, 12)
     assert (found.indices[..., 9:] == -1).all()

@@ -93,7 +93,7 @@ RUNS = {
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-def test_blocks_that_run_otherwise(model, images, run, gate):
+def test_blocks_that_do_not_run_once_in_order(model, images, run, gate):
     model = run_blocks(model, run)
     before = state_of(model)
     with pytest.raises(RuntimeError, match=RUNS[run]):
@@ -159,7 +159,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_attention_that_is_met_otherwise(model, images, change):
+def test_attention_that_is_not_one_per_block(model, images, change):
     change(model)
     with pytest.raises(RuntimeError, match=CHANGES[change]):
         fastfg.attribute(model, images)
@@ -191,7 +191,7 @@ def test_a_target_that_does_not_depend_on_every_block(model, images):
         fastfg.attribute(model, images, target=lambda _: stored[0][:, 0, 0])
 
 
-def test_something_between_the_blocks(model, images):
+def test_operations_between_the_blocks(model, images):
     expected = fastfg.attribute(model, images, gate=GATES["gated"]).maps
 
     def run(blocks, x):
@@ -203,7 +203,7 @@ def test_something_between_the_blocks(model, images):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
-def test_nothing_of_a_failed_pass_stays_in_memory(model, images):
+def test_a_failed_pass_leaves_nothing_in_memory(model, images):
     outputs = []
     model.blocks[2].register_forward_hook(lambda module, given, output: outputs.append(weakref.ref(output)))
     with pytest.raises(ValueError, match="target: expected classes"):
@@ -214,7 +214,7 @@ def test_nothing_of_a_failed_pass_stays_in_memory(model, images):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
-def test_checkpointed_blocks_are_explained_rightly_or_not_at_all(model, images, first, reentrant):
+def test_checkpointed_blocks_give_the_right_map_or_an_error(model, images, first, reentrant):
     gate = GATES["gated"]
     expected = fastfg.attribute(model, images, gate=gate).maps
 

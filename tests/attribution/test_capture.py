@@ -150,7 +150,7 @@ def test_masked_attention_is_refused(model, images):
         fastfg.attribute(model, images)
 
 
-def test_parameters_and_what_lies_before_the_first_attention_get_no_gradients(model, images):
+def test_parameters_and_layers_before_the_first_attention_get_no_gradients(model, images):
     reached = []
     for name, module in model.named_modules():
         if name in ("patch_embed.proj", "blocks.0.norm1", "blocks.0.attn.qkv"):

@@ -46,7 +46,7 @@ def test_no_images(model, images, activation):
 
 
 @pytest.mark.parametrize("name", ["transformers ViT", "open_clip zero-shot", "vit-prisma HookedViT"])
-def test_no_images_for_models_that_refuse_none(name):
+def test_no_images_for_models_that_refuse_empty_batches(name):
     model, images = build(name), torch.randn(0, 3, 32, 32, dtype=torch.float64)
     found = fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual"), target=1)
     assert found.maps.shape == (0, 4, 4)
@@ -78,13 +78,13 @@ def test_more_features_than_the_dictionary_has(model, images, activation):
 
 
 @pytest.mark.parametrize("features", [2.5, True, "3"])
-def test_features_that_are_no_count(model, images, features):
+def test_features_must_be_a_count(model, images, features):
     with pytest.raises(ValueError, match="features: expected a number >= 0, got"):
         fastfg.attribute(model, images, features=features)
 
 
 @pytest.mark.parametrize("activation", ["topk", "relu"])
-def test_a_default_device_is_not_the_models(model, images, activation):
+def test_a_default_device_other_than_the_models(model, images, activation):
     saes = {block: random_sae(32, 100, activation, **ACTIVATIONS[activation]) for block in (1, 2)}
     options = {"saes": saes, "gate": GATES, "features": 3, "methods": METHODS, "target": [1, 2, 0]}
     expected, heat = fastfg.attribute(model, images, **options), fastfg.attribute(model, images).heatmap((32, 48))

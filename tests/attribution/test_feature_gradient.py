@@ -28,7 +28,7 @@ def test_bilinear_pixels_lie_between_their_patches(model, images, saes, gate):
     torch.testing.assert_close(smooth[:, 0, 0, 11], expected, rtol=1e-9, atol=0)
 
 
-def test_it_is_the_attribution_of_its_own_arguments(model, images, saes, gate):
+def test_arguments_reach_attribute(model, images, saes, gate):
     """The gate, the SAEs, the target and further options all reach ``fastfg.attribute``."""
     gated = fastfg.FeatureGradient(model, saes, gate, identity="paper").attribute(images, target=2)[:, 0, ::8, ::8]
     expected = fastfg.attribute(model, images, saes=saes, gate=gate, target=2, identity="paper").maps
@@ -38,14 +38,14 @@ def test_it_is_the_attribution_of_its_own_arguments(model, images, saes, gate):
     assert not torch.equal(gated, fastfg.attribute(model, images, target=2, identity="paper").maps)
 
 
-def test_what_does_not_fit_is_named(model):
+def test_wrong_arguments_are_named(model):
     with pytest.raises(ValueError, match="interpolation: expected one of .* got 'cubic'"):
         fastfg.FeatureGradient(model, interpolation="cubic")
     with pytest.raises(TypeError, match="gate: expected one fastfg.Gate or None, got list"):
         fastfg.FeatureGradient(model, gate=[None])
 
 
-def test_captums_own_methods_and_metrics_take_it(model, images):
+def test_it_works_with_captums_methods_and_metrics(model, images):
     captum = pytest.importorskip("captum")
     from captum.attr import InputXGradient, visualization
 

@@ -115,7 +115,7 @@ def bench(tmp_path):
     return run
 
 
-def test_what_is_right_gets_a_time(bench):
+def test_a_right_result_is_timed(bench):
     (line,) = bench("right")
     assert line["error"] < 1e-7
     assert line["floor"] == pytest.approx(1e-6)
@@ -124,7 +124,7 @@ def test_what_is_right_gets_a_time(bench):
 
 
 @pytest.mark.parametrize("provider", ["wrong", "NaN"])
-def test_what_is_wrong_gets_none(bench, provider):
+def test_a_wrong_result_is_not_timed(bench, provider):
     with pytest.raises(pytest.fail.Exception, match=f"doubled by {provider} is wrong and was not timed: error"):
         bench(provider)
     assert not list(bench.folder.iterdir())
@@ -139,12 +139,12 @@ def test_a_part_is_not_checked_and_has_no_floor(bench):
 @pytest.mark.parametrize(
     ("provider", "reason"), [("refusing", "backend: not on Sundays"), ("absent", "nothing for 5 on a cpu")]
 )
-def test_what_cannot_run_is_skipped_with_the_reason(bench, provider, reason):
+def test_a_provider_that_cannot_run_is_skipped_with_a_reason(bench, provider, reason):
     with pytest.raises(pytest.skip.Exception, match=f"{provider}: {reason}"):
         bench(provider)
 
 
-def test_what_does_not_fit_is_let_go_of_before_it_is_skipped(bench):
+def test_memory_is_freed_before_a_skip(bench):
     with pytest.raises(pytest.skip.Exception, match="too large: out of memory") as skipped:
         bench("too large")
     assert skipped.value.__context__ is None  # the frames of an error keep tensors alive

@@ -125,7 +125,7 @@ def all_maps(files, out):
     return out
 
 
-def test_what_fastfg_wrote_is_not_explained_again(files, tmp_path):
+def test_earlier_output_is_not_explained_again(files, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(files / "images", folder)
     arguments = ["attribute", str(folder), *model_arguments(files), "--out"]
@@ -140,7 +140,7 @@ def test_what_fastfg_wrote_is_not_explained_again(files, tmp_path):
     assert written["settings"]["model"] == NAME
 
 
-def test_files_with_the_same_content_are_told_apart(files, tmp_path, monkeypatch):
+def test_files_with_the_same_content_have_their_own_rows(files, tmp_path, monkeypatch):
     for name in ("a.png", "b.png"):
         shutil.copy(files / "images" / "a.png", tmp_path / name)
     shutil.copy(files / "images" / "[b].png", tmp_path / "c.png")
@@ -219,7 +219,7 @@ def test_odd_names(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("command", ["attribute", "evaluate"])
-def test_what_was_done_is_kept(files, tmp_path, monkeypatch, capsys, command, stop):
+def test_finished_work_is_kept(files, tmp_path, monkeypatch, capsys, command, stop):
     whole, calls = fastfg.attribute, []
 
     def stopping(*arguments, **options):
@@ -246,7 +246,7 @@ def test_what_was_done_is_kept(files, tmp_path, monkeypatch, capsys, command, st
 
 
 @pytest.mark.parametrize("command", ["attribute", "evaluate"])
-def test_nothing_that_can_be_read_is_an_error(files, tmp_path, capsys, command):
+def test_no_readable_image_is_an_error(files, tmp_path, capsys, command):
     (tmp_path / "images" / "bare").mkdir(parents=True)
     arguments = [command, *model_arguments(files), "--out", str(tmp_path / "out")]
     assert main([*arguments, str(tmp_path / "images")]) == 1

@@ -49,7 +49,7 @@ def test_find_images(folder):
     assert find_images([folder / "bare"]) == ([], [])
 
 
-def test_what_is_skipped_has_its_reason(folder):
+def test_skipped_files_have_a_reason(folder):
     (folder / "scan.dcm").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "dangling.png").symlink_to(folder / "nowhere.png")
@@ -93,7 +93,7 @@ def test_unreadable_folders_are_named(folder, monkeypatch):
     assert reasons(found, folder)["sub"] == "unreadable folder: Permission denied"
 
 
-def test_earlier_output_is_passed_over(folder):
+def test_earlier_output_is_skipped(folder):
     claim(folder / "out", "attribute", {})
     Image.new("RGB", (8, 8)).save(folder / "out" / "000000-a.png")
     claim(folder / "out", "evaluate", {})  # once more

@@ -79,7 +79,7 @@ def test_a_constant_image_is_black(tmp_path):
     assert read(tmp_path / "a.png").max() == 0
 
 
-def test_zero_is_white_where_the_file_says_so(tmp_path):
+def test_zero_is_white_if_the_file_says_so(tmp_path):
     image = Image.fromarray(RAMP * 80)
     image.save(tmp_path / "dark.tif")
     image.save(tmp_path / "light.tif", tiffinfo={262: 0})
@@ -89,7 +89,7 @@ def test_zero_is_white_where_the_file_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_no_numbers_are_an_error(tmp_path, bad):
+def test_nan_and_infinite_pixels_are_an_error(tmp_path, bad):
     values = RAMP.astype(np.float32)
     values[2, 3] = bad
     Image.fromarray(values).save(tmp_path / "a.tif")
@@ -200,7 +200,7 @@ def test_sizes_are_checked_before_pixels_are_decoded(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_large_photograph_is_no_bomb(tmp_path):
+def test_a_large_photograph_gives_no_bomb_warning(tmp_path):
     Image.new("1", (11_648, 8_736)).save(tmp_path / "a.png")  # 102 megapixels: Pillow warns
     assert read_image(tmp_path / "a.png").image.size == (11_648, 8_736)
 

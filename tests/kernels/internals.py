@@ -84,14 +84,14 @@ SAES = [(768, 49152, 128), (1024, 32768, 32), (192, 12288, 64), (768, 24576, 1),
 
 
 @pytest.mark.parametrize(("d", "F", "k"), SAES[:3])
-def test_lists_take_a_twentieth_of_dense_codes(d, F, k):
+def test_lists_need_a_twentieth_of_the_memory_of_dense_codes(d, F, k):
     capacity = encode_topk.list_length(d, F, k, BLOCK_F=128, itemsize=2)
     assert 8 * capacity + 2 * d + 12 <= 0.05 * 4 * F
 
 
 @pytest.mark.parametrize("BLOCK_F", [64, 256])
 @pytest.mark.parametrize(("d", "F", "k"), SAES)
-def test_panels_fit_whatever_the_order_of_features(d, F, k, BLOCK_F):
+def test_panels_fit_for_any_order_of_features(d, F, k, BLOCK_F):
     """There are few panels, and no panel adds more keys than a list has room for."""
     capacity, tiles = encode_topk.list_length(d, F, k, BLOCK_F, itemsize=2), F // BLOCK_F
     panels = encode_topk.panels(F, k, capacity, BLOCK_F)

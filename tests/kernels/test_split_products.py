@@ -62,7 +62,7 @@ def test_the_usual_error_is_far_below_the_bound(kind, usual):
 
 
 @pytest.mark.parametrize("kind", SPLITS)
-def test_one_narrow_product_would_not_do(kind):
+def test_one_narrow_product_is_not_enough(kind):
     first, _, bound = SPLITS[kind]
     a, b = numbers(64, 64, seed=1), numbers(64, 64, seed=2)
     error = (first(a).double() @ first(b).double() - a.double() @ b.double()).abs()

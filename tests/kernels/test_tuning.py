@@ -61,7 +61,7 @@ def test_a_search_is_made_once_and_kept(timed):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
-def test_a_file_that_cannot_be_read_is_named_and_written_anew(text, timed):
+def test_an_unreadable_file_is_named_and_replaced(text, timed):
     timed.file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.warns(UserWarning, match=r"tuned.json: not used, and written anew by FASTFG_TUNE=1"):
         assert timed.choose("cached") == FIRST
@@ -70,14 +70,14 @@ def test_a_file_that_cannot_be_read_is_named_and_written_anew(text, timed):
     assert json.loads(timed.file.read_text()) == {KEY: FASTEST}
 
 
-def test_a_choice_that_is_no_candidate_any_more_is_made_again(timed):
+def test_a_stored_choice_that_is_no_longer_a_candidate(timed):
     timed.file.write_text(json.dumps({KEY: {"BLOCK": 512}, "other": FIRST}))
     assert timed.choose("cached") == FIRST
     assert timed.choose("1") == FASTEST
     assert json.loads(timed.file.read_text()) == {KEY: FASTEST, "other": FIRST}
 
 
-def test_the_committed_choice_of_a_card_serves_untuned(timed, monkeypatch):
+def test_the_committed_choice_is_the_default(timed, monkeypatch):
     monkeypatch.setitem(tuning.FIXED, "op, H100, bfloat16", FASTEST)
     assert timed.choose("0") == FASTEST
     assert timed.choose("cached") == FASTEST

@@ -12,7 +12,7 @@ def halves(images):
     return torch.stack([left, images.mean((1, 2, 3)) - left], 1)
 
 
-def test_maps_per_pixel_are_not_taken_for_several_maps():
+def test_maps_per_pixel_are_not_read_as_several_maps():
     images = torch.rand(3, 3, 8, 8)
     for maps in (torch.rand(3, 3, 8, 8), torch.rand(3, 8, 8)):
         with pytest.raises(ValueError, match="maps: expected one value per patch, .* got .*, one value per pixel"):

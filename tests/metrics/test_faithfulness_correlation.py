@@ -45,7 +45,7 @@ def test_subsets_are_drawn_without_replacement_and_evenly():
     assert stats.chisquare(share.numpy() * subsets.numel()).pvalue > 1e-3
 
 
-def test_the_default_subset_size_is_specs():
+def test_the_default_subset_size():
     """20 patches in a grid of 100 or more; a fifth of a smaller grid, but at least two."""
     sizes = {4: 2, 9: 2, 10: 2, 49: 10, 81: 16, 99: 20, 100: 20, 101: 20, 196: 20, 1369: 20}
     assert {P: default_subset_size(P) for P in sizes} == sizes

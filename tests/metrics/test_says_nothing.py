@@ -33,7 +33,7 @@ def test_a_model_that_does_not_look_at_the_image(dtype):
     assert set(found.values()) == {"removing patches does not change the model's output"}
 
 
-def test_changes_that_are_rounding_alone_are_no_changes():
+def test_rounding_alone_is_no_change():
     def model(images):
         noise = 1e-7 * images.mean((1, 2, 3)).sin()
         return torch.stack([1 + noise, torch.full_like(noise, 2.0)], 1)
@@ -82,7 +82,7 @@ def test_infinite_readings():
     assert scores["faithfulness_correlation"].isnan().all()
 
 
-def test_the_same_impact_whatever_is_removed():
+def test_the_same_impact_for_every_group():
     def model(images):  # sees only whether anything is missing
         whole = (patch_means(images).abs() > 1e-12).all(1).to(images.dtype)
         return torch.stack([whole, torch.zeros_like(whole)], 1)

@@ -305,7 +305,7 @@ def test_a_tower_has_no_classes_to_explain(name):
     assert fastfg.residuals(model, images, [1])[1].shape == (2, 16, 48)
 
 
-def test_a_head_that_was_put_on_later():
+def test_a_head_that_was_added_later():
     model = timm_vit(num_classes=0)
     model.head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(48, 3))
     assert adapt(model).has_logits

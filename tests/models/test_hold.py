@@ -67,7 +67,7 @@ def test_readers_that_want_different_flags_are_refused():
     assert model.training
 
 
-def test_nothing_is_kept_of_a_model_afterwards():
+def test_a_model_is_not_kept_alive_afterwards():
     model, before = torch.nn.Linear(2, 2), kept()
     with hold(model):
         assert kept().keys() > before.keys()

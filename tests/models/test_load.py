@@ -48,7 +48,7 @@ def test_other_stems_and_channels():
     assert transform(Image.new("RGB", (40, 50))).shape == (1, 32, 32)
 
 
-def test_what_does_not_fit_is_named(tmp_path, state):
+def test_wrong_arguments_are_named(tmp_path, state):
     with pytest.raises(ValueError, match="weights: expected a file, or pretrained=True or False, got neither"):
         load(NAME)
     with pytest.raises(ValueError, match="weights: expected a file, or pretrained=True or False, got both"):
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_named(tmp_path, state):
         load("resnet18", pretrained=False)
 
 
-def test_it_needs_no_import_of_timm_first():
+def test_it_works_without_importing_timm_first():
     """README's first lines: they also run beside a torchvision that was built for another torch."""
     code = "import fastfg; fastfg.models.load('vit_tiny_patch16_224', pretrained=False, depth=1); import timm"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

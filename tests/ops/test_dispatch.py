@@ -42,7 +42,7 @@ def test_auto_picks_by_device_and_says_so_once(device, dtype, expected, caplog):
     assert caplog.messages == [f"gate on {device} ({dtype}): {expected}"]
 
 
-def test_without_native_or_triton_auto_goes_on_in_python(monkeypatch):
+def test_auto_uses_the_reference_without_native_and_triton(monkeypatch):
     monkeypatch.setattr(native, "why_not", lambda op: "it was not built")
     monkeypatch.setattr(launch, "why_not", lambda op: "triton is not installed")
     assert choose("gate", "auto", "cpu", torch.float32) == "reference"
@@ -95,7 +95,7 @@ def test_nothing_falls_back_when_a_kernel_fails(monkeypatch):
         ops.gate(torch.zeros(2, 3), 1.0, 10.0)
 
 
-def test_what_lacks_an_op_says_so(monkeypatch):
+def test_a_missing_op_has_a_reason(monkeypatch):
     why_not = launch.why_not.__wrapped__
     with monkeypatch.context() as patch:
         patch.setattr(launch.importlib.util, "find_spec", lambda name: None)
@@ -121,7 +121,7 @@ def cards(monkeypatch):
     return install
 
 
-def test_an_old_gpu_is_no_place_for_triton(cards):
+def test_old_gpus_cannot_run_triton(cards):
     """The shared memory of an old GPU is too small for the tiles."""
     cards((7, 5), (8, 6))
     expected = "it needs a device of compute capability 8.0 (sm_80) or later: GPU 0 has 7.5"
@@ -154,7 +154,7 @@ def test_a_library_of_other_sources_says_so():
     )
 
 
-def test_to_ask_is_not_to_register():
+def test_asking_does_not_register():
     """Asking never registers anything: an op is registered once, when its own file is imported."""
     before = set(torch._C._dispatch_get_all_op_names())
     assert {f"fastfg_triton::{op}" for op in OPS} <= before

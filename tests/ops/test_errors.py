@@ -44,6 +44,6 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(("call", "message"), MESSAGES, ids=[message for _, message in MESSAGES])
-def test_what_does_not_fit_is_named(call, message):
+def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()

@@ -36,7 +36,7 @@ print(wrong)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_threads_may_meet_at_the_first_use(device):
+def test_threads_may_share_the_first_use(device):
     """Uses fake tensors, so no GPU is needed."""
     out = subprocess.run([sys.executable, "-c", CODE, device], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -51,7 +51,7 @@ def test_results_are_the_same_in_every_mode(op, backend, mode):
 
 @pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize(("op", "backend"), PAIRS)
-def test_results_of_inference_tensors_serve_outside(op, backend):
+def test_results_of_inference_tensors_work_outside(op, backend):
     with torch.inference_mode():
         arguments = each(cast(op, TYPICAL[op](), torch.float32, device_of(backend)), lambda _, tensor: tensor.clone())
     for result in outputs(getattr(ops, op)(*arguments, backend=backend)):
@@ -84,7 +84,7 @@ def test_empty_inputs_give_empty_results(op, number, backend):
 
 @pytest.mark.parametrize("index", [-1, 9, -(2**40), 2**40])
 @pytest.mark.parametrize(("op", "backend"), [pair for pair in PAIRS if pair[0] in ("project", "gated_relevancy")])
-def test_a_feature_that_the_decoder_lacks(op, backend, index):
+def test_an_index_that_the_decoder_does_not_have(op, backend, index):
     """The error names the index. A Triton kernel can't raise: its term is NaN, and the other terms are unchanged."""
     given = {"project": sparse(3, 5, 9, 2), "gated_relevancy": block(2, 1, 2, 4, 4, 3, 5, 9, 2)}[op]
     arguments, where = list(cast(op, given, torch.float32, device_of(backend))), 3 if op == "project" else 9

@@ -121,7 +121,7 @@ def test_any_shape(op, backend):
 
 
 @every_pair
-def test_nan_reaches_what_it_belongs_to(op, backend):
+def test_nan_stays_in_its_own_token_or_image(op, backend):
     """A NaN in the second token (or image) appears in that token's part of the result, and in no other part."""
     arguments = list(typical(op, backend))
     where = {"relevancy": 1, "gated_relevancy": 6}.get(op, 0)  # q; g; the first

@@ -80,7 +80,7 @@ def test_the_native_ops_are_all_there(op):
     assert native.why_not(op) is None
 
 
-def test_a_schema_is_said_in_torchs_words():
+def test_a_schema_is_written_as_torch_writes_it():
     assert str(torch.ops.fastfg_triton.gate.default._schema) == (
         "fastfg_triton::gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor"
     )

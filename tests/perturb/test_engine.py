@@ -64,7 +64,7 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
     assert len(engine.logits(torch.rand(5, 1, 1, 4))) == 5
 
 
-def test_views_are_prepared_no_more_at_a_time_than_fit():
+def test_views_are_prepared_in_groups_that_fit():
     class Narrow(Pixels):
         def prepare(self, images, fills):
             prepared.append(len(images))

@@ -58,7 +58,7 @@ def test_the_logits_are_those_of_the_pixels(name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for block in adapter.blocks for m in block.modules())
 
 
-def test_work_that_is_left_out_of_a_class_token_model():
+def test_skipped_work_of_a_class_token_model():
     """The embedding, the first block's q, k, v, and the unread rows of the last block are not computed."""
     depth, d, N = 3, 48, 17
     model = build("timm ViT")

@@ -22,7 +22,7 @@ def test_sparse_form_equals_dense_form(k):
     torch.testing.assert_close(terms[3, 0], values[3, 0] * (sae.W_dec[indices[3, 0]] @ g[3]))
 
 
-def test_some_tokens_at_a_time_are_all_of_them(monkeypatch):
+def test_chunks_of_tokens_cover_all_tokens(monkeypatch):
     g, W_dec, values = torch.randn(7, 5), torch.randn(9, 5), torch.rand(7, 3)
     indices = torch.randint(0, 9, (7, 3))
     monkeypatch.setattr(sys.modules["fastfg.reference.project"], "TILE", 2 * 3 * 5)

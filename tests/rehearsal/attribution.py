@@ -151,7 +151,7 @@ def test_gated_blocks_in_one_launch(gate, dtype, identity, launched):
 
 
 @pytest.mark.parametrize("other", ["shuffle", "score", "rescale", "features"])
-def test_what_one_launch_does_not_serve_goes_by_the_separate_ops(other, launched):
+def test_other_gates_use_the_separate_ops(other, launched):
     model, images, saes = given(normalize="layer_norm")
     gates = {
         "shuffle": fastfg.Gate((1,), shuffle_seed=3),
@@ -238,7 +238,7 @@ def test_targets_from_the_cpu(target):
         same_result(fastfg.attribute(model, images, target=target.cuda()), expected)
 
 
-def test_what_lies_elsewhere_is_named():
+def test_arguments_on_another_device_are_named():
     model, images, saes = given()
     gate = fastfg.Gate((1,))
     with pytest.raises(ValueError, match="images: expected them on cpu, as the model is, got cuda:0"):
@@ -253,7 +253,7 @@ def test_what_lies_elsewhere_is_named():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_all_is_left_as_it_was(fails):
+def test_inputs_and_model_are_unchanged(fails):
     model, images, saes = to_card(*given())
     model.train()
     model.blocks[1].eval()

@@ -135,7 +135,7 @@ def test_any_callable():
     same(judged(model, images.cuda(), maps), judged(model, images, maps), rtol=1e-5)
 
 
-def test_what_lies_elsewhere_is_named():
+def test_arguments_on_another_device_are_named():
     model, images, maps = given()
     with pytest.raises(ValueError, match="images: expected them on cpu, as the model is, got cuda:0"):
         judged(model, images.cuda(), maps)
@@ -179,7 +179,7 @@ class Small:
 
 @pytest.mark.parametrize("path", ["tokens", "pixels"])
 @pytest.mark.parametrize("most", [2, 11])
-def test_what_does_not_fit_is_halved(most, path, caplog):
+def test_a_batch_that_does_not_fit_is_halved(most, path, caplog):
     model, images, maps = given()
     expected = judged(model, images, maps, path=path)
     model = model.cuda()
@@ -200,7 +200,7 @@ def test_one_image_that_does_not_fit_raises_the_devices_error():
         judged(model, images.cuda(), maps, path="pixels")
 
 
-def test_all_is_left_as_it_was():
+def test_inputs_and_model_are_unchanged():
     model, images, maps = given()
     model, images, maps = model.cuda().train(), images.cuda(), maps.cuda()
     before, kept, kept_maps, fill = state_of(model), images.clone(), maps.clone(), torch.rand(3, 3).cuda()

@@ -37,7 +37,7 @@ def there(*shape):
         (lambda: there(4).numpy(), TypeError, "can't convert cuda:0 device type tensor to numpy"),
     ],
 )  # fmt: skip
-def test_what_cuda_does_not_take(wrong, error, message):
+def test_arguments_that_cuda_refuses(wrong, error, message):
     with pytest.raises(error, match=message):
         wrong()
 
@@ -57,14 +57,14 @@ def test_what_cuda_does_not_take(wrong, error, message):
         lambda: torch.arange(3, device=torch.device("cuda")),
     ],
 )
-def test_what_cuda_takes(right):
+def test_arguments_that_cuda_accepts(right):
     out = right()
     assert isinstance(out, OnCard)
     assert out.device == torch.device("cuda:0")
     assert out.cpu().device.type == "cpu"
 
 
-def test_a_module_is_moved_as_it_is():
+def test_a_module_is_moved_in_place():
     linear = torch.nn.Linear(4, 3)
     weight = linear.weight
     assert linear.cuda().weight is weight

@@ -8,7 +8,7 @@ from PIL import Image
 from fastfg.report import save_overlay
 
 
-def test_a_heatmap_of_zeros_leaves_the_picture(tmp_path):
+def test_a_heatmap_of_zeros_does_not_change_the_picture(tmp_path):
     picture = torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(0))
     save_overlay(tmp_path / "a.png", picture, torch.zeros(4, 6))
     expected = (picture.double() * 255).round().numpy()

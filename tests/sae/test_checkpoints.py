@@ -303,7 +303,7 @@ def test_the_block_is_never_guessed(tmp_path):
             fastfg.load_saes(tmp_path / "x")
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_missing_saes_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere, which does not exist"):
         fastfg.load_saes(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="expected SAE folders named by block under"):

@@ -71,7 +71,7 @@ def test_it_moves_and_has_no_gradients():
         ),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_wrong_arguments_are_named(change, message):
     fits = {
         "W_enc": torch.zeros(4, 6),
         "b_enc": torch.zeros(6),

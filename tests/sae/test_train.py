@@ -189,6 +189,6 @@ TOKENS = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
         (TOKENS, {"lr": float("nan")}, ValueError, "lr: expected a number > 0, got nan"),
     ],
 )
-def test_what_does_not_fit_is_named(x, options, error, message):
+def test_wrong_arguments_are_named(x, options, error, message):
     with pytest.raises(error, match=message):
         fastfg.train_sae(x, **({"n_features": 64, "k": 3} | options))

@@ -43,7 +43,7 @@ def test_any_number_of_images_in_one_table(model, images, saes, monkeypatch):
             )
 
 
-def test_what_is_missing_has_its_reason(model, images, saes, monkeypatch):
+def test_missing_scores_have_a_reason(model, images, saes, monkeypatch):
     attribute = fastfg.attribute
 
     def broken(*args, **options):
