@@ -20,7 +20,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Builds into build/sanitize and leaves the package's own extension as it is. The sanitizers must be loaded first.
+# Builds into build/sanitize and does not touch the package's own extension. The sanitizers must be loaded first.
 sanitize: venv
 	FASTFG_SANITIZE=1 FASTFG_BUILD=require $(BIN)/python setup.py --quiet build_ext \
 	    --build-lib build/sanitize --build-temp build/sanitize/objects

@@ -1,4 +1,4 @@
-"""Intercept each attention of a model where every family calls it: ``F.scaled_dot_product_attention``.
+"""Record the attention of every block of a model, by intercepting ``F.scaled_dot_product_attention``.
 
 In the forward pass, each attention runs unchanged and fused. In the backward pass, which visits the blocks from the
 last to the first, a hook on the attention's output receives its gradient ``dO``. Relevancy needs only ``dO`` and

@@ -1,4 +1,4 @@
-"""The relevancy rows, updated from the last block to the first, once per attention that the backward pass reaches."""
+"""Carry relevancy from the last block to the first, one step per attention that the backward pass reaches."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from fastfg.cli.console import USER_ERRORS, Parser, complain
 
 COMMANDS = (demo, attribute, evaluate, info)
 EXIT_CODES = """Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a wrong command line;
-130 interrupted (what was done until then is kept)."""
+130 interrupted (finished work is kept)."""
 
 
 def parser() -> Parser:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error))
         return 1
     except KeyboardInterrupt:
-        complain("interrupted; what was done until then is kept")
+        complain("interrupted; finished work is kept")
         return 130
     return 0
 

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
                     named = _with_paths(found, batch.paths)
                     scores.append(named[0])
                     errors.append(named[1])
-        finally:  # also after Ctrl-C or an error: what was judged is kept
+        finally:  # also after Ctrl-C or an error, so that finished scores are kept
             _write(inputs.out, scores, errors)
 
 

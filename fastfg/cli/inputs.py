@@ -30,7 +30,7 @@ NOTES = """How images are read:
   A file that is named on the command line is tried with any suffix.
   Folders with earlier output of fastfg (they hold a file fastfg.json) are
   skipped.
-  8 bits per channel: used as they are.
+  8 bits per channel: used unchanged.
   Grey with more bits (16-bit, float): mapped linearly to 8 bits. --window gives
   the values of black and white. Without it they are the smallest and the
   largest value of the file. windows.csv lists these files.
@@ -44,7 +44,7 @@ absolute path) and `key` (a hash of the pixels that the model gets). Use them to
 join the tables of different commands. errors.csv has `path` and `error`.
 
 Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
-wrong command line; 130 interrupted (what was done until then is kept)."""
+wrong command line; 130 interrupted (finished work is kept)."""
 
 
 def add_input_arguments(command: argparse.ArgumentParser) -> None:

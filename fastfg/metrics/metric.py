@@ -58,7 +58,10 @@ class Metric:
         raise NotImplementedError
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores [C] and details {name: [C, ...]} from ``readings`` [C, 1 + m]: the plain image, then each mask."""
+        """Scores [C] and details {name: [C, ...]}.
+
+        ``readings`` are [C, 1 + m]: first the unperturbed image, then the image under each mask.
+        """
         raise NotImplementedError
 
     def reading(self, readings: Readings) -> Tensor:

@@ -1,4 +1,4 @@
-"""The C++ ops, if they are built: ``torch.ops.fastfg``."""
+"""Load the C++ ops (``torch.ops.fastfg``), or say why they are missing."""
 
 from __future__ import annotations
 

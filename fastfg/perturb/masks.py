@@ -1,4 +1,4 @@
-"""The grid of patches over an image, and the way from patch masks to pixel masks."""
+"""The grid of patches over an image, which turns masks over patches into masks over pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The precision of perturbed forwards."""
+"""The precision in which the model runs on perturbed images: float32, bfloat16, float16 or float8."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_finished_work_is_kept(files, tmp_path, monkeypatch, capsys, command, st
     more = ["--patches-per-step", "49"] if command == "evaluate" else []
     if stop is KeyboardInterrupt:
         assert main([*arguments, *more]) == 130
-        assert "error: interrupted; what was done until then is kept" in capsys.readouterr().err
+        assert "error: interrupted; finished work is kept" in capsys.readouterr().err
     else:
         with pytest.raises(RuntimeError, match="stopped"):
             main([*arguments, *more])
