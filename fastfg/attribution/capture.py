@@ -103,8 +103,8 @@ class Capture(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self.inside is not None:
                 raise RuntimeError(
-                    f"model: expected {self.name} to run one block after another, it ran block {block} inside block "
-                    f"{self.inside}"
+                    f"model: expected {self.name} to run one block after another, but it ran block {block} inside "
+                    f"block {self.inside}"
                 )
             given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
             if self.stream is not None and given is not None and not _reads(given, self.stream):
@@ -159,7 +159,7 @@ class Capture(TorchFunctionMode):
             out = self.root = out.detach().requires_grad_()
         if not out.requires_grad:
             raise RuntimeError(
-                f"model: expected gradients to flow through {self.name}, they stop before its attention number "
+                f"model: expected gradients to flow through {self.name}, but they stop before its attention number "
                 f"{len(self.met)} (torch.no_grad or gradient checkpointing in its forward?)"
             )
         number, q, k, v = len(self.met), q.detach(), k.detach(), v.detach()
@@ -196,8 +196,8 @@ class Capture(TorchFunctionMode):
         missing = sorted(set(range(len(self.adapter.blocks))) - set(self.arrived))
         if missing or gradient is None:
             raise RuntimeError(
-                f"model: expected the target to depend on the attention of every block of {self.name}, it does not on "
-                f"that of {missing}"
+                f"model: expected the target to depend on the attention of every block of {self.name}, but it does "
+                f"not depend on that of {missing}"
             )
         return gradient
 
@@ -205,7 +205,7 @@ class Capture(TorchFunctionMode):
         blocks = list(range(len(self.adapter.blocks)))
         if self.ran != blocks:
             raise RuntimeError(
-                f"model: expected {self.name} to run its {len(blocks)} blocks once each and in order, it ran "
+                f"model: expected {self.name} to run its {len(blocks)} blocks once each and in order, but it ran "
                 f"{self.ran}. {HINT}"
             )
         if self.met != [*blocks, *[None] * self.adapter.later_attentions]:
@@ -226,8 +226,8 @@ class Capture(TorchFunctionMode):
             awaited = L - 1 - sum(n < L for n in self.arrived)
             if number != awaited:
                 raise RuntimeError(
-                    f"model: expected the gradient of {self.name} to reach the attention of block {awaited} next, it "
-                    f"reached that of block {number}: the target must depend on every block"
+                    f"model: expected the gradient of {self.name} to reach the attention of block {awaited} next, but "
+                    f"it reached that of block {number}: the target must depend on every block"
                 )
             if number in self.layers and number not in self.residuals:
                 raise RuntimeError(

@@ -79,7 +79,7 @@ class RelevancyPass:
     def _start_at_last_block(self, q: Tensor) -> Tensor:
         """The rows that the head reads, the same for every gate."""
         if not self.adapter.pooled:
-            raise RuntimeError("model: expected the logits to depend on its attention-pooling head, they do not")
+            raise RuntimeError("model: expected the logits to depend on its attention-pooling head, but they do not")
         row = self.adapter.first_row(self.n_tokens, working_dtype(q), q.device).expand(q.shape[0], -1)
         return row.expand(len(self.configs), -1, -1)
 

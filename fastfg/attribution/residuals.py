@@ -46,7 +46,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     missing = [block for block in layers if block not in found]
     if missing:
         raise RuntimeError(
-            f"model: expected {type(adapter.model).__qualname__} to call its blocks as modules, block(x), it did not "
-            f"call {missing}"
+            f"model: expected {type(adapter.model).__qualname__} to call its blocks as modules, block(x), but it did "
+            f"not call {missing}"
         )
     return found

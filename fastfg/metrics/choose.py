@@ -28,7 +28,7 @@ def choose_metrics(
     for given in metrics:
         metric = given if isinstance(given, Metric) else _by_name(given, options)
         if isinstance(given, Metric) and options.get(metric.name):
-            raise ValueError(f"{metric.name}: expected no options beside an instance of the metric, got them")
+            raise ValueError(f"{metric.name}: expected no options for a metric that is given as an instance, got some")
         if metric.name in chosen:
             raise ValueError(f"metrics: expected each name once, got {metric.name!r} twice")
         chosen[metric.name] = metric if metric.baseline is not None else metric.changed(baseline=baseline)

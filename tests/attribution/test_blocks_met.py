@@ -80,14 +80,14 @@ def in_order(blocks, x):
 
 UNREAD = "expected block 2 of VisionTransformer to read the output of block 1, which ran before it; it does not"
 RUNS = {
-    by_forward: r"expected VisionTransformer to run its 4 blocks once each and in order, it ran \[\]",
-    in_reverse: r"in order, it ran \[3, 2, 1, 0\]",
-    one_twice: r"in order, it ran \[0, 1, 1, 2, 3\]",
-    one_twice_another_not_at_all: r"in order, it ran \[0, 1, 1, 3\]",
+    by_forward: r"expected VisionTransformer to run its 4 blocks once each and in order, but it ran \[\]",
+    in_reverse: r"in order, but it ran \[3, 2, 1, 0\]",
+    one_twice: r"in order, but it ran \[0, 1, 1, 2, 3\]",
+    one_twice_another_not_at_all: r"in order, but it ran \[0, 1, 1, 3\]",
     in_parallel: UNREAD,
     one_unread: UNREAD,
     with_a_stop: UNREAD,
-    without_gradients: "expected gradients to flow through VisionTransformer, they stop before its attention number 1",
+    without_gradients: "gradients to flow through VisionTransformer, but they stop before its attention number 1",
 }
 
 
@@ -154,7 +154,7 @@ CHANGES = {
     attention_in_windows: r"expected queries \[3, H, 25, dh\] in block 2",
     attention_outside: "after them, met 5, in blocks .*outside of them",
     tokens_dropped: r"expected the output of block 2 to be \[3, 25, d\], got \[3, 9, 32\]",
-    block_in_a_block: "expected VisionTransformer to run one block after another, it ran block 2 inside block 1",
+    block_in_a_block: "expected VisionTransformer to run one block after another, but it ran block 2 inside block 1",
 }
 
 
@@ -186,7 +186,7 @@ def test_a_target_that_does_not_depend_on_every_block(model, images):
     stored = []
     model.blocks[1].register_forward_hook(lambda module, given, output: stored.append(output))
     with pytest.raises(
-        RuntimeError, match="reach the attention of block 3 next, it reached that of block 1: the target"
+        RuntimeError, match="reach the attention of block 3 next, but it reached that of block 1: the target"
     ):
         fastfg.attribute(model, images, target=lambda _: stored[0][:, 0, 0])
 
@@ -255,5 +255,5 @@ def test_a_model_made_in_inference_mode(model, images):
 
 
 def test_residuals_of_blocks_that_are_not_called(model, images):
-    with pytest.raises(RuntimeError, match=r"to call its blocks as modules, block\(x\), it did not call \[0, 2\]"):
+    with pytest.raises(RuntimeError, match=r"to call its blocks as modules, block\(x\), but it did not call \[0, 2\]"):
         fastfg.residuals(run_blocks(model, by_forward), images, [0, 2])
