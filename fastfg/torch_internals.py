@@ -6,8 +6,9 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 TRIED_ON = ("2.11", "2.13")  # the torch versions that fastfg was tested with: 2.11 on a GPU, 2.13 on a CPU
 
@@ -35,6 +36,16 @@ def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kw
     names = {"scaled_dot_product_attention": attention, "has_torch_function": lambda *_: False}
     function = FunctionType(original.__code__, original.__globals__ | names, original.__name__, original.__defaults__)
     return function(*args, **kwargs | {"need_weights": False})
+
+
+def schema_text(op: Any) -> str:
+    """The schema of a ``torch.ops`` op, as in ``fastfg::gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor``."""
+    return str(op.default._schema)
+
+
+def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    """``(a * a_scale) @ (b * b_scale)`` of float8 factors [n, d] and [d, m] in bfloat16, on a GPU's 8-bit units."""
+    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
 
 
 def constant_when_traced(function: Function) -> Function:

@@ -37,7 +37,7 @@ ALLOWED = {
     "checks": {"models", "sae", "types"},
     "data": set(),
     "attribution": {"checks", "models", "ops", "reference", "sae", "targets", "torch_internals", "types"},
-    "perturb": {"models", "targets"},
+    "perturb": {"models", "targets", "torch_internals"},
     "metrics": {"checks", "models", "perturb", "targets", "types"},
     "report": {"metrics", "types"},
     "study": {"attribution", "checks", "data", "metrics", "models", "perturb", "report", "sae", "targets", "types"},

@@ -42,7 +42,7 @@ class PatchScores:
 
     def score(self, gate: Gate) -> Tensor:
         """The scores [B, P] for ``gate``."""
-        scores = SCORES[gate.score](self, gate)
+        scores = BY_KIND[gate.score](self, gate)
         if gate.rescale:
             scores = scores * self.normalized.scale.squeeze(-1)
         return scores.reshape(self.shape)
@@ -144,7 +144,7 @@ class PatchScores:
             yield self._project(gate, g, values, indices)[1], values, indices
 
 
-SCORES: dict[str, Callable[[PatchScores, Gate], Tensor]] = {
+BY_KIND: dict[str, Callable[[PatchScores, Gate], Tensor]] = {
     "combined": PatchScores._combined,
     "activation": PatchScores._activation,
     "gradient": PatchScores._gradient,

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastfg.torch_internals import schema_text
+
 
 def load() -> str | None:
     """Load the library, which registers the C++ ops. Returns None, or the reason why it can't be loaded."""
@@ -33,7 +35,7 @@ def mismatch(op: str, schema: str) -> str | None:
     """Why the loaded library does not have ``op`` with this schema, or None."""
     if not hasattr(torch.ops.fastfg, op):
         return "there is no C++ version"
-    built, expected = str(getattr(torch.ops.fastfg, op).default._schema), f"fastfg::{schema}"
+    built, expected = schema_text(getattr(torch.ops.fastfg, op)), f"fastfg::{schema}"
     if built != expected:
         return f"fastfg._C was built from other sources and must be built again: it has {built}, not {expected}"
     return None

@@ -49,7 +49,8 @@ def _backbone(path, output):
 
 def test_shape_and_attribution(vit):
     assert vit.num_prefix_tokens == 1
-    result = fastfg.attribute(vit, torch.randn(1, 3, 224, 224), gate=fastfg.Gate((4,), score="gradient_x_residual"))
+    gate = fastfg.Gate((4,), score="gradient_x_residual")
+    result = fastfg.attribute(vit, torch.randn(1, 3, 224, 224), gate=gate, target=lambda features: features[:, 7])
     assert result.maps.shape == (1, 16, 16)
     assert result.maps.isfinite().all()
 
