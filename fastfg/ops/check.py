@@ -49,7 +49,7 @@ def check_identity(identity: str) -> None:
 def check_rows(rows: Tensor) -> None:
     """Raise ValueError for rows in a dtype that is too imprecise for sums over all blocks."""
     if rows.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"rows: expected float32 or float64 for a model of any dtype, got {rows.dtype}")
+        raise ValueError(f"rows: expected float32 or float64, for a model of any dtype, got {rows.dtype}")
 
 
 def widest(rows: Tensor, q: Tensor) -> torch.dtype:
