@@ -105,7 +105,8 @@ def _create(name: str, pretrained: bool, **options: Any) -> Any:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # the network, the hub and timm's own checks
         what = "pretrained: timm could not fetch the weights of" if pretrained else "model: timm could not create"
-        raise ValueError(f"{what} {name}: {type(error).__name__}: {_first_sentence(error)}") from error
+        hint = " (without a network, give the file of the weights)" if pretrained else ""
+        raise ValueError(f"{what} {name}: {type(error).__name__}: {_first_sentence(error)}{hint}") from error
 
 
 def _misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:

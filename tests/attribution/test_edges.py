@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.attribution.patch_scores import SCORES
+from fastfg.attribution.patch_scores import BY_KIND
 from fastfg.types import METHODS, SCORE_KINDS
 from tests.models.families import build
 from tests.tools import ACTIVATIONS, random_sae
@@ -19,7 +19,7 @@ GATES = [
 
 
 def test_every_kind_of_score_is_there():
-    assert set(SCORES) == set(SCORE_KINDS)
+    assert set(BY_KIND) == set(SCORE_KINDS)
 
 
 def test_blocks_as_numpy_counts_them():
