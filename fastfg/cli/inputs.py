@@ -172,7 +172,7 @@ class Inputs:
 def _gate(arguments: argparse.Namespace) -> Gate | None:
     if arguments.layers is None:
         if arguments.saes is not None:
-            raise ValueError("layers: expected --layers L [L ...] beside --saes, got none")
+            raise ValueError("layers: expected --layers L [L ...] with --saes, got none")
         return None
     return Gate(tuple(arguments.layers), arguments.kappa, arguments.c_max, arguments.score)
 

@@ -194,7 +194,7 @@ def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
     expected = {"b_enc": [F], "W_dec": [F, d], "b_dec": [d], "r_mag": [F], "b_gate": [F], "b_mag": [F]}
     for name, tensor in tensors.items():
         if tensor is not None and name in expected and list(tensor.shape) != expected[name]:
-            raise ValueError(f"{name}: expected {expected[name]} beside W_enc [{d}, {F}], got {list(tensor.shape)}")
+            raise ValueError(f"{name}: expected {expected[name]} for W_enc [{d}, {F}], got {list(tensor.shape)}")
 
 
 def _check_options(

@@ -49,7 +49,7 @@ def test_it_moves_and_has_no_gradients():
     ("change", "message"),
     [
         ({"W_enc": torch.zeros(5)}, r"W_enc: expected \[d, F\], got \[5\]"),
-        ({"b_enc": torch.zeros(3)}, r"b_enc: expected \[6\] beside W_enc \[4, 6\], got \[3\]"),
+        ({"b_enc": torch.zeros(3)}, r"b_enc: expected \[6\] for W_enc \[4, 6\], got \[3\]"),
         ({"W_dec": torch.zeros(4, 6)}, r"W_dec: expected \[6, 4\] .* got \[4, 6\]"),
         ({"b_dec": torch.zeros(6)}, r"b_dec: expected \[4\]"),
         ({"k": None}, "k: expected 1 to 6 for a topk SAE, got None"),

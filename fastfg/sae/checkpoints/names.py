@@ -25,13 +25,13 @@ def block_of(folder: Path) -> int | None:
         if len(named) == 1 and told not in named:
             raise ValueError(
                 f"source: expected one block for {folder}, got {told} in {CONFIG} and {named.pop()} in its name "
-                "(a mapping {block: path} says which)"
+                "(pass a mapping {block: path} instead)"
             )
         return told
     if len(named) > 1:
         raise ValueError(
-            f"source: expected one block in the name of {folder}, got {sorted(named)} (a mapping {{block: path}} says "
-            "which)"
+            f"source: expected one block in the name of {folder}, got {sorted(named)} (pass a mapping "
+            "{block: path} instead)"
         )
     return named.pop() if named else None
 
