@@ -27,6 +27,8 @@ def resolve_target(target: int | Sequence[int] | Tensor | None, logits: Tensor) 
     A single logit ``z`` has two classes: 1, whose probability is ``sigmoid(z)``, and 0, with ``1 - sigmoid(z)``.
     """
     B, n = len(logits), n_classes(logits)
+    if n == 0:
+        raise ValueError(f"model: expected logits of at least one class, got {list(logits.shape)}")
     if logits.shape[1] == 1:
         _log_one_logit()
     if target is None:
@@ -50,6 +52,24 @@ def probabilities(logits: Tensor) -> Tensor:
     if logits.shape[1] == 1:
         return torch.cat([-logits, logits], dim=1).sigmoid()
     return logits.softmax(-1)
+
+
+def check_row_by_row(function: TargetFunction, output: Tensor) -> None:
+    """Raise ValueError where ``function`` does more than look at each row of ``output`` [B, n] alone.
+
+    Evaluation calls it with rows of many images in any number and order, so it can't hold one value per image.
+    """
+    value = target_value(function, output, len(output))
+    other = torch.cat([output.flip(0), output[:1]])
+    try:
+        again = target_value(function, other, len(other))
+    except Exception as error:  # whatever the user's function raises for another number of rows
+        raise ValueError(f"target: expected a function that takes any number of rows, got {error}") from error
+    if not torch.allclose(again, torch.cat([value.flip(0), value[:1]]), rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            "target: expected a function of each row of the output alone, got one whose value for an image depends on "
+            "the other rows or on their order"
+        )
 
 
 def target_value(function: TargetFunction, output: Any, n_images: int) -> Tensor:

@@ -150,8 +150,8 @@ class Scores(Mapping[str, Tensor]):
         errors: one :class:`ScoreError` per missing score.
         image_keys: the images' keys, which random draws depend on.
         forwards: {"asked": the forwards if no metric and no map shared any, "run": the forwards that were run,
-            "saved": the difference}, counted in images. The two forwards per image that compare tokens with pixels
-            are not included.
+            "saved": the difference}, counted in images. The forwards that compare tokens with pixels are not
+            included.
         path: how the model was run: ``tokens``, or ``pixels`` with the reason.
     """
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
 from fastfg.metrics.metric import Metric
 from fastfg.metrics.pixel_flipping import PixelFlipping
 from fastfg.metrics.saco import SaCo
 from fastfg.perturb import Baseline
 
+RESERVED = ("index", "image", "key", "path", "variant", "target", "error")  # other columns of a table of scores
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (SaCo, FaithfulnessCorrelation, PixelFlipping)}
 
 
@@ -24,16 +27,25 @@ def choose_metrics(
         options: {name: arguments of that metric}, for metrics that are given by name.
         baseline: for metrics that have none of their own.
     """
+    if not isinstance(baseline, (str, float, int, Tensor)):
+        raise TypeError(f"baseline: expected a name, a number or a tensor, got {type(baseline).__name__}")
     chosen: dict[str, Metric] = {}
     for given in metrics:
         metric = given if isinstance(given, Metric) else _by_name(given, options)
-        if isinstance(given, Metric) and options.get(metric.name):
+        if isinstance(given, Metric) and options.get(getattr(metric, "name", "")):
             raise ValueError(f"{metric.name}: expected no options for a metric that is given as an instance, got some")
+        name = getattr(metric, "name", None)
+        if not isinstance(name, str) or name in RESERVED:
+            raise ValueError(
+                f"metrics: expected {type(metric).__name__}.name, a text not among {RESERVED}, got {name!r}"
+            )
         if metric.name in chosen:
             raise ValueError(f"metrics: expected each name once, got {metric.name!r} twice")
         chosen[metric.name] = metric if metric.baseline is not None else metric.changed(baseline=baseline)
     if not chosen:
         raise ValueError("metrics: expected at least one, got none")
+    if unused := [name for name, given in options.items() if given and name not in chosen]:
+        raise ValueError(f"{unused[0]}: expected no options, as it is not among the metrics {tuple(chosen)}")
     return list(chosen.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import METRICS, choose_metrics
-from fastfg.metrics.judge import Images, Verdict, judge
+from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_key
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, image_key
 from fastfg.perturb.choose import choose_path
 from fastfg.perturb.fills import check_baseline
-from fastfg.targets import Target, resolve_target
+from fastfg.targets import Target, TargetFunction, check_row_by_row, resolve_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
@@ -60,8 +61,8 @@ def evaluate(
             not fit into memory is run again in halves.
         path: ``tokens`` perturbs before the first block, embeds each image's patches once, and computes the last
             block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
-            for a model of a known family if both give the same logits for these images; the check takes two forwards
-            per image. ``scores.path`` names the path that was used.
+            for a model of a known family if both give the same logits for these images; the check takes four forwards
+            per image and baseline. ``scores.path`` names the path that was used.
         precision: the precision of the forwards. ``float32`` is the model's own. ``bfloat16`` and ``float16`` run the
             blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
             changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
@@ -90,22 +91,53 @@ def evaluate(
         check_target(adapter, target)
     forward: Any = model if adapter is None else adapter.forward
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, target)
-    names = [image_key(image) for image in images] if keys is None else [str(key) for key in keys]
-    with _still(model, adapter), torch.no_grad():
-        way, way_name = choose_path(adapter, forward, grid, images, path, precision)
+    names = [image_key(image) for image in images] if keys is None else [_name(key) for key in keys]
+    subjects = Images(images, names, grid, seed, adapter)
+    fills = partial(subjects.fills, chosen)
+    with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        way, way_name = choose_path(adapter, forward, grid, images, fills, path, precision)
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
         output = engine.logits(images) if len(images) else images.new_empty(0, 2)
-        targets = target if callable(target) else resolve_target(target, output)
-        subjects = Images(images, Readings.of(output, targets).cpu(), targets, names, grid, seed, adapter)
+        if adapter is None and len(images):
+            _check_repeats(engine, images, output)
+        targets = _targets(target, output)
+        seen = Unperturbed.of(output, targets)
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
-            verdicts += judge(engine, chosen, subjects, stacked, rows, progress)
+            verdicts += judge(engine, chosen, subjects, seen, stacked, rows, progress)
     scores = _collect(chosen, verdicts, names, len(stacked), single=maps.ndim == 3)
     scores.path = way_name
     asked = sum(verdict.asked for verdict in verdicts)
     scores.forwards = {"asked": asked, "run": engine.forwards, "saved": asked - engine.forwards}
     return scores
+
+
+def _targets(target: Target, output: Tensor) -> Tensor | TargetFunction:
+    """Classes [B], or the target function, which looks at each row of the output alone."""
+    if not callable(target):
+        return resolve_target(target, output)
+    if len(output):
+        check_row_by_row(target, output)
+    return target
+
+
+def _check_repeats(engine: Engine, images: Tensor, output: Tensor) -> None:
+    """Raise ValueError where the model gives other outputs for the same images in another batch."""
+    n = min(len(images), engine.batches.size)
+    order = [*range(n - 1, 0, -1), n - 1]  # as many as before, in another order, and one of them another image
+    again, expected = engine.path.whole(images[order]).double(), output[order].double()
+    error = (again - expected).abs().nan_to_num(0.0).amax() / expected.abs().nan_to_num(0.0).amax().clamp(min=1e-30)
+    if float(error) > max(0.01, 8 * torch.finfo(output.dtype).eps):  # what a GPU's kernels differ by is less
+        raise ValueError(
+            f"model: expected the same output for an image in every batch, got a difference of {float(error):.0%} "
+            "(dropout, or batch norm in training mode?)"
+        )
+
+
+def _name(key: Any) -> str:
+    """An image's key as text; a number is the same as a tensor."""
+    return str(key.item() if isinstance(key, Tensor) else key)
 
 
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
@@ -185,6 +217,9 @@ def _collect(metrics: Sequence[Metric], verdicts: Sequence[Verdict], names: list
 def _stack(details: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The details [C, ...] per image, stacked to [C, B, ...]. An image without details gets NaN, or -1 for indices."""
     first: Mapping[str, Tensor] = next((found for found in details if found), {})
+    for found in details:
+        if found and any(found[name].shape != like.shape for name, like in first.items()):
+            raise ValueError("metrics: expected the details of a metric to have the same shapes for every image")
     return {
         name: torch.stack(
             [found[name] if found else torch.full_like(like, missing_value(like)) for found in details], dim=1

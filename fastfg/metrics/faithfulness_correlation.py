@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Plan, as_float64
+from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer
 from fastfg.perturb import PatchGrid, Readings
 
 KINDS = ("spearman", "pearson")
+TIE = 2.0**-40  # sums that agree to this share of the largest are equal
 FLAT = 1e-10  # a standard deviation below this counts as no variation
 
 
@@ -32,12 +33,18 @@ def correlation(a: Tensor, b: Tensor, kind: str = "spearman") -> Tensor:
         raise ValueError(f"b: expected [..., {list(a.shape)[-1:]}], as a, got {list(b.shape)}")
     flat = is_flat(a) | is_flat(b)
     defined = a.isfinite().all(-1) & b.isfinite().all(-1)
-    x, y = (ranks(a), ranks(b)) if kind == "spearman" else (a, b)
+    x, y = (ranks(a), ranks(b)) if kind == "spearman" else (_in_range(a), _in_range(b))
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     norm = (x.square().sum(-1) * y.square().sum(-1)).sqrt()
     result = (x * y).sum(-1) / torch.where(flat, 1.0, norm)
     result = torch.where(flat, 0.0, result.clamp(-1, 1))
     return torch.where(defined, result, torch.nan)
+
+
+def _in_range(values: Tensor) -> Tensor:
+    """``values`` [..., n], scaled where their squares would overflow or vanish."""
+    largest = values.abs().amax(-1, keepdim=True)
+    return torch.where((largest > 1e100) | ((largest < 1e-100) & (largest > 0)), values / largest, values)
 
 
 def is_flat(values: Tensor) -> Tensor:
@@ -80,13 +87,13 @@ class FaithfulnessCorrelation(Metric):
     def __post_init__(self) -> None:
         if self.correlation not in KINDS:
             raise ValueError(f"{self.name}: expected correlation in {KINDS}, got {self.correlation!r}")
-        if self.n_runs < 2 or self.n_trials < 1:
-            raise ValueError(
-                f"{self.name}: expected n_runs >= 2 and n_trials >= 1, got {self.n_runs} and {self.n_trials}"
-            )
+        check_integer(self.name, "n_runs", self.n_runs, 2)
+        check_integer(self.name, "n_trials", self.n_trials, 1)
+        if self.subset_size is not None:
+            check_integer(self.name, "subset_size", self.subset_size, 1)
         if self.subsets is not None:
             given = torch.as_tensor(self.subsets, device="cpu")
-            if given.ndim != 4 or given.is_floating_point() or given.dtype == torch.bool:
+            if given.ndim != 4 or not given.numel() or given.is_floating_point() or given.dtype == torch.bool:
                 raise ValueError(
                     f"{self.name}: expected subsets [n_trials, n_runs, B, subset_size] of patch indices, got "
                     f"{given.dtype} {list(given.shape)}"
@@ -117,7 +124,7 @@ class FaithfulnessCorrelation(Metric):
         for side, what in sides:
             for c, flat in enumerate(is_flat(side).all(-1).tolist()):
                 if reasons[c] is None and flat:
-                    reasons[c] = f"every subset has the same {what}, in each trial"
+                    reasons[c] = f"the {what} of the subsets has a standard deviation below {FLAT:g}, in each trial"
         return reasons
 
     def per_image(self) -> dict[str, int]:
@@ -126,7 +133,7 @@ class FaithfulnessCorrelation(Metric):
     def _both_sides(self, maps: Tensor, subsets: Tensor, readings: Readings) -> tuple[Tensor, Tensor]:
         """Summed attribution and drop per subset, both [C, n_trials, n_runs]."""
         n_trials, n_runs = subsets.shape[1:3]
-        summed = maps.gather(1, subsets.flatten(1)).reshape(*subsets.shape).sum(-1)
+        summed = _without_rounding(maps.gather(1, subsets.flatten(1)).reshape(*subsets.shape).sort(-1).values.sum(-1))
         drop = readings.logit[:, :1] - readings.logit[:, 1:]
         return summed, drop.reshape(-1, n_trials, n_runs)
 
@@ -144,6 +151,12 @@ class FaithfulnessCorrelation(Metric):
             low, high = int(self.subsets.min()), int(self.subsets.max())
             raise ValueError(f"{self.name}: expected subsets of patches 0 to {P - 1}, got {low} to {high}")
         return self.subsets[:, :, 0]
+
+
+def _without_rounding(summed: Tensor) -> Tensor:
+    """Sums [..., n] that differ by rounding alone, made equal: they are ties, in whatever order a subset was drawn."""
+    unit = summed.abs().amax(-1, keepdim=True) * TIE
+    return torch.where(unit > 0, (summed / torch.where(unit > 0, unit, 1.0)).round() * unit, summed)
 
 
 def default_subset_size(n_patches: int) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Plan
+from fastfg.metrics.metric import ROUNDING, Metric, Plan
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
 from fastfg.targets import TargetFunction
@@ -23,16 +24,13 @@ NOT_FINITE_OUTPUT = "the model's logits are not finite"
 
 @dataclass
 class Images:
-    """The images under evaluation, with their targets, keys and unperturbed readings.
+    """The images under evaluation.
 
     Attributes:
-        images: [B, C, H, W]. whole: readings [B] of the unperturbed images, on the CPU.
-        target: [B] classes, or a target function. keys: one per image; random draws depend on it.
+        images: [B, C, H, W]. keys: one per image; random draws depend on it.
     """
 
     images: Tensor
-    whole: Readings
-    target: Tensor | TargetFunction
     keys: Sequence[str]
     grid: PatchGrid
     seed: int
@@ -41,11 +39,41 @@ class Images:
     def random(self, image: int, purpose: str) -> torch.Generator:
         return generator(self.seed, self.keys[image], purpose)
 
+    def fill(self, image: int, baseline: Baseline) -> Tensor:
+        """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
+        mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
+        random = self.random(image, "baseline")
+        return make_fill(baseline, self.images[image], 0, self.grid, random, mean, std)
+
+    def fills(self, metrics: Sequence[Metric], image: int) -> list[Tensor]:
+        """What fills the removed patches of one image, once per baseline of ``metrics``."""
+        by_baseline = {id(m.baseline) if isinstance(m.baseline, Tensor) else m.baseline: m for m in metrics}
+        own = [metric.for_images(slice(image, image + 1)).baseline for metric in by_baseline.values()]
+        return [self.fill(image, baseline) for baseline in own if baseline is not None]
+
     @cached_property
     def blank(self) -> list[bool]:
         """Whether all pixels of an image are equal, per image."""
         pixels = self.images.flatten(2)
         return (pixels == pixels[..., :1]).all(-1).all(-1).tolist()
+
+
+class Unperturbed(NamedTuple):
+    """What the model makes of the images as they are.
+
+    Attributes:
+        readings: [B], on the CPU. target: [B] classes, or a target function.
+        eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect.
+    """
+
+    readings: Readings
+    target: Tensor | TargetFunction
+    eps: float
+
+    @classmethod
+    def of(cls, output: Tensor, target: Tensor | TargetFunction) -> Unperturbed:
+        eps = torch.finfo(output.dtype).eps
+        return cls(Readings.of(output, target).cpu(), target, eps if eps < 1e-5 else 0.0)
 
 
 @dataclass
@@ -80,6 +108,7 @@ def judge(
     engine: Engine,
     metrics: Sequence[Metric],
     subjects: Images,
+    seen: Unperturbed,
     maps: Tensor,  # [C, B, P]
     rows: slice,
     progress: Callable[[int, int], None] | None,
@@ -88,10 +117,9 @@ def judge(
     planned = [_plan(metrics, subjects, maps[:, image], image) for image in range(rows.start, rows.stop)]
     questions = _Questions(subjects)
     answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
-    readings = questions.read(engine, rows, progress)
-    eps = torch.finfo(subjects.images.dtype).eps
+    readings = questions.read(engine, seen.target, rows, progress)
     return [
-        _score(metrics, subjects, p, [readings[answer] for answer in asked], eps)
+        _score(metrics, seen, p, [readings[answer] for answer in asked])
         for p, asked in zip(planned, answers, strict=True)
     ]
 
@@ -105,7 +133,8 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int)
         for metric in metrics:
             own = metric.for_images(slice(image, image + 1))
             planned.metrics.append(own)
-            planned.plans.append(own.plan(planned.maps, subjects.grid, subjects.random(image, metric.name)))
+            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.name))
+            planned.plans.append(_checked(metric, plan, planned.maps))
     return planned
 
 
@@ -113,7 +142,18 @@ def _unusable(one: Tensor) -> str | None:
     """Why a map [P] is not usable, or None."""
     if not bool(one.isfinite().all()):
         return NOT_FINITE_MAP
-    return FLAT_MAP if bool((one == one[0]).all()) else None
+    rounding = ROUNDING * torch.finfo(torch.float32).eps * float(one.abs().max())
+    return FLAT_MAP if float(one.max() - one.min()) <= rounding else None
+
+
+def _checked(metric: Metric, plan: Plan, maps: Tensor) -> Plan:
+    """``plan``, whose masks fit the maps [U, P]."""
+    masks, (U, P) = plan.masks, maps.shape
+    fits = isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim == 3 and masks.shape[1] > 0
+    if not fits or (len(masks), masks.shape[2]) != (U, P):
+        got = f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
+        raise ValueError(f"{metric.name}: expected plan.masks bool [{U}, m, {P}] with m >= 1, got {got}")
+    return plan
 
 
 class _Questions:
@@ -137,9 +177,15 @@ class _Questions:
         self._asked += U * m
         return places
 
-    def read(self, engine: Engine, rows: slice, progress: Callable[[int, int], None] | None) -> Readings:
+    def read(
+        self,
+        engine: Engine,
+        target: Tensor | TargetFunction,
+        rows: slice,
+        progress: Callable[[int, int], None] | None,
+    ) -> Readings:
         """The readings of all requested masks, on the CPU."""
-        images, target = self.subjects.images, self.subjects.target
+        images = self.subjects.images
         total = len(images)
         if not self._view:
             if progress is not None:
@@ -174,14 +220,8 @@ class _Questions:
         assert baseline is not None  # choose_metrics
         key = (image, tuple(baseline.flatten().tolist()) if isinstance(baseline, Tensor) else baseline)
         if key not in self._fills:
-            self._fills[key] = self._add(image, self._fill(image, baseline))
+            self._fills[key] = self._add(image, self.subjects.fill(image, baseline))
         return [self._fills[key]] * len(plan.masks)
-
-    def _fill(self, image: int, baseline: Baseline) -> Tensor:
-        adapter = self.subjects.adapter
-        mean, std = (adapter.pixel_mean, adapter.pixel_std) if adapter is not None else (None, None)
-        random = self.subjects.random(image, "baseline")
-        return make_fill(baseline, self.subjects.images[image], 0, self.subjects.grid, random, mean, std)
 
     def _add(self, image: int, fill: Tensor) -> int:
         self.views.append(View(self.subjects.images[image], fill))
@@ -204,17 +244,14 @@ def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(chosen, device="cpu"), torch.tensor(rows, device="cpu")
 
 
-def _score(
-    metrics: Sequence[Metric], subjects: Images, planned: _Planned, readings: Sequence[Readings], eps: float
-) -> Verdict:
+def _score(metrics: Sequence[Metric], seen: Unperturbed, planned: _Planned, readings: Sequence[Readings]) -> Verdict:
     """The scores of one image from the readings [U, m] of each metric's masks."""
-    whole = subjects.whole[torch.full((len(planned.maps),), planned.image, device="cpu")]
+    whole = seen.readings[torch.full((len(planned.maps),), planned.image, device="cpu")]
     outcomes = {metric.name: _nothing(planned) for metric in metrics}
     for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
-        outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), eps)
-    return Verdict(
-        outcomes, sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
-    )
+        outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), seen.eps)
+    asked = sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
+    return Verdict(outcomes, max(asked, 1))  # the image as it is was read in any case
 
 
 def _nothing(planned: _Planned) -> Outcome:
@@ -225,24 +262,35 @@ def _nothing(planned: _Planned) -> Outcome:
 
 def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float) -> Outcome:
     """Scores at the positions of their maps. A score without meaning is NaN and has a reason."""
-    scores, details = metric.score(planned.maps, plan, readings)
-    if list(scores.shape) != [len(planned.maps)]:
-        raise ValueError(f"{metric.name}: expected scores [{len(planned.maps)}], one per map, got {list(scores.shape)}")
-    finite = metric.reading(readings).isfinite().all(1).tolist()
+    scores, details = _scored(metric, planned.maps, plan, readings)
+    used = metric.reading(readings)
+    finite = (readings.logit.isfinite() & readings.prob.isfinite() if used is None else used.isfinite()).all(1).tolist()
     nothing = metric.says_nothing(planned.maps, plan, readings, eps)
-    found = [reason if ok else NOT_FINITE_OUTPUT for ok, reason in zip(finite, nothing, strict=True)]
-    undefined = scores.isnan().tolist()
+    defined = scores.isfinite().tolist()
     found = [
-        f"{metric.name} is not defined here" if bad and not r else r for bad, r in zip(undefined, found, strict=True)
+        NOT_FINITE_OUTPUT if not ok else reason or (None if good else f"{metric.name} is not defined here")
+        for ok, reason, good in zip(finite, nothing, defined, strict=True)
     ]
-    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores.double(), torch.nan)
+    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
 
-    used = torch.tensor([reason is None for reason in planned.reasons], device="cpu")
-    reasons, rest = list(planned.reasons), iter(found)
-    for c, is_used in enumerate(used.tolist()):
-        if is_used:
-            reasons[c] = next(rest)
-    return Outcome(_spread(scores, used), {name: _spread(t, used) for name, t in details.items()}, reasons)
+    judged = torch.tensor([reason is None for reason in planned.reasons], device="cpu")
+    rest = iter(found)
+    reasons = [next(rest) if reason is None else reason for reason in planned.reasons]
+    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, reasons)
+
+
+def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
+    """What ``metric.score`` gives, checked: float64 scores [U], and details each [U, ...]."""
+    U = len(maps)
+    scores, details = metric.score(maps.clone(), plan, readings)
+    if not isinstance(scores, Tensor) or list(scores.shape) != [U]:
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"{metric.name}: expected scores [{U}], one per map, got {got}")
+    for name, values in details.items():
+        if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != U:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{metric.name}: expected details[{name!r}] [{U}, ...], one per map, got {got}")
+    return scores.double(), details
 
 
 def _spread(values: Tensor, used: Tensor) -> Tensor:

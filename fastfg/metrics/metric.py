@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -64,13 +65,18 @@ class Metric:
         """
         raise NotImplementedError
 
-    def reading(self, readings: Readings) -> Tensor:
-        """The reading that this metric uses, [C, 1 + m]."""
-        return readings.prob
+    def reading(self, readings: Readings) -> Tensor | None:
+        """The reading that this metric uses, [C, 1 + m]; None: any of them."""
+        return None
 
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
-        """Per map, why its score has no meaning, or None. ``eps`` is the rounding of the model's dtype."""
-        return unchanged(self.reading(readings), readings.logit, eps)
+        """Per map, why its score has no meaning, or None. ``eps`` is the rounding of the model's output."""
+        used = self.reading(readings)
+        of_prob = unchanged(readings.prob if used is None else used, readings.logit, eps)
+        if used is not None:
+            return of_prob
+        of_logit = unchanged(readings.logit, readings.logit, eps)
+        return [reason if other else None for reason, other in zip(of_prob, of_logit, strict=True)]
 
     def per_image(self) -> dict[str, int]:
         """{argument: dimension} for the arguments that hold one entry per image along that dimension."""
@@ -107,12 +113,21 @@ class Metric:
 
 
 def unchanged(values: Tensor, logit: Tensor, eps: float) -> list[str | None]:
-    """Per row of ``values`` [C, 1 + m] and its logits, a reason if no mask changes it beyond rounding, else None."""
+    """Per row of ``values`` [C, 1 + m] and its logits, a reason if no mask changes it beyond rounding, else None.
+
+    A probability has the rounding of its logit, relative to the probability itself. ``eps`` 0: only no change at all.
+    """
     change, logit_change = ((t - t[:, :1]).abs().amax(1) for t in (values, logit))
-    rounding = ROUNDING * eps
-    still = (logit_change <= rounding * logit.abs().amax(1)) & (change <= rounding * values.abs().amax(1).clamp(min=1))
-    message = "removing patches does not change the model's output"
+    largest, rounding = logit.abs().amax(1), ROUNDING * eps
+    still = (logit_change <= rounding * largest) & (change <= rounding * largest.clamp(min=1) * values.abs().amax(1))
+    message = "removing patches does not change the reading"
     return [message if flat else None for flat in ((change == 0) | still).tolist()]
+
+
+def check_integer(metric: str, name: str, value: Any, low: int) -> None:
+    """Raise ValueError where ``value`` is not an integer of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ValueError(f"{metric}: expected {name} >= {low}, an integer, got {value!r}")
 
 
 def descending(maps: Tensor) -> Tensor:

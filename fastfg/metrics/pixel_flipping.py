@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Plan, as_float64, descending
+from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer, descending
 from fastfg.perturb import PatchGrid, Readings
 
 
@@ -43,14 +43,16 @@ class PixelFlipping(Metric):
     patches_per_step: int = 1
 
     def __post_init__(self) -> None:
-        if self.patches_per_step < 1:
-            raise ValueError(f"pixel_flipping: expected patches_per_step >= 1, got {self.patches_per_step}")
+        check_integer(self.name, "patches_per_step", self.patches_per_step, 1)
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
         order, step = descending(maps), self.patches_per_step
         removed = torch.arange(step, maps.shape[1] + step, step, device="cpu")  # after each step, P or more at the end
         masks = order.argsort(dim=-1)[:, None, :] < removed[:, None]
         return Plan(masks, order=order, patches_per_step=step)
+
+    def reading(self, readings: Readings) -> Tensor:
+        return readings.prob
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         return area(readings.prob), {"curve": readings.prob}

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Plan, as_float64, descending
+from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer, descending
 from fastfg.perturb import PatchGrid, Readings
 
 IMPACTS = ("target", "max")
@@ -62,6 +62,8 @@ class SaCo(Metric):
     def __post_init__(self) -> None:
         if self.impact not in IMPACTS:
             raise ValueError(f"saco: expected impact to be one of {IMPACTS}, got {self.impact!r}")
+        if self.n_bins is not None:
+            check_integer(self.name, "n_bins", self.n_bins, 2)
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
         C, P = maps.shape

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastfg.models import Adapter
 from fastfg.perturb.batches import Batches
+from fastfg.perturb.engine import View
 from fastfg.perturb.forward_path import ForwardPath
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import Pixels
@@ -32,17 +33,19 @@ def choose_path(
     forward: Callable[[Tensor], Tensor],
     grid: PatchGrid,
     images: Tensor,
+    fills: Callable[[int], list[Tensor]],
     path: str,
     precision: str,
 ) -> tuple[ForwardPath, str]:
-    """The path for these images and its name. For ``pixels``, the name includes why ``tokens`` was not chosen.
+    """Return the path for these images and its name. The name of a slower path includes the reason.
 
     Args:
-        path: ``auto``, ``tokens`` (raises ValueError if tokens can't be perturbed) or ``pixels``.
+        fills: what the removed patches of an image are filled with in this evaluation, by the image's index.
+        path: ``auto``, ``tokens`` (raises ValueError if the tokens can't be perturbed) or ``pixels``.
         precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
-            a name for :class:`fastfg.perturb.Precision`.
+            a name of :class:`fastfg.perturb.Precision`.
 
-    ``auto`` and ``tokens`` compare both paths on every one of ``images``: two forwards per image.
+    ``auto`` and ``tokens`` compare both paths on every image: two perturbed images per fill, each run both ways.
     """
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
@@ -53,7 +56,7 @@ def choose_path(
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
     try:
-        _compare(adapter, pixels, images, how)
+        _compare(adapter, Pixels(forward, grid), images, fills)
     except Differs as reason:
         if path == "tokens":
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
@@ -69,20 +72,19 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
     return Precision(name, images.device)
 
 
-def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, how: Precision) -> None:
-    """Perturb every image both ways. Raises Differs if the results are not the same.
+def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Tensor]]) -> None:
+    """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
-    The tokens before the first block are compared in the model's own dtype. This detects patches that overlap. The
-    logits are compared in the precision of the evaluation. This detects a model that also reads its input elsewhere.
+    The tokens before the first block tell patches that overlap. The logits tell a model that reads its input elsewhere
+    too.
     """
     mask = _checked_mask(pixels.grid.n_patches, images.device)
-    own = Pixels(pixels.forward, pixels.grid), Tokens(adapter)
-    asked = pixels, Tokens(adapter, how)
+    masks, tokens = torch.stack([mask, ~mask]), Tokens(adapter)
 
     def work(rows: slice) -> None:
-        some = images[rows]
-        _compare_tokens(*own, some, mask)
-        _compare_logits(*asked, some, mask, how.eps(images.dtype))
+        views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]
+        _compare_tokens(pixels, tokens, views, masks)
+        _compare_logits(pixels, tokens, views, masks)
 
     try:
         Batches(CHECKED_AT_ONCE).run(len(images), work)
@@ -99,18 +101,19 @@ def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
     return scattered | ((patch >= n_patches / 2) & (patch < n_patches * 3 / 4))
 
 
-def _perturbed(path: ForwardPath, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Each image with the patches of ``mask`` [P] filled with the image's mean."""
-    prepared = path.prepare(images, [image.double().mean().to(image.dtype).reshape(1, 1, 1) for image in images])
-    inputs = path.buffers(prepared, len(images))
-    for view in range(len(images)):
-        path.place(prepared, view, mask[None], tuple(t[view : view + 1] for t in inputs))
+def _perturbed(path: ForwardPath, views: Sequence[View], masks: Tensor) -> tuple[Tensor, ...]:
+    """Each view under each of ``masks`` [m, P]."""
+    prepared = path.prepare(torch.stack([view.image for view in views]), [view.fill for view in views])
+    m = len(masks)
+    inputs = path.buffers(prepared, len(views) * m)
+    for view in range(len(views)):
+        path.place(prepared, view, masks, tuple(t[view * m : (view + 1) * m] for t in inputs))
     return inputs
 
 
-def _compare_tokens(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor) -> None:
-    expected = tokens.stream(_perturbed(pixels, images, mask)[0]).double()
-    found = _perturbed(tokens, images, mask)[0].double()
+def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
+    (images,) = _perturbed(pixels, views, masks)
+    expected, found = tokens.stream(images).double(), _perturbed(tokens, views, masks)[0].double()
     if found.shape != expected.shape:
         raise Differs(f"perturbed pixels give tokens {list(expected.shape)}, not {list(found.shape)}")
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
@@ -121,9 +124,10 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor
         raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
 
 
-def _compare_logits(pixels: Pixels, tokens: Tokens, images: Tensor, mask: Tensor, eps: float) -> None:
-    found, expected = (path.run(_perturbed(path, images, mask)).double() for path in (tokens, pixels))
+def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
+    found, expected = (path.run(_perturbed(path, views, masks)).double() for path in (tokens, pixels))
     error = (found - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-30)
+    eps = torch.finfo(views[0].image.dtype).eps
     if not float(error.max()) <= eps**0.6:  # rounding grows through the blocks; real errors are larger
         raise Differs(
             f"perturbing its tokens gives logits that differ from those of the pixels by {float(error.max()):.1e}"

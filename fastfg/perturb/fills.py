@@ -38,6 +38,8 @@ def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised:
         if list(baseline.shape) not in ([n_images], [n_images, in_chans]):
             shapes = f"[{n_images}] or [{n_images}, {in_chans}]"
             raise ValueError(f"baseline: expected a tensor {shapes}, got {list(baseline.shape)}")
+        if not bool(baseline.isfinite().all()):
+            raise ValueError("baseline: expected finite values, got NaN or infinity")
     elif not math.isfinite(float(baseline)):
         raise ValueError(f"baseline: expected a finite number, got {float(baseline)}")
 

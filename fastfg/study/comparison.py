@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def compare(
     gates: Mapping[str, Gate | None],
     saes: Mapping[int, SparseAutoencoder] | None = None,
     target: Target = None,
-    keys: Sequence[str | int] | None = None,
+    keys: Iterable[str | int] | None = None,
     metrics: Sequence[str | Metric] = tuple(METRICS),
     baseline: Baseline = "mean",
     progress: Callable[[int, int | None], None] | None = None,
@@ -81,6 +82,7 @@ def compare(
     """
     import pandas as pd
 
+    keys = None if keys is None else list(keys)
     by_metric = {name: options.pop(name) for name in METRICS if name in options}
     chosen = choose_metrics(metrics, by_metric, baseline)
     total = len(images) if isinstance(images, Tensor) else None
@@ -173,8 +175,8 @@ def _batches(images: Tensor | Iterable[Tensor | Sequence[Any]]) -> Iterator[Tens
 
 
 def _is_per_image(values: Any) -> bool:
-    one_for_all = values is None or isinstance(values, int) or callable(values)
-    return not one_for_all and not (isinstance(values, Tensor) and values.ndim == 0)
+    one_for_all = values is None or isinstance(values, Integral) or callable(values)
+    return not one_for_all and getattr(values, "ndim", 1) > 0
 
 
 def _part(name: str, values: Any, rows: slice) -> Any:

@@ -104,3 +104,32 @@ def test_memory_that_holds_two_images_only(images):
     assert found.path == "tokens"
     for metric in expected:
         torch.testing.assert_close(found[metric], expected[metric], rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_that_gives_other_outputs_in_another_batch():
+    images, maps = torch.rand(3, 3, 8, 8), torch.rand(3, 2, 2)
+    torch.manual_seed(0)
+    for model in (
+        lambda x: torch.nn.functional.dropout(halves(x), 0.5),
+        lambda x: torch.nn.functional.batch_norm(halves(x), None, None, training=True),
+    ):
+        with pytest.raises(ValueError, match="model: expected the same output for an image in every batch, got"):
+            fastfg.evaluate(model, images, maps, target=0)
+
+
+def test_a_callers_autocast_does_not_change_scores(images):
+    model, maps = tiny_vit(dtype=torch.float32), torch.rand(3, 4, 6)
+    expected = fastfg.evaluate(model, images.float(), maps, target=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastfg.evaluate(model, images.float(), maps, target=1)
+    for metric in expected:
+        assert torch.equal(found[metric], expected[metric])
+
+
+def test_keys_may_be_numbers_of_any_kind(model, images):
+    maps = torch.rand(3, 4, 6)
+    options = {"target": 1, "metrics": ["faithfulness_correlation"]}
+    expected = fastfg.evaluate(model, images, maps, keys=[0, 1, 2], **options)
+    found = fastfg.evaluate(model, images, maps, keys=torch.arange(3), **options)
+    assert found.image_keys == expected.image_keys == ["0", "1", "2"]
+    assert torch.equal(found["faithfulness_correlation"], expected["faithfulness_correlation"])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import fastfg
 from fastfg.metrics import correlation
 from fastfg.metrics.faithfulness_correlation import default_subset_size, draw_subsets
 
@@ -49,3 +50,21 @@ def test_the_default_subset_size():
     """20 patches in a grid of 100 or more; a fifth of a smaller grid, but at least two."""
     sizes = {4: 2, 9: 2, 10: 2, 49: 10, 81: 16, 99: 20, 100: 20, 101: 20, 196: 20, 1369: 20}
     assert {P: default_subset_size(P) for P in sizes} == sizes
+
+
+def test_ties_do_not_depend_on_the_order_in_which_a_subset_was_drawn(model, images):
+    drawn = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 1, 3], [3, 1, 0], [1, 2, 3], [3, 2, 1]])
+    maps = torch.tensor([0.1, 0.2, 0.3, 0.7, *[0.0] * 20]).reshape(1, 4, 6).expand(3, -1, -1)
+
+    def score(subsets):
+        given = subsets.reshape(1, 7, 1, 3).expand(-1, -1, 3, -1)
+        options = {"metrics": ["faithfulness_correlation"], "faithfulness_correlation": {"subsets": given}}
+        return fastfg.evaluate(model, images, maps, target=1, **options)["faithfulness_correlation"]
+
+    assert torch.equal(score(drawn), score(drawn.sort(-1).values))
+
+
+def test_pearson_of_numbers_whose_squares_overflow():
+    a, b = torch.randn(2, 30, dtype=torch.float64)
+    for scale in (1e160, 1e-3, 1.0):
+        assert float(correlation(a * scale, b, "pearson")) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-12)

@@ -61,3 +61,14 @@ def test_a_function_of_the_output(model, images):
         fastfg.evaluate(model, images, MAPS, target=lambda logits: logits[:, 2], saco={"impact": "max"})
     with pytest.raises(ValueError, match="target: expected a function that returns one value per image, \\[3\\], got"):
         fastfg.evaluate(model, images, MAPS, target=lambda logits: logits)
+
+
+def test_a_function_that_holds_one_value_per_image_is_refused(model):
+    """It would read perturbed images in the place of others, without an error where the numbers of rows agree."""
+    images, weights = torch.randn(16, 3, 32, 48, dtype=torch.float64), torch.randn(16, 5, dtype=torch.float64)
+    maps = torch.rand(16, 4, 6)
+    with pytest.raises(ValueError, match="target: expected a function that takes any number of rows, got"):
+        fastfg.evaluate(model, images, maps, target=lambda logits: (logits * weights).sum(1))
+    with pytest.raises(ValueError, match="target: expected a function of each row of the output alone"):
+        fastfg.evaluate(model, images, maps, target=lambda logits: logits[:, 0] - logits[:, 0].mean())
+    assert fastfg.evaluate(model, images[:2], maps[:2], target=lambda logits: (logits * weights[0]).sum(1)).errors == []

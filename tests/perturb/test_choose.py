@@ -72,3 +72,32 @@ def test_a_model_that_treats_one_image_differently(images):
     assert same(model, images).startswith(
         "pixels (perturbing its tokens gives logits that differ from those of the pixels"
     )
+
+
+def test_a_path_around_the_tokens_under_bfloat16(images):
+    """The logits are compared in the model's own dtype, not in the evaluation's."""
+
+    class Side(type(tiny_vit())):
+        def forward(self, x):
+            side = 0.6 * x.mean((2, 3)).sum(1, keepdim=True).tanh()
+            return (
+                0.05 * super().forward(x) + torch.tensor([2.0, 15, 0, 0, 0]) + side * torch.tensor([1, -1, 0.5, 0, 0])
+            )
+
+    model = tiny_vit(dtype=torch.float32)
+    model.__class__ = Side
+    found = fastfg.evaluate(model, images.float(), MAPS, target=0, precision="bfloat16", baseline="zero")
+    assert found.path.startswith("pixels (perturbing its tokens gives logits that differ from those of the pixels")
+
+
+def test_a_model_that_treats_images_under_this_fill_differently(images):
+    """Images are compared under the fills of the evaluation, not under their mean alone."""
+
+    class Rescales(type(tiny_vit())):
+        def forward(self, x):
+            return super().forward(torch.where(x.amax((1, 2, 3), keepdim=True) > 5, x / 255, x))
+
+    model = tiny_vit()
+    model.__class__ = Rescales
+    assert same(model, images.clamp(-3, 3)) == "tokens"
+    assert same(model, images.clamp(-3, 3), baseline=6.0).startswith("pixels (")

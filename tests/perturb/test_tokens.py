@@ -49,7 +49,7 @@ def test_the_logits_are_those_of_the_pixels(name):
     masks[1], masks[2] = False, True
     with hold(model, adapter.flags), torch.no_grad():
         pixels, tokens = Pixels(adapter.forward, grid), Tokens(adapter)
-        assert choose_path(adapter, adapter.forward, grid, images, "tokens", "float32")[1] == "tokens"
+        assert choose_path(adapter, adapter.forward, grid, images, lambda i: fills, "tokens", "float32")[1] == "tokens"
         expected, whole = run(pixels, images, fills, view, masks)
         found, less = run(tokens, images, fills, view, masks)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
