@@ -51,7 +51,8 @@ def evaluate(
         images: [B, C, H, W], the model's own input, after preprocessing, on the model's device.
         maps: [B, gh, gw], or [C, B, gh, gw] for several maps per image; one value per patch.
         target: the explained classes (``result.target``): an int, one per image, None for the predicted ones, or a
-            function of the model's output that gives one value per image. A single logit ``z`` has two classes: 1
+            function of the model's output that gives one value per row, from that row alone: it is called with rows
+            of many images. A single logit ``z`` has two classes: 1
             with probability ``sigmoid(z)``, and 0 with ``1 - sigmoid(z)``.
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
@@ -63,7 +64,8 @@ def evaluate(
             block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
             for a model of a known family if both give the same logits for these images; the check takes four forwards
             per image and baseline. ``scores.path`` names the path that was used.
-        precision: the precision of the forwards. ``float32`` is the model's own. ``bfloat16`` and ``float16`` run the
+        precision: the precision of the forwards. ``float32`` is the model's own (autocast of the caller is
+            switched off). ``bfloat16`` and ``float16`` run the
             blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
             changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
             on a CUDA device, else the model's own.
