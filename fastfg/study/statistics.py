@@ -21,24 +21,31 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     ``stars``.
 
     ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``. It is NaN for ``against``
-    itself, and if fewer than two images have a score. ``n`` scores are used; ``missing`` scores are left out.
+    itself, if fewer than two images have a score, and if the scores of both variants are constant: the test is not
+    defined without variance. ``n`` scores are used; ``missing`` scores are left out.
 
     Args:
         scores: a table with the column ``variant`` and one column per metric, and with columns that identify the image
             (see :func:`fastfg.study.compare`).
+        against: the name of one of the variants.
+
+    Raises ValueError if ``against`` is not among the variants.
     """
     import pandas as pd
     from scipy import stats
 
     rows = []
     variants = list(dict.fromkeys(scores["variant"]))
+    if against not in variants:
+        raise ValueError(f"against: expected one of {variants}, got {against!r}")
     for metric in (name for name in scores.columns if name not in NOT_METRICS):
         base = scores.loc[scores["variant"] == against, metric].dropna()
         for variant in variants:
             column = scores.loc[scores["variant"] == variant, metric]
             values = column.dropna()
             p = float("nan")
-            if variant != against and min(len(values), len(base)) > 1:
+            constant = values.nunique() <= 1 and base.nunique() <= 1  # a computed variance is above 0 by rounding
+            if variant != against and min(len(values), len(base)) > 1 and not constant:
                 p = float(stats.ttest_ind(values, base, equal_var=False).pvalue)
             se = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             mean = float(values.mean()) if len(values) else float("nan")

@@ -304,7 +304,13 @@ WEIGHTS = ["--weights", "{files}/vit.pt"]
         (["--model", NAME, *WEIGHTS, "--target", "4"], "target: expected classes from 0 to 3, got [4]"),
         (["--model", NAME, *WEIGHTS, "--target", "-1"], "target: expected classes from 0 to 3, got [-1]"),
         (["--model", NAME, *WEIGHTS, "--layers", "1"], "saes: expected --saes DIR"),
-        (["--model", NAME, *WEIGHTS, "--saes", "{files}/saes"], "layers: expected --layers"),
+        (["--model", NAME, *WEIGHTS, "--saes", "{files}/saes"], "layers: expected --layers L [L ...] with --saes, got"),
+        (["--model", NAME, *WEIGHTS, "--kappa", "-1"], "layers: expected --layers L [L ...] with --kappa, got none"),
+        (["--model", NAME, *WEIGHTS, "--kappa", "0.5"], "layers: expected --layers L [L ...] with --kappa, got none"),
+        (
+            ["--model", NAME, *WEIGHTS, "--c-max", "10", "--score", "gradient"],
+            "layers: expected --layers L [L ...] with --c-max, --score, got none",
+        ),
         (
             ["--model", NAME, *WEIGHTS, "--saes", "{files}/saes", "--layers", "2"],
             "layers: expected blocks among [1, 3]",
@@ -371,6 +377,9 @@ def wrong_files(files):
         (["--batch-size", "-3"], "argument --batch-size: expected an integer of at least 1, got '-3'"),
         (["--target", "cat"], "argument --target: invalid int value: 'cat'"),
         (["--window", "1"], "argument --window: expected 2 arguments"),
+        (["--out", ""], "argument --out: expected the name of a file or folder, got ''"),
+        (["--weights", ""], "argument --weights: expected the name of a file or folder, got ''"),
+        (["--saes", ""], "argument --saes: expected the name of a file or folder, got ''"),
         (["--score", "nonsense"], "argument --score: invalid choice: 'nonsense'"),
     ],
 )
@@ -387,6 +396,14 @@ def test_usage(capsys, arguments, message):
     assert shown.count("\n") == 1
 
 
+@pytest.mark.parametrize("images", [[""], ["a.png", ""]])
+def test_an_empty_name_is_not_the_current_folder(capsys, images):
+    with pytest.raises(SystemExit) as stopped:
+        main(["attribute", *images, "--model", NAME, "--out", "o"])
+    assert stopped.value.code == 2
+    check_error(capsys, "argument IMAGE: expected the name of a file or folder, got ''")
+
+
 @pytest.mark.parametrize("command", [[], ["attribute"], ["evaluate"], ["demo"], ["info"]])
 def test_help(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
@@ -397,6 +414,20 @@ def test_help(capsys, monkeypatch, command):
     lines = [line for line in shown.splitlines() if "{" not in line]  # argparse does not break a list of choices
     assert max(map(len, lines)) <= 80
     assert "Exit codes" in shown or command in (["demo"], ["info"])
+
+
+def test_the_defaults_of_the_gate(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["attribute", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    gate = fastfg.Gate((1, 3))
+    for value in (gate.kappa, gate.c_max, gate.score):
+        assert f"(default: {value})" in shown
+    arguments = ["attribute", str(files / "images" / "a.png"), *model_arguments(files), "--saes", str(files / "saes")]
+    assert main([*arguments, "--layers", "1", "3", "--c-max", "3", "--out", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "fastfg.json").read_text())["settings"]
+    assert (settings["kappa"], settings["c_max"], settings["score"]) == (gate.kappa, 3.0, gate.score)
 
 
 def test_version(capsys):

@@ -1,11 +1,12 @@
 """Image files are read by the rules in read_image's docstring, and by no silent other rule."""
 
+import re
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastfg.data import read_image
 
@@ -137,6 +138,30 @@ def test_the_orientation_is_applied(tmp_path, orientation, suffix):
     np.testing.assert_array_equal(read(path), expected)
 
 
+TURNED = {  # what each EXIF orientation asks for
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "F", "RGB"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_the_orientation_of_a_tiff_is_applied(tmp_path, orientation, mode, compression):
+    grey = np.random.default_rng(0).permutation(256).astype(np.uint8).reshape(8, 32)  # all of 0..255: kept by a window
+    pixels = {"L": grey, "I;16": grey.astype(np.uint16), "F": grey.astype(np.float32), "RGB": np.dstack([grey] * 3)}
+    image = Image.fromarray(pixels[mode])
+    assert image.mode == mode
+    image.save(tmp_path / "a.tif", compression=compression, tiffinfo={0x0112: orientation})
+    np.testing.assert_array_equal(read(tmp_path / "a.tif"), TURNED[orientation](np.dstack([grey] * 3)))
+
+
 def test_transparent_pixels_are_white(tmp_path):
     pixels = np.zeros((2, 3, 4), np.uint8)
     pixels[..., 0], pixels[0, :, 3] = 100, (0, 51, 255)
@@ -151,6 +176,21 @@ def test_transparent_pixels_are_white(tmp_path):
     assert read(tmp_path / "palette.png")[0, 0].tolist() == [255, 255, 255]
     palette.save(tmp_path / "palette.gif", transparency=palette.getpixel((0, 0)))
     assert read(tmp_path / "palette.gif")[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("window", [None, (300.0, 4000.0)])
+def test_transparent_pixels_of_sixteen_bits_are_white(tmp_path, window):
+    values = RAMP * 80 + 300
+    Image.fromarray(values).save(tmp_path / "opaque.png")
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=300)
+    picture, opaque = (read_image(tmp_path / name, window=window) for name in ("a.png", "opaque.png"))
+    assert picture.window == opaque.window
+    expected = np.array(opaque.image)
+    assert expected[0, 0] == 0
+    expected[0, 0] = 255
+    np.testing.assert_array_equal(np.asarray(picture.image), expected)
+    Image.fromarray(RAMP * 0 + 700).save(tmp_path / "constant.png", transparency=700)
+    assert (read(tmp_path / "constant.png") == 255).all()
 
 
 def test_opaque_alpha_changes_nothing(tmp_path):
@@ -213,5 +253,6 @@ def test_the_content_decides_and_not_the_name(tmp_path):
     with pytest.raises(ValueError, match="DICOM is not read yet"):
         read_image(tmp_path / "scan.png")
     photograph().save(tmp_path / "a.eps")
-    with pytest.raises(OSError, match="cannot identify"):  # it would run Ghostscript
+    named = re.escape(f"cannot identify image file {str(tmp_path / 'a.eps')!r}")
+    with pytest.raises(UnidentifiedImageError, match=named):  # it would run Ghostscript
         read_image(tmp_path / "a.eps")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from scipy import stats
 
 from fastfg.report import markdown_table
@@ -49,6 +50,70 @@ def test_missing_scores_are_left_out_and_counted():
     one = summarize(scores(vanilla=[1.0], gated=[2.0])).set_index(["variant", "metric"])
     assert math.isnan(one.loc[("gated", "saco")]["se"])
     assert math.isnan(one.loc[("gated", "saco")]["p"])
+
+
+def test_without_spread_there_is_no_test():
+    constant = {"vanilla": [0.1] * 3, "gated": [0.7] * 3, "same": [0.1] * 3, "spread": [0.7, 0.8, 0.9]}
+    assert np.var(constant["vanilla"]) > 0  # by rounding
+    summary = summarize(scores(**constant)).set_index(["variant", "metric"])
+    for variant in ("gated", "same"):
+        assert math.isnan(summary.loc[(variant, "saco")]["p"])
+        assert summary.loc[(variant, "saco")]["stars"] == ""
+    assert summary.loc[("spread", "saco")]["p"] == pytest.approx(
+        stats.ttest_ind(constant["spread"], constant["vanilla"], equal_var=False).pvalue
+    )
+
+
+def test_the_variant_to_test_against_must_be_there():
+    table = scores(plain=[0.1, 0.2], gated=[0.3, 0.4])
+    with pytest.raises(ValueError, match=r"against: expected one of \['plain', 'gated'\], got 'vanilla'"):
+        summarize(table)
+    assert not math.isnan(summarize(table, against="plain").set_index("variant")["p"]["gated"].iloc[0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a|b",
+        "a\\|b",
+        "two\nlines",
+        "two\r\n lines",
+        "*a* **b**",
+        "<b>a</b>",
+        "&lt;",
+        "`a`",
+        "_a_ __b__",
+        "[a](b)",
+        "~~a~~",
+    ],
+)
+def test_names_are_shown_as_they_are(name):
+    table = scores(**{name: [0.1, 0.2, 0.15], "gated": [0.3, 0.4, 0.35]}).rename(columns={"pixel_flipping": name})
+    text = markdown_table(summarize(table, against=name), against=name)
+    lines, shown = text.splitlines(), " ".join(name.split())
+    assert len(lines) == 6
+    (table_tokens, footnote) = cells(text)
+    assert table_tokens[:3] == ["", "SaCo ↑", shown]
+    assert table_tokens[3] == shown
+    assert f"against {shown}, * p < .05, ** p < .01, *** p < .001." in footnote
+
+
+def cells(text):
+    """The text of each cell of a Markdown table, and of the paragraph below it, as GitHub shows them."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    kinds = {"strong_open", "strong_close", "text", "text_special"}
+    shown = []
+    for token in tokens:
+        if token.type == "inline":
+            assert {child.type for child in token.children} <= kinds
+            shown.append("".join(child.content for child in token.children))
+    return shown[:-1], shown[-1]
+
+
+def test_ordinary_names_are_unchanged():
+    names = ("vanilla", "SAE gate", "shuffled decoder", "no SAE (g·x)", "top_k 1.5+2-3 #1!")
+    table = markdown_table(summarize(scores(**{name: [0.1, 0.2] for name in names})))
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:7]] == [f"| {name}" for name in names]
 
 
 def test_a_control_that_wins_is_shown_winning():
