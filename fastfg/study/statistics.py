@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastfg.metrics.choose import RESERVED
+
 if TYPE_CHECKING:
     import pandas as pd
 
-NOT_METRICS = ("index", "image", "key", "path", "variant", "target", "error")  # columns of a score table
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
@@ -38,7 +39,7 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     variants = list(dict.fromkeys(scores["variant"]))
     if against not in variants:
         raise ValueError(f"against: expected one of {variants}, got {against!r}")
-    for metric in (name for name in scores.columns if name not in NOT_METRICS):
+    for metric in (name for name in scores.columns if name not in RESERVED):
         base = scores.loc[scores["variant"] == against, metric].dropna()
         for variant in variants:
             column = scores.loc[scores["variant"] == variant, metric]
