@@ -31,11 +31,11 @@ from bench.ceilings import measure
 from bench.photographs import photographs
 from bench.results import append
 from fastfg import metrics
+from fastfg.metrics.evaluate import BATCH_ON_CPU, BATCH_ON_GPU
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
 from fastfg.perturb import Precision
-from fastfg.perturb.choose import BATCH_ON_CPU, BATCH_ON_GPU
 from fastfg.perturb.tokens import Tokens
 
 
