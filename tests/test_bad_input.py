@@ -202,8 +202,10 @@ def test_evaluate_option_that_a_metric_does_not_have(model, images):
 
 def test_callables(images):
     maps = torch.rand(3, 4, 6)
-    with refuses(ValueError, "model: expected logits [3, n]", "got [3, 3, 32, 48]"):
+    with refuses(ValueError, "model: expected floating logits [3, n]", "got torch.float64 [3, 3, 32, 48]"):
         fastfg.evaluate(lambda x: x, images, maps, target=0)
+    with refuses(ValueError, "model: expected floating logits [3, n]", "got torch.int64 [3, 3]"):
+        fastfg.evaluate(lambda x: x.mean((2, 3)).long(), images, maps, target=0)
     with refuses(ValueError, "maps: expected a grid that divides the images' 32 x 48", "got 5 x 6"):
         fastfg.evaluate(lambda x: x.mean((2, 3)), images, torch.rand(3, 5, 6), target=0)
     with refuses(TypeError, "model: expected a model or a callable", "got str"):

@@ -43,7 +43,8 @@ class Pixels:
     def whole(self, images: Tensor) -> Tensor:
         with nullcontext() if self.precision is None else self.precision():
             logits = self.forward(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model: expected logits [{len(images)}, n] from model(images), got {got}")
+        shaped = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images)
+        if not shaped or not logits.is_floating_point():
+            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model: expected floating logits [{len(images)}, n] from model(images), got {got}")
         return logits
