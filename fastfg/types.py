@@ -44,7 +44,7 @@ class Gate:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        layers = _integers("layers", self.layers)
+        layers = integers("layers", self.layers)
         object.__setattr__(self, "layers", layers)
         if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
             raise ValueError(f"layers: expected distinct 0-based blocks, at least one, got {layers}")
@@ -55,7 +55,7 @@ class Gate:
         if self.score not in SCORE_KINDS:
             raise ValueError(f"score: expected one of {SCORE_KINDS}, got {self.score!r}")
         if self.shuffle_seed is not None:
-            _integers("shuffle_seed", [self.shuffle_seed])
+            integers("shuffle_seed", [self.shuffle_seed])
         if self.shuffle_seed is not None and self.score != "combined":
             raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
         if self.rescale and not self.needs_sae:
@@ -67,7 +67,7 @@ class Gate:
         return self.score != "gradient_x_residual"
 
 
-def _integers(name: str, value: Any) -> tuple[int, ...]:
+def integers(name: str, value: Any) -> tuple[int, ...]:
     """``value``, one integer or several, as a tuple of ints; bools and floats are refused."""
     several = list(value) if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0 else [value]
     try:

@@ -86,8 +86,7 @@ class RelevancyPass:
     def _start_at_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
         """The head's own row, the same for every gate. The head may read only the patches."""
         q, k, v, dO = (t.to(working_dtype(t)) for t in (q, k, v, dO))
-        row = pooling_row(q, k, v, dO, scale)
-        row = F.pad(row, (self.n_tokens - row.shape[-1], 0))
+        row = over_all_tokens(pooling_row(q, k, v, dO, scale), self.n_tokens, self.adapter.num_prefix_tokens)
         return row.expand(len(self.configs), -1, -1)
 
     # A gated block -------------------------------------------------------------------------------------------
@@ -149,6 +148,17 @@ class RelevancyPass:
 def working_dtype(t: Tensor) -> torch.dtype:
     """Relevancy is kept in float32, or in float64 for a float64 model."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def over_all_tokens(row: Tensor, n_tokens: int, n_prefix: int) -> Tensor:
+    """A pooling head's row over its keys, all tokens or only the patches, as a row over all tokens [B, N]."""
+    keys = row.shape[-1]
+    if keys not in (n_tokens, n_tokens - n_prefix):
+        raise RuntimeError(
+            f"model: expected its attention-pooling head to read all {n_tokens} tokens or the {n_tokens - n_prefix} "
+            f"patches, met {keys} keys"
+        )
+    return F.pad(row, (n_tokens - keys, 0))
 
 
 def _no_features(like: Tensor, n: int) -> Features:

@@ -9,6 +9,9 @@ from fastfg.ops.check import check_shapes
 from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
+NEEDED = {"jumprelu": ("threshold",), "batch_topk": ("threshold",), "gated": ("r_mag", "b_gate", "b_mag")}
+
+
 @register
 def _encode_project(
     x: Tensor,
@@ -51,15 +54,27 @@ def encode_project(
         Scores [T], of ``x``'s dtype.
 
     Raises:
-        ValueError: for shapes that don't fit, or an activation that needs all features at once (``topk``).
+        ValueError: for shapes that don't fit, a parameter that the activation needs, or an activation that needs all features at once (``topk``).
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
     """
     check_shapes({}, W_enc=(W_enc, "d F"), x=(x, "T d"), g=(g, "T d"), b_enc=(b_enc, "F"), W_dec=(W_dec, "F d"))
+    _check_parameters(activation, len(b_enc))
     chosen = choose("encode_project", backend, x.device, x.dtype)
     if chosen == "reference":
         return reference.encode_project(x, g, W_enc, b_enc, W_dec, activation)
     a = activation
     parameters = (a.threshold, a.r_mag, a.b_gate, a.b_mag)
     return torch_op("encode_project", chosen)(x, g, W_enc, b_enc, W_dec, a.name, *parameters)
+
+
+def _check_parameters(activation: reference.Activation, F: int) -> None:
+    """Require the parameters of the activation. A threshold may be a scalar; all others are [F]."""
+    for name in NEEDED.get(activation.name, ()):
+        parameter = getattr(activation, name)
+        expected = f"{name}: expected {'[] or ' if name == 'threshold' else ''}[{F}] for {activation.name}"
+        if parameter is None:
+            raise ValueError(f"{expected}, got None")
+        if list(parameter.shape) != [F] and (name != "threshold" or parameter.ndim):
+            raise ValueError(f"{expected}, got {list(parameter.shape)}")

@@ -107,3 +107,17 @@ def test_a_default_device_other_than_the_models(model, images, activation):
         assert torch.equal(found.features[block].values, expected.features[block].values)
     for name in METHODS:
         assert torch.equal(found.methods[name], expected.methods[name])
+
+
+def test_generators_and_single_blocks(model, images):
+    expected = fastfg.residuals(model, images, [1, 2])
+    for layers in ((n for n in (1, 2)), np.array([1, 2]), torch.tensor([1, 2])):
+        found = fastfg.residuals(model, images, layers)
+        assert list(found) == [1, 2]
+        assert torch.equal(found[2], expected[2])
+    assert list(fastfg.residuals(model, images, 1)) == [1]
+    for layers in ([True], [1.0], "1", None):
+        with pytest.raises(TypeError, match="layers: expected integers, got"):
+            fastfg.residuals(model, images, layers)
+    found = fastfg.attribute(model, images, methods=(name for name in METHODS))
+    assert set(found.methods) == set(METHODS)
