@@ -195,8 +195,8 @@ class Capture(TorchFunctionMode):
         if bool(error > allowed):
             where = "after the blocks" if self.inside is None else f"in block {self.inside}"
             raise RuntimeError(
-                f"model: expected the attention {where} of {self.name} to be softmax({scale:g} q k^T) v, but its output "
-                f"differs by {float(error):.3g} (a hook that changes the attention, or another scale?)"
+                f"model: expected the attention {where} of {self.name} to be softmax({scale:g} q k^T) v, but its "
+                f"output differs by {float(error):.3g} (a hook that changes the attention, or another scale?)"
             )
 
     # The backward pass ---------------------------------------------------------------------------------------

@@ -52,10 +52,12 @@ class RelevancyPass:
 
     def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
         """Keep a gated block's residual stream and its gradient, both [B, N, d]. The block's attention comes next."""
-        if block in self.saes:
-            check_width(self.saes[block], x, block)
+        needed = self.n_features or any(gate is not None and gate.needs_sae for gate in self._gating(block))
+        sae = self.saes[block] if needed else None
+        if sae is not None:
+            check_width(sae, x, block)
         first = self.adapter.num_prefix_tokens
-        self._sources[block] = PatchScores(x[:, first:], g[:, first:], self.saes.get(block), self.backend)
+        self._sources[block] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """Do one step ``r <- r + (r @ E) * w``, or start at an attention-pooling head."""

@@ -8,7 +8,6 @@ from fastfg import reference
 from fastfg.ops.check import check_shapes
 from fastfg.ops.dispatch import choose, detached, register, torch_op
 
-
 NEEDED = {"jumprelu": ("threshold",), "batch_topk": ("threshold",), "gated": ("r_mag", "b_gate", "b_mag")}
 
 
@@ -54,7 +53,8 @@ def encode_project(
         Scores [T], of ``x``'s dtype.
 
     Raises:
-        ValueError: for shapes that don't fit, a parameter that the activation needs, or an activation that needs all features at once (``topk``).
+        ValueError: for shapes that don't fit, a parameter that is missing, or an activation that needs all features
+            at once (``topk``).
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
