@@ -68,8 +68,8 @@ def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[in
     for layer in layers:
         if not isinstance(saes[layer], SparseAutoencoder):
             raise TypeError(
-                f"saes[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} (fastfg.load_saes reads "
-                "files)"
+                f"saes[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} "
+                "(fastfg.load_saes reads files)"
             )
         if saes[layer].W_enc.device != device:
             raise ValueError(
