@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.attribution.capture import Capture
+from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.checks import check_gates, check_images, check_saes, check_target
@@ -80,10 +80,11 @@ def attribute(
     with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
         root = images.detach().clone().requires_grad_() if "gradient_x_input" in methods else None
         capture = Capture(adapter, (len(images), n_tokens), relevancy.layers, *callbacks, root)
-        with capture:
+        with named_errors(capture.name), capture:
             output = adapter.forward((images.detach() if root is None else root).clone())  # it may write into them
         chosen, y = _explained(output, target, len(images))
-        gradient = capture.backward(y.sum())
+        with named_errors(capture.name):
+            gradient = capture.backward(y.sum())
 
     found = others.maps(grid)
     if "gradient_x_input" in methods:

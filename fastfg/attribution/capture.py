@@ -10,14 +10,15 @@ ends there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from fastfg.models.adapter import Adapter, check_distinct, stream_of
 from fastfg.models.hooks import in_this_thread, reader
@@ -31,6 +32,33 @@ HINT = (
     "modules, block(x). Switch the model's attention to one of the two, or pass a fastfg.models.Adapter with its own "
     "`meet`"
 )
+
+INFERENCE_TENSOR = "Inference tensors cannot be saved for backward"
+WRITTEN_INTO = ("modified by an inplace operation", "leaf Variable that requires grad is being used in an in-place")
+
+
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Context in which autograd's errors about the model ``name`` say what the model does."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise RuntimeError(
+            f"model: expected {name} to run without activation checkpointing, which runs parts of it again in the "
+            "backward pass: switch it off"
+        ) from error
+    except RuntimeError as error:
+        if INFERENCE_TENSOR in str(error):
+            raise RuntimeError(
+                f"model: expected tensors that gradients can flow through, but {name} uses one that was made under "
+                "torch.inference_mode(), perhaps a cache: run the model outside of it first"
+            ) from error
+        if any(text in str(error) for text in WRITTEN_INTO):
+            raise RuntimeError(
+                f"model: expected {name} to leave tensors as they are that its gradients need, such as the output of "
+                "an attention, but it writes into one: x = x * 2 in place of x *= 2"
+            ) from error
+        raise
 
 
 class Capture(TorchFunctionMode):

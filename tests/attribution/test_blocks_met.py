@@ -295,6 +295,44 @@ def test_checkpointed_blocks_give_the_right_map_or_an_error(model, images, first
             fastfg.attribute(model, images, gate=gate)
 
 
+def checkpointed_inside(model):
+    for block in model.blocks:
+        block.forward = lambda x, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
+
+
+def with_an_inference_tensor(model):
+    with torch.inference_mode():
+        cache = torch.ones(32, dtype=torch.float64)
+    model.blocks[1].register_forward_hook(lambda module, given, output: output * cache)
+
+
+def attention_written_into(model, block):
+    attn = model.blocks[block].attn
+
+    def forward(x, **_):
+        q, k, v = attn.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out *= 2
+        return attn.proj(out.transpose(1, 2).flatten(2))
+
+    attn.forward = forward
+
+
+AUTOGRAD = {
+    checkpointed_inside: "expected VisionTransformer to run without activation checkpointing",
+    with_an_inference_tensor: "but VisionTransformer uses one that was made under torch.inference_mode",
+    lambda model: attention_written_into(model, 0): "expected VisionTransformer to leave tensors as they are",
+    lambda model: attention_written_into(model, 2): "expected VisionTransformer to leave tensors as they are",
+}
+
+
+@pytest.mark.parametrize("change", AUTOGRAD)
+def test_autograds_errors_are_named(model, images, change):
+    change(model)
+    with pytest.raises(RuntimeError, match=f"model: .*{AUTOGRAD[change]}"):
+        fastfg.attribute(model, images, gate=GATES["gated"])
+
+
 def test_an_adapter_whose_meet_fails_leaves_nothing_behind(model, images):
     def meet(capture):
         yield model.blocks[0].attn.register_forward_hook(lambda *_: None)
