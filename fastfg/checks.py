@@ -59,11 +59,18 @@ def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
 
 def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device) -> None:
     """Require an SAE for each of ``layers``, on the model's device."""
+    if saes is not None and not isinstance(saes, Mapping):
+        raise TypeError(f"saes: expected {{block: SparseAutoencoder}} or None, got {type(saes).__name__}")
     saes = saes or {}
     missing = [layer for layer in layers if layer not in saes]
     if missing:
         raise ValueError(f"saes: expected an SAE for each gated block {list(layers)}, got none for {missing}")
     for layer in layers:
+        if not isinstance(saes[layer], SparseAutoencoder):
+            raise TypeError(
+                f"saes[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} "
+                "(fastfg.load_saes reads files)"
+            )
         if saes[layer].W_enc.device != device:
             raise ValueError(
                 f"saes[{layer}]: expected it on {device}, as the model is, got {saes[layer].W_enc.device} "

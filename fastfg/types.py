@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +45,14 @@ class Gate:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        layers = _integers("layers", self.layers)
+        layers = integers("layers", self.layers)
         object.__setattr__(self, "layers", layers)
         if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
             raise ValueError(f"layers: expected distinct 0-based blocks, at least one, got {layers}")
+        for name in ("kappa", "c_max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0 < self.kappa < float("inf"):
             raise ValueError(f"kappa: expected a number > 0, got {self.kappa}")
         if not 1 < self.c_max < float("inf"):
@@ -55,9 +60,13 @@ class Gate:
         if self.score not in SCORE_KINDS:
             raise ValueError(f"score: expected one of {SCORE_KINDS}, got {self.score!r}")
         if self.shuffle_seed is not None:
-            _integers("shuffle_seed", [self.shuffle_seed])
+            (seed,) = integers("shuffle_seed", [self.shuffle_seed])
+            if not -(2**63) <= seed < 2**64:
+                raise ValueError(f"shuffle_seed: expected -2**63 to 2**64 - 1, got {seed}")
         if self.shuffle_seed is not None and self.score != "combined":
             raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
+        if self.rescale not in (True, False):
+            raise TypeError(f"rescale: expected True or False, got {self.rescale!r}")
         if self.rescale and not self.needs_sae:
             raise ValueError(f"rescale: expected False with score={self.score!r}, which has no SAE, got True")
 
@@ -67,7 +76,7 @@ class Gate:
         return self.score != "gradient_x_residual"
 
 
-def _integers(name: str, value: Any) -> tuple[int, ...]:
+def integers(name: str, value: Any) -> tuple[int, ...]:
     """``value``, one integer or several, as a tuple of ints; bools and floats are refused."""
     several = list(value) if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0 else [value]
     try:
@@ -115,7 +124,8 @@ class Attribution:
     def heatmap(self, size: tuple[int, int]) -> Tensor:
         """The maps [..., H, W], upsampled bilinearly to ``size`` (height, width), each scaled to the range 0 to 1.
 
-        A map that has the same value everywhere becomes 0.
+        A map that has the same value everywhere becomes 0. The patches are stretched to all of ``size``: pass a size
+        that is a multiple of the patch (``gh * patch``), where the model leaves out pixels at the image's edge.
         """
         return heatmap(self.maps, size)
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "torch_internals": set(),
     "ops": {"reference", "torch_internals"},
     "models": {"torch_internals"},
-    "sae": {"reference"},
+    "sae": {"reference", "types"},
     "checks": {"models", "sae", "types"},
     "data": set(),
     "attribution": {"checks", "models", "ops", "reference", "sae", "targets", "torch_internals", "types"},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.attribution.capture import Capture
+from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.checks import check_gates, check_images, check_saes, check_target
@@ -64,13 +64,14 @@ def attribute(
     """
     adapter = adapt(model)
     check_target(adapter, target)
+    methods = tuple(methods)  # it may be a generator
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features, methods)
     single = not isinstance(gate, Sequence)
     if len(images) == 0:
         options = {"saes": saes, "identity": identity, "backend": backend, "features": features, "methods": methods}
         return _of_no_images(adapter, images, target, single, gate=gate, **options)
-    grid = adapter.grid((images.shape[-2], images.shape[-1]))
+    grid = adapter.patches(images)
     n_tokens = adapter.num_prefix_tokens + grid[0] * grid[1]
     relevancy = RelevancyPass(adapter, n_tokens, configs, saes or {}, identity, backend, features)
     others = OtherMethods(adapter, n_tokens, methods)
@@ -79,10 +80,11 @@ def attribute(
     with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
         root = images.detach().clone().requires_grad_() if "gradient_x_input" in methods else None
         capture = Capture(adapter, (len(images), n_tokens), relevancy.layers, *callbacks, root)
-        with capture:
-            output = adapter.forward(images.detach() if root is None else root)
+        with named_errors(capture.name), capture:
+            output = adapter.forward((images.detach() if root is None else root).clone())  # it may write into them
         chosen, y = _explained(output, target, len(images))
-        gradient = capture.backward(y.sum())
+        with named_errors(capture.name):
+            gradient = capture.backward(y.sum())
 
     found = others.maps(grid)
     if "gradient_x_input" in methods:
@@ -94,7 +96,8 @@ def attribute(
 def _explained(output: Any, target: Target, n_images: int) -> tuple[Tensor | TargetFunction, Tensor]:
     """The explained classes [B], or the given target function; and the value to differentiate per image [B]."""
     if callable(target):
-        return target, target_value(target, output, n_images)
+        given = output.clone() if isinstance(output, Tensor) else output  # the function may write into it
+        return target, target_value(target, given, n_images)
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"model: expected logits [B, n] from model(images), got {got}")

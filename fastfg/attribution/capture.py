@@ -10,16 +10,17 @@ ends there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
-from fastfg.models.adapter import Adapter, resid_post
+from fastfg.models.adapter import Adapter, check_distinct, stream_of
 from fastfg.models.hooks import in_this_thread, reader
 from fastfg.torch_internals import multi_head_attention_forward
 
@@ -31,6 +32,33 @@ HINT = (
     "modules, block(x). Switch the model's attention to one of the two, or pass a fastfg.models.Adapter with its own "
     "`meet`"
 )
+
+INFERENCE_TENSOR = "Inference tensors cannot be saved for backward"
+WRITTEN_INTO = ("modified by an inplace operation", "leaf Variable that requires grad is being used in an in-place")
+
+
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Context in which autograd's errors about the model ``name`` say what the model does."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise RuntimeError(
+            f"model: expected {name} to run without activation checkpointing, which runs parts of it again in the "
+            "backward pass: switch it off"
+        ) from error
+    except RuntimeError as error:
+        if INFERENCE_TENSOR in str(error):
+            raise RuntimeError(
+                f"model: expected tensors that gradients can flow through, but {name} uses one that was made under "
+                "torch.inference_mode(), perhaps a cache: run the model outside of it first"
+            ) from error
+        if any(text in str(error) for text in WRITTEN_INTO):
+            raise RuntimeError(
+                f"model: expected {name} to leave tensors as they are that its gradients need, such as the output of "
+                "an attention, but it writes into one: x = x * 2 in place of x *= 2"
+            ) from error
+        raise
 
 
 class Capture(TorchFunctionMode):
@@ -74,10 +102,7 @@ class Capture(TorchFunctionMode):
     # The forward pass ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Capture:
-        blocks = self.adapter.blocks
-        shared = [i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i])]
-        if shared:
-            raise RuntimeError(f"model: expected {len(blocks)} distinct blocks in {self.name}, got {shared} twice")
+        check_distinct(self.adapter)
         self.owner = reader()
         with ExitStack() as handles:  # removes the hooks if one can't be registered
             for handle in self._register():
@@ -106,8 +131,8 @@ class Capture(TorchFunctionMode):
                     f"model: expected {self.name} to run one block after another, but it ran block {block} inside "
                     f"block {self.inside}"
                 )
-            given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            if self.stream is not None and given is not None and not _reads(given, self.stream):
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            if self.stream is not None and given and not any(_reads(t, self.stream) for t in given):
                 raise RuntimeError(
                     f"model: expected block {block} of {self.name} to read the output of block {self.ran[-1]}, which "
                     "ran before it; it does not"
@@ -120,14 +145,11 @@ class Capture(TorchFunctionMode):
     def _leaves(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self.inside = None
-            stream = resid_post(output)
-            if not isinstance(stream, Tensor) or stream.ndim != 3 or tuple(stream.shape[:2]) != self.shape:
-                got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
-                B, N = self.shape
-                raise RuntimeError(f"model: expected the output of block {block} to be [{B}, {N}, d], got {got}")
-            self.stream = stream
+            self.stream = stream = stream_of(output, block, self.shape)
+            if block == len(self.adapter.blocks) - 1 and not self.adapter.later_attentions and stream.requires_grad:
+                stream.register_hook(self._check_pooled)
             if block in self.layers and stream.requires_grad:
-                x = stream.detach()
+                x = stream.detach().clone()  # the model may write into its tensors after the block
                 stream.register_hook(lambda g: self._residual_arrives(block, x, g))
 
         return hook
@@ -149,10 +171,15 @@ class Capture(TorchFunctionMode):
             if isinstance(options.get(name), Tensor) or options.get(name):
                 raise ValueError(f"model: expected plain self-attention in every block, got {name}={options[name]!r}")
         out = F.scaled_dot_product_attention(query, key, value, **options)
-        return self.meet(query, key, value, out, options.get("scale") or query.shape[-1] ** -0.5)
+        return self._meet(query, key, value, out, options.get("scale") or query.shape[-1] ** -0.5)
 
     def meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
-        """Register one attention; see :class:`fastfg.models.adapter.MeetsAttention`."""
+        """Register one attention of an adapter's own; see :class:`fastfg.models.adapter.MeetsAttention`."""
+        met = self._meet(q, k, v, out, scale, transposed)
+        self._check_output(q, k, v, out.transpose(1, 2) if transposed else out, scale)
+        return met
+
+    def _meet(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, transposed: bool = False) -> Tensor:
         if self.inside is not None:
             self._check_tokens(q, k, v)
         if self.root is None:
@@ -181,6 +208,24 @@ class Capture(TorchFunctionMode):
                     f"model: expected {name} [{B}, H, {N}, dh] in block {self.inside}, the same for queries, keys and "
                     f"values, met {list(t.shape)}"
                 )
+
+    @torch.no_grad()
+    def _check_output(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+        """Check ``out = softmax(scale q k^T) v`` for the first query: the output may have been computed otherwise."""
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q[:, :, :1].to(dtype) @ k.to(dtype).mT * scale
+            expected = scores.softmax(-1) @ v.to(dtype)
+            error = (out[:, :, :1] - expected).abs().amax()
+            # TF32 and a softmax in float32 keep 11 bits; the error of a score grows with the score
+            precision = max(2**-11, *(torch.finfo(t.dtype).eps for t in (q, k, v, out)))
+            allowed = 4 * precision * (1 + scores.abs().amax()) * v.abs().amax()
+        if bool(error > allowed):
+            where = "after the blocks" if self.inside is None else f"in block {self.inside}"
+            raise RuntimeError(
+                f"model: expected the attention {where} of {self.name} to be softmax({scale:g} q k^T) v, but its "
+                f"output differs by {float(error):.3g} (a hook that changes the attention, or another scale?)"
+            )
 
     # The backward pass ---------------------------------------------------------------------------------------
 
@@ -215,6 +260,18 @@ class Capture(TorchFunctionMode):
                 f"{self.adapter.later_attentions} after them, met {len(where)}, in blocks {where}. {HINT}"
             )
 
+    def _check_pooled(self, g: Tensor) -> None:
+        """Check that the gradient ``g`` [B, N, d] at the last block's output reaches just the pooled tokens."""
+        pooled = self.adapter.first_row(g.shape[1], torch.float32, g.device) != 0
+        others = (g.abs() > 0).any(-1).any(0) & ~pooled  # NaN is not > 0
+        unread = pooled & (g == 0).all(-1).all(0)
+        if bool((others.any() | unread.any()) & (g != 0).any()):
+            read = (g != 0).any(-1).any(0)
+            raise RuntimeError(
+                f"model: expected the head of {self.name} to read the tokens {_numbers(pooled)}, as its adapter's "
+                f"`pooled` says, but the target depends on the tokens {_numbers(read)} of the last block"
+            )
+
     def _residual_arrives(self, block: int, x: Tensor, g: Tensor) -> None:
         self.residuals.add(block)
         with torch.autocast(x.device.type, enabled=False):
@@ -238,6 +295,12 @@ class Capture(TorchFunctionMode):
         with torch.autocast(q.device.type, enabled=False):
             for callback in self.on_attention:
                 callback(number, q, k, v, dO, scale)
+
+
+def _numbers(mask: Tensor) -> str:
+    """The indices at which ``mask`` is True; the first eight of many."""
+    found = mask.nonzero().flatten().tolist()
+    return str(found) if len(found) <= 8 else f"{str(found[:8])[:-1]}, ...]"
 
 
 def _reads(given: Tensor, stream: Tensor) -> bool:

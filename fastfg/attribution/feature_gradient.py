@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
-from fastfg.models import Adapter
+from fastfg.models import Adapter, adapt
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Gate
 
@@ -22,7 +22,8 @@ class FeatureGradient:
     Args:
         model, saes, gate: as in :func:`fastfg.attribute`. options: its other arguments, used in every call.
         interpolation: ``nearest`` gives each pixel the value of its patch, so that masks cover whole patches;
-            ``bilinear`` interpolates between patches.
+            ``bilinear`` interpolates between patches. Pixels beyond the last whole patch become 0 with ``nearest``,
+            and continue the value at its edge with ``bilinear``.
 
     >>> import torch, timm, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -52,7 +53,13 @@ class FeatureGradient:
         """
         if isinstance(target, Tensor) and target.ndim == 2 and target.shape[1] == 1:
             target = target[:, 0]
-        result = attribute(self.model, inputs, saes=self.saes, gate=self.gate, target=target, **self.options)
+        adapter = adapt(self.model)
+        result = attribute(adapter, inputs, saes=self.saes, gate=self.gate, target=target, **self.options)
         align = {"align_corners": False} if self.interpolation == "bilinear" else {}
-        size = (inputs.shape[-2], inputs.shape[-1])
-        return F.interpolate(result.maps.unsqueeze(1), size=size, mode=self.interpolation, **align)
+        H, W = inputs.shape[-2:]
+        (gh, gw), (ph, pw) = result.maps.shape[-2:], adapter.patch_size or (0, 0)
+        h, w = (gh * ph, gw * pw) if adapter.patch_size else (H, W)  # the pixels that belong to a patch
+        pixels = F.interpolate(result.maps.unsqueeze(1), size=(h, w), mode=self.interpolation, **align)
+        if (h, w) == (H, W):
+            return pixels
+        return F.pad(pixels, (0, W - w, 0, H - h), mode="constant" if self.interpolation == "nearest" else "replicate")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastfg.attribution.relevancy_pass import working_dtype
+from fastfg.attribution.relevancy_pass import over_all_tokens, working_dtype
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import attend, rollout
 
@@ -33,19 +32,20 @@ class OtherMethods:
             return
         if number >= len(self.adapter.blocks):
             if not self.adapter.pooled:
-                self._start_at_pooling_head(q, k, scale)
+                self._start_at_pooling_head(q, k, dO, scale)
             return
         if not self.rows:
             self._start_at_last_block(q, k, scale)
         if "rollout" in self.wanted:
             self.rows["rollout"] = rollout(self.rows["rollout"].unsqueeze(0), q, k, scale)[0]
 
-    def _start_at_pooling_head(self, q: Tensor, k: Tensor, scale: float) -> None:
-        """Start from the head's own attention, averaged over its queries."""
+    def _start_at_pooling_head(self, q: Tensor, k: Tensor, dO: Tensor, scale: float) -> None:
+        """Start from the head's own attention, averaged over the queries whose output the target depends on."""
         q, k = q.to(working_dtype(q)), k.to(working_dtype(k))
-        every_query = q.new_ones(1, q.shape[0], q.shape[2]) / q.shape[2]
-        row = attend(every_query, q, k, scale)[0]
-        row = F.pad(row, (self.n_tokens - row.shape[-1], 0))  # a pooling head may read only the patches
+        read = (dO != 0).any(-1).any(1)  # [B, queries]
+        read |= ~read.any(-1, keepdim=True)  # an image without gradients: all queries
+        row = attend((read.to(q.dtype) / read.sum(-1, keepdim=True)).unsqueeze(0), q, k, scale)[0]
+        row = over_all_tokens(row, self.n_tokens, self.adapter.num_prefix_tokens)
         self.rows = dict.fromkeys(self.wanted, row)
 
     def _start_at_last_block(self, q: Tensor, k: Tensor, scale: float) -> None:

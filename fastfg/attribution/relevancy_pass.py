@@ -52,10 +52,12 @@ class RelevancyPass:
 
     def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
         """Keep a gated block's residual stream and its gradient, both [B, N, d]. The block's attention comes next."""
-        if block in self.saes:
-            check_width(self.saes[block], x, block)
+        needed = self.n_features or any(gate is not None and gate.needs_sae for gate in self._gating(block))
+        sae = self.saes[block] if needed else None
+        if sae is not None:
+            check_width(sae, x, block)
         first = self.adapter.num_prefix_tokens
-        self._sources[block] = PatchScores(x[:, first:], g[:, first:], self.saes.get(block), self.backend)
+        self._sources[block] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """Do one step ``r <- r + (r @ E) * w``, or start at an attention-pooling head."""
@@ -86,8 +88,7 @@ class RelevancyPass:
     def _start_at_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
         """The head's own row, the same for every gate. The head may read only the patches."""
         q, k, v, dO = (t.to(working_dtype(t)) for t in (q, k, v, dO))
-        row = pooling_row(q, k, v, dO, scale)
-        row = F.pad(row, (self.n_tokens - row.shape[-1], 0))
+        row = over_all_tokens(pooling_row(q, k, v, dO, scale), self.n_tokens, self.adapter.num_prefix_tokens)
         return row.expand(len(self.configs), -1, -1)
 
     # A gated block -------------------------------------------------------------------------------------------
@@ -149,6 +150,17 @@ class RelevancyPass:
 def working_dtype(t: Tensor) -> torch.dtype:
     """Relevancy is kept in float32, or in float64 for a float64 model."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def over_all_tokens(row: Tensor, n_tokens: int, n_prefix: int) -> Tensor:
+    """A pooling head's row over its keys, all tokens or only the patches, as a row over all tokens [B, N]."""
+    keys = row.shape[-1]
+    if keys not in (n_tokens, n_tokens - n_prefix):
+        raise RuntimeError(
+            f"model: expected its attention-pooling head to read all {n_tokens} tokens or the {n_tokens - n_prefix} "
+            f"patches, met {keys} keys"
+        )
+    return F.pad(row, (n_tokens - keys, 0))
 
 
 def _no_features(like: Tensor, n: int) -> Features:

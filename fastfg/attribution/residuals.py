@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_layers
 from fastfg.models import Adapter, adapt
-from fastfg.models.adapter import resid_post
+from fastfg.models.adapter import check_distinct, stream_of
 from fastfg.models.hold import hold
 from fastfg.models.hooks import in_this_thread
+from fastfg.types import integers
 
 
-def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable[int]) -> dict[int, Tensor]:
     """The residual stream ``x_l`` at the patches: {block: [B, P, d]} for each 0-based block of ``layers``.
 
-    The tensors have no gradients. Raises ValueError or TypeError that names the argument.
+    The tensors have no gradients. Raises ValueError or TypeError that names the argument, and RuntimeError where the
+    model does not run each block at most once, in order, with an output [B, N, d].
 
     >>> import torch, timm, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -28,25 +30,38 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: Sequence[int])
     """
     adapter = adapt(model)
     check_images(images, adapter.in_chans, adapter.parameter)
-    adapter.grid((images.shape[-2], images.shape[-1]))
+    gh, gw = adapter.patches(images)
+    layers = integers("layers", layers)
     check_layers("layers", layers, len(adapter.blocks))
+    check_distinct(adapter)
+    given = images.clone() if len(images) else images.new_zeros(1, *images.shape[1:])  # many can't run no images
+    shape = (len(given), adapter.num_prefix_tokens + gh * gw)
     found: dict[int, Tensor] = {}
+    ran: list[int] = []
 
     def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[block] = resid_post(output)[: len(images), adapter.num_prefix_tokens :].clone()
+            ran.append(block)
+            if block in layers:
+                x = stream_of(output, block, shape)
+                found[block] = x[: len(images), adapter.num_prefix_tokens :].clone()
 
         return hook
 
     with hold(adapter.model), torch.no_grad(), ExitStack() as hooks:
-        for block in layers:
-            handle = adapter.blocks[block].register_forward_hook(in_this_thread(keep(block)))
-            hooks.callback(handle.remove)
-        adapter.forward(images if len(images) else images.new_zeros(1, *images.shape[1:]))  # many can't run no images
-    missing = [block for block in layers if block not in found]
+        for number, block in enumerate(adapter.blocks):
+            hooks.callback(block.register_forward_hook(in_this_thread(keep(number))).remove)
+        adapter.forward(given)
+    _check_order(type(adapter.model).__qualname__, ran, layers)
+    return found
+
+
+def _check_order(name: str, ran: list[int], layers: Sequence[int]) -> None:
+    """Check that the wanted blocks ran, and that no block ran twice or before an earlier one."""
+    missing = [block for block in layers if block not in ran]
     if missing:
         raise RuntimeError(
-            f"model: expected {type(adapter.model).__qualname__} to call its blocks as modules, block(x), but it did "
-            f"not call {missing}"
+            f"model: expected {name} to call its blocks as modules, block(x), but it did not call {missing}"
         )
-    return found
+    if ran != sorted(set(ran)):
+        raise RuntimeError(f"model: expected {name} to run its blocks once each and in order, but it ran {ran}")

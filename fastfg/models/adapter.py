@@ -68,13 +68,34 @@ class Adapter:
 
     @property
     def parameter(self) -> Tensor:
-        """A floating-point parameter, which has the model's dtype and device."""
-        return next(p for p in self.model.parameters() if p.is_floating_point())
+        """A floating-point parameter, which has the model's dtype and device. ValueError if there is none."""
+        found = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        if found is None:
+            raise ValueError(f"model: expected floating-point parameters in {type(self.model).__name__}, got none")
+        return found
+
+    def patches(self, images: Tensor) -> tuple[int, int]:
+        """The grid (gh, gw) of ``images`` [B, C, H, W]. Raises ValueError for a grid that does not fit them."""
+        size = (images.shape[-2], images.shape[-1])
+        gh, gw = grid = self.grid(size)
+        ph, pw = self.patch_size or (size[0] // max(gh, 1), size[1] // max(gw, 1))
+        rest = size[0] - gh * ph, size[1] - gw * pw
+        fits = 0 <= rest[0] < ph and 0 <= rest[1] < pw if self.patch_size else rest == (0, 0)
+        if gh < 1 or gw < 1 or not fits:
+            of = f"patches of {ph} x {pw} pixels" if self.patch_size else "patches that divide the image evenly"
+            raise ValueError(
+                f"grid: expected (gh, gw) {of} for images of {size[0]} x {size[1]}, got {tuple(grid)} from the adapter"
+            )
+        return grid
 
     def first_row(self, n_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The row [N] that relevancy starts from: the mean of the rows that the head reads."""
         row = torch.zeros(n_tokens, dtype=dtype, device=device)
         for tokens in self.pooled:
+            if not len(row[tokens]):
+                raise ValueError(
+                    f"pooled: expected slices that each contain some of the {n_tokens} tokens, got {tokens}"
+                )
             row[tokens] += 1 / (len(self.pooled) * len(row[tokens]))
         return row
 
@@ -114,6 +135,25 @@ def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def check_distinct(adapter: Adapter) -> None:
+    """Raise RuntimeError if one module stands for several blocks."""
+    blocks = adapter.blocks
+    shared = [i for i, block in enumerate(blocks) if any(block is other for other in blocks[:i])]
+    if shared:
+        name = type(adapter.model).__qualname__
+        raise RuntimeError(f"model: expected {len(blocks)} distinct blocks in {name}, got {shared} twice")
+
+
 def resid_post(output: Any) -> Tensor:
     """The residual stream in a block's output: the output itself, or the first element of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def stream_of(output: Any, block: int, shape: tuple[int, int]) -> Tensor:
+    """:func:`resid_post`. Raises RuntimeError if it is not [B, N, d], for the ``shape`` (B, N)."""
+    stream = resid_post(output)
+    if not isinstance(stream, Tensor) or stream.ndim != 3 or tuple(stream.shape[:2]) != shape:
+        got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+        B, N = shape
+        raise RuntimeError(f"model: expected the output of block {block} to be [{B}, {N}, d], got {got}")
+    return stream

@@ -97,7 +97,9 @@ def _pooled(model: Any, prefix: int) -> tuple[slice, ...]:
     if model.attn_pool is not None:
         return ()
     if model.global_pool not in POOLS:
-        raise ValueError(f"model: expected global_pool to be one of {(*POOLS, 'map')}, got {model.global_pool!r}")
+        raise ValueError(
+            f"model: expected global_pool to be one of {(*POOLS, 'map', 'prr')}, got {model.global_pool!r}"
+        )
     if hasattr(model, "head_dist"):
         return (slice(0, 2),)  # the mean of the class head's and the distillation head's logits
     if model.global_pool == "token":

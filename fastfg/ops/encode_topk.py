@@ -41,6 +41,8 @@ def encode_topk(
     """
     sizes: dict[str, int] = {}
     check_shapes(sizes, W_enc=(W_enc, "d F"), x=(x, "T d"), b_enc=(b_enc, "F"), b_dec=(b_dec, "d"))
+    if isinstance(k, bool):
+        raise ValueError(f"k: expected an int, got {k}")
     if not 1 <= k <= sizes["F"]:
         raise ValueError(f"k: expected 1 to {sizes['F']}, got {k}")
     chosen = choose("encode_topk", backend, x.device, x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from fastfg.reference.encode import ACTIVATIONS, NORMALIZATIONS, Activation, Normalized, encode, normalize
 from fastfg.reference.encode_topk import encode_topk, topk_lowest_index
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAY_BE_INFINITE = {"b_enc": -torch.inf, "threshold": torch.inf}  # either one switches a feature off
 ACTIVATION_TENSORS = ("threshold", "r_mag", "b_gate", "b_mag")
 
 
@@ -65,12 +68,15 @@ class SparseAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         weights: dict[str, Tensor | None] = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        if isinstance(threshold, bool):
+            raise TypeError(f"threshold: expected a tensor or a number, got {threshold}")
         if isinstance(threshold, (int, float)):
             threshold = torch.tensor(threshold, dtype=W_enc.dtype, device=W_enc.device)
         tensors = weights | {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
         _check_tensors(tensors)
         _check_shapes(tensors)
         _check_options(activation, k, normalize, subtract_b_dec, tensors)
+        check_finite(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.activation_name, self.k = activation, k
@@ -179,10 +185,27 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
         assert first is not None
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name}: expected a dense tensor of float16, bfloat16, float32 or float64, got {tensor.dtype} "
+                f"({tensor.layout})"
+            )
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise ValueError(
                 f"{name}: expected {first.dtype} on {first.device}, as W_enc, got {tensor.dtype} on {tensor.device}"
             )
+
+
+def check_finite(tensors: Mapping[str, Tensor | None]) -> None:
+    """Require finite weights. A bias of -inf or a threshold of inf is allowed: it switches a feature off."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_meta:
+            continue
+        finite = tensor.isfinite()
+        if name in MAY_BE_INFINITE:
+            finite |= tensor == MAY_BE_INFINITE[name]
+        if not bool(finite.all()):
+            raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
 
 
 def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
@@ -220,3 +243,5 @@ def _check_options(
     shape = [F] if activation == "jumprelu" else []
     if threshold is not None and list(threshold.shape) != shape:
         raise ValueError(f"threshold: expected {shape} for a {activation} SAE, got {list(threshold.shape)}")
+    if activation != "topk" and k is not None:
+        raise ValueError(f"k: expected None for a {activation} SAE, got {k}")

@@ -16,6 +16,9 @@ from fastfg.sae.model import SparseAutoencoder
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
 LARGEST = 1e15  # largest value in a token: its norm is computed in float32
+TOKENS_AT_ONCE = 2048
+SMALLEST = 1e-18  # smallest mean deviation of the tokens from their mean, for the same reason
+ROUNDING = 1e-2  # largest share of the deviation that float64 tokens may lose in float32
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ def train_sae(
     positive = {"n_features": n_features, "k": k, "epochs": epochs, "batch_size": batch_size}
     whole = {name: (value, 1.0) for name, value in positive.items()}
     _check_options(whole | {"revivals": (revivals, 0), "seed": (seed, -math.inf)}, lr, held_out)
+    x = x.detach() if isinstance(x, Tensor) else x
     n_train = _check_tokens(x, held_out, batch_size)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
-        training = _Training(x[:n_train].detach().float(), n_features, k, lr, seed)
+        training = _Training(x[:n_train].float(), n_features, k, lr, seed)
         steps = epochs * (n_train // batch_size)
         revive_at = {round(steps * (i + 1) / (2 * revivals)) for i in range(revivals)} if revivals else set()
         for step, tokens in enumerate(training.batches(epochs, batch_size)):
@@ -115,7 +119,7 @@ def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 
     error = variance = active = 0.0
     alive = torch.zeros(sae.n_features, dtype=torch.bool, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        for tokens in x.split(2048):
+        for tokens in x.split(TOKENS_AT_ONCE):
             f = sae.encode(tokens)
             decoded = sae.decode(f, sae.normalize(tokens))
             error += float((tokens.double() - decoded.double()).square().sum())
@@ -214,7 +218,10 @@ def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: flo
             raise ValueError(f"{name}: expected at least {least:g}, got {value}")
     if whole["k"][0] > whole["n_features"][0]:
         raise ValueError(f"k: expected 1 to n_features={whole['n_features'][0]}, got {whole['k'][0]}")
-    if not isinstance(lr, Real) or not 0 < lr < math.inf:
+    seed = whole["seed"][0]
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected -2**63 to 2**64 - 1, got {seed}")
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr: expected a number > 0, got {lr!r}")
     if not isinstance(held_out, Real) or not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
@@ -244,4 +251,24 @@ def _check_tokens(x: Tensor, held_out: float, batch_size: int) -> int:
     largest = float(x.abs().max())
     if largest > LARGEST:
         raise ValueError(f"x: expected values up to {LARGEST:g}, whose squares fit float32, got {largest:g}")
+    _check_precision(x)
     return n_train
+
+
+def _check_precision(x: Tensor) -> None:
+    """Check that the tokens' deviations from their mean survive in float32, in which training runs."""
+    parts = x.split(TOKENS_AT_ONCE)
+    mean = sum(tokens.double().sum(0) for tokens in parts) / len(x)
+
+    def mean_norm(of: Callable[[Tensor], Tensor]) -> float:
+        return sum(float(of(tokens.double()).norm(dim=1).sum()) for tokens in parts) / len(x) / x.shape[1] ** 0.5
+
+    deviation = mean_norm(lambda tokens: tokens - mean)
+    if not deviation >= SMALLEST:
+        raise ValueError(f"x: expected tokens that deviate from their mean by {SMALLEST:g} or more, got {deviation:g}")
+    lost = mean_norm(lambda tokens: tokens - tokens.float().double()) if x.dtype == torch.float64 else 0.0
+    if lost > ROUNDING * deviation:
+        raise ValueError(
+            f"x: expected tokens whose deviation from their mean ({deviation:g}) fits float32, got {x.dtype} tokens "
+            f"that lose {lost:g} of it (subtract their mean)"
+        )

@@ -267,3 +267,15 @@ def test_the_digits_model_has_learnt_something(digits_model):
     vit, pixels, labels = digits_model
     with torch.no_grad():
         assert (vit(pixels).argmax(1) == labels).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("methods", [[], ["gradient_x_input"]])
+def test_a_model_that_writes_into_its_input(model, images, methods):
+    """The caller's images are left as they are."""
+    before, plain = images.clone(), model.forward_features
+    expected = fastfg.attribute(model, images * 2, methods=methods)
+    model.forward_features = lambda x, **_: plain(x.mul_(2))
+    found = fastfg.attribute(model, images, methods=methods)
+    assert torch.equal(found.maps, expected.maps)
+    fastfg.residuals(model, images, [1])
+    assert torch.equal(images, before)

@@ -1,5 +1,6 @@
 """Every block must run once, in order, with one attention of its own over all tokens; anything else is an error."""
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -203,6 +204,69 @@ def test_operations_between_the_blocks(model, images):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
+def test_a_block_that_is_also_given_another_tensor(model, images):
+    """The stream need not be the first argument of a block."""
+    expected = fastfg.attribute(model, images, gate=GATES["gated"]).maps
+    for block in model.blocks:
+        block.forward = lambda scale, x, plain=block.forward: plain(x * scale)
+
+    def run(blocks, x):
+        for block in blocks:
+            x = block(torch.ones(32, dtype=x.dtype), x)
+        return x
+
+    assert torch.equal(fastfg.attribute(run_blocks(model, run), images, gate=GATES["gated"]).maps, expected)
+
+
+def test_a_block_output_that_is_changed_in_place(model, images, saes, gate):
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def in_place(blocks, x):
+        for block in blocks:
+            x = block(x)
+            x += shift
+        return x
+
+    def out_of_place(blocks, x):
+        for block in blocks:
+            x = block(x) + shift
+        return x
+
+    found = fastfg.attribute(run_blocks(model, in_place), images, saes=saes, gate=gate)
+    expected = fastfg.attribute(run_blocks(model, out_of_place), images, saes=saes, gate=gate)
+    assert torch.equal(found.scores[1], expected.scores[1])
+    assert torch.equal(found.maps, expected.maps)
+
+
+HEADS = {
+    "avg": (
+        lambda x: x[:, 1:].mean(1),
+        r"to read the tokens \[0\], .* depends on the tokens \[1, 2, 3, 4, 5, 6, 7, 8, ...\]",
+    ),
+    "another token": (lambda x: x[:, 3], r"to read the tokens \[0\], .* depends on the tokens \[3\]"),
+    "one more token": (lambda x: x[:, 0] + x[:, 3], r"to read the tokens \[0\], .* depends on the tokens \[0, 3\]"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_reads_other_tokens_than_the_adapter_says(model, images, head):
+    pool, message = HEADS[head]
+    model.forward_head = lambda x, **_: model.head(pool(x))
+    with pytest.raises(RuntimeError, match=message):
+        fastfg.attribute(model, images)
+
+
+def test_a_head_that_reads_fewer_tokens_than_the_adapter_says(model, images):
+    adapter = dataclasses.replace(adapt(model), pooled=(slice(0, 2),))
+    with pytest.raises(RuntimeError, match=r"to read the tokens \[0, 1\], .* depends on the tokens \[0\]"):
+        fastfg.attribute(adapter, images)
+
+
+def test_a_head_without_weights_has_a_map_of_zeros(model, images):
+    model.head.weight.data.zero_()
+    assert (fastfg.attribute(model, images).maps == 0).all()
+
+
 def test_a_failed_pass_leaves_nothing_in_memory(model, images):
     outputs = []
     model.blocks[2].register_forward_hook(lambda module, given, output: outputs.append(weakref.ref(output)))
@@ -231,6 +295,44 @@ def test_checkpointed_blocks_give_the_right_map_or_an_error(model, images, first
             fastfg.attribute(model, images, gate=gate)
 
 
+def checkpointed_inside(model):
+    for block in model.blocks:
+        block.forward = lambda x, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
+
+
+def with_an_inference_tensor(model):
+    with torch.inference_mode():
+        cache = torch.ones(32, dtype=torch.float64)
+    model.blocks[1].register_forward_hook(lambda module, given, output: output * cache)
+
+
+def attention_written_into(model, block):
+    attn = model.blocks[block].attn
+
+    def forward(x, **_):
+        q, k, v = attn.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out *= 2
+        return attn.proj(out.transpose(1, 2).flatten(2))
+
+    attn.forward = forward
+
+
+AUTOGRAD = {
+    checkpointed_inside: "expected VisionTransformer to run without activation checkpointing",
+    with_an_inference_tensor: "but VisionTransformer uses one that was made under torch.inference_mode",
+    lambda model: attention_written_into(model, 0): "expected VisionTransformer to leave tensors as they are",
+    lambda model: attention_written_into(model, 2): "expected VisionTransformer to leave tensors as they are",
+}
+
+
+@pytest.mark.parametrize("change", AUTOGRAD)
+def test_autograds_errors_are_named(model, images, change):
+    change(model)
+    with pytest.raises(RuntimeError, match=f"model: .*{AUTOGRAD[change]}"):
+        fastfg.attribute(model, images, gate=GATES["gated"])
+
+
 def test_an_adapter_whose_meet_fails_leaves_nothing_behind(model, images):
     def meet(capture):
         yield model.blocks[0].attn.register_forward_hook(lambda *_: None)
@@ -257,3 +359,42 @@ def test_a_model_made_in_inference_mode(model, images):
 def test_residuals_of_blocks_that_are_not_called(model, images):
     with pytest.raises(RuntimeError, match=r"to call its blocks as modules, block\(x\), but it did not call \[0, 2\]"):
         fastfg.residuals(run_blocks(model, by_forward), images, [0, 2])
+
+
+def test_residuals_of_blocks_that_run_twice_or_out_of_order(model, images):
+    with pytest.raises(RuntimeError, match=r"blocks once each and in order, but it ran \[0, 1, 1, 2, 3\]"):
+        fastfg.residuals(run_blocks(copy.deepcopy(model), one_twice), images, [1])
+    with pytest.raises(RuntimeError, match=r"blocks once each and in order, but it ran \[3, 2, 1, 0\]"):
+        fastfg.residuals(run_blocks(copy.deepcopy(model), in_reverse), images, [1])
+    model.blocks[2] = model.blocks[1]
+    with pytest.raises(RuntimeError, match=r"expected 4 distinct blocks in VisionTransformer, got \[2\] twice"):
+        fastfg.residuals(model, images, [1])
+
+
+def test_residuals_of_a_model_whose_prefix_is_not_the_adapters(model, images):
+    adapter = dataclasses.replace(adapt(model), num_prefix_tokens=3)
+    with pytest.raises(RuntimeError, match=r"expected the output of block 1 to be \[3, 27, d\], got \[3, 25, 32\]"):
+        fastfg.residuals(adapter, images, [1])
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "grid"), [((8, 8), (6, 4)), ((8, 8), (3, 6)), ((8, 8), (4, 7)), (None, (5, 6)), (None, (0, 6))]
+)
+def test_an_adapter_whose_grid_does_not_fit(model, images, patch_size, grid):
+    adapter = dataclasses.replace(adapt(model), grid=lambda size: grid, patch_size=patch_size)
+    for call in (fastfg.attribute, lambda *given: fastfg.residuals(*given, [1])):
+        with pytest.raises(ValueError, match=rf"grid: expected .* images of 32 x 48, got \({grid[0]}, {grid[1]}\)"):
+            call(adapter, images)
+
+
+def test_an_adapter_that_pools_no_tokens(model, images):
+    adapter = dataclasses.replace(adapt(model), pooled=(slice(40, 50),))
+    with pytest.raises(ValueError, match="pooled: expected slices that each contain some of the 25 tokens, got slice"):
+        fastfg.attribute(adapter, images)
+
+
+def test_a_model_without_parameters(model, images):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.complex64)
+    with pytest.raises(ValueError, match="model: expected floating-point parameters in VisionTransformer, got none"):
+        fastfg.attribute(model, images)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastfg
-from tests.models.families import build
+from tests.models.families import build, open_clip_tower, timm_vit
 from tests.tools import record, tiny_vit
 
 
@@ -42,6 +42,44 @@ def test_other_methods_under_a_pooling_head():
     for A in reversed(maps[:-1]):
         row = row @ (A + torch.eye(16)) / 2
     torch.testing.assert_close(found["rollout"].flatten(1), row[:, 0])
+
+
+@pytest.mark.parametrize("name", ["timm prr", "open_clip"])
+def test_the_last_attention_of_the_queries_that_are_read(name):
+    """Both heads have several queries, and the logits depend on the first one."""
+    torch.manual_seed(0)
+    if name == "timm prr":
+        model = timm_vit(global_pool="prr").double().eval()
+        head, target = model.attn_pool, None
+    else:
+        model = open_clip_tower(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=5).double().eval()
+        head, target = model.attn_pool.attn, lambda embedding: embedding[:, 1]
+    images, maps = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
+
+    def attend(q, k, v, *_, **__):
+        maps.append(torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1))
+        return maps[-1] @ v
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        head.register_forward_pre_hook(lambda *_: maps.clear())
+        patch.setattr(F, "scaled_dot_product_attention", attend)
+        head.training = True  # as multi-head attention then takes no fast path
+        model(images)
+        head.training = False
+    expected = maps[0].mean(1)[:, 0, 1:]
+    found = fastfg.attribute(model, images, target=target, methods=["last_attention"]).methods["last_attention"]
+    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("methods", [[], ["rollout"]])
+@pytest.mark.parametrize("change", ["an added key", "every second key"])
+def test_a_pooling_head_over_other_keys(change, methods):
+    model, images = build("timm SigLIP"), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    other = (lambda x: F.pad(x, (0, 0, 1, 0))) if change == "an added key" else (lambda x: x[:, ::2])
+    model.attn_pool.register_forward_pre_hook(lambda module, given: (other(given[0]), *given[1:]))
+    keys = 17 if change == "an added key" else 8
+    with pytest.raises(RuntimeError, match=f"head to read all 16 tokens or the 16 patches, met {keys} keys"):
+        fastfg.attribute(model, images, methods=methods)
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile", "blocks"])

@@ -107,3 +107,48 @@ def test_a_default_device_other_than_the_models(model, images, activation):
         assert torch.equal(found.features[block].values, expected.features[block].values)
     for name in METHODS:
         assert torch.equal(found.methods[name], expected.methods[name])
+
+
+def test_generators_and_single_blocks(model, images):
+    expected = fastfg.residuals(model, images, [1, 2])
+    for layers in ((n for n in (1, 2)), np.array([1, 2]), torch.tensor([1, 2])):
+        found = fastfg.residuals(model, images, layers)
+        assert list(found) == [1, 2]
+        assert torch.equal(found[2], expected[2])
+    assert list(fastfg.residuals(model, images, 1)) == [1]
+    for layers in ([True], [1.0], "1", None):
+        with pytest.raises(TypeError, match="layers: expected integers, got"):
+            fastfg.residuals(model, images, layers)
+    found = fastfg.attribute(model, images, methods=(name for name in METHODS))
+    assert set(found.methods) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kappa": "1"}, TypeError, "kappa: expected a number, got '1'"),
+        ({"kappa": True}, TypeError, "kappa: expected a number, got True"),
+        ({"c_max": None}, TypeError, "c_max: expected a number, got None"),
+        ({"rescale": "no"}, TypeError, "rescale: expected True or False, got 'no'"),
+        ({"shuffle_seed": 2**70}, ValueError, r"shuffle_seed: expected -2\*\*63 to 2\*\*64 - 1, got 1180591"),
+    ],
+)
+def test_gates_that_do_not_fit(options, error, message):
+    with pytest.raises(error, match=message):
+        fastfg.Gate((1,), **options)
+
+
+def test_saes_that_are_not_saes(model, images, gate):
+    with pytest.raises(TypeError, match=r"saes\[1\]: expected a SparseAutoencoder, got str"):
+        fastfg.attribute(model, images, saes={1: "path", 2: "path"}, gate=gate)
+    with pytest.raises(TypeError, match=r"saes: expected {block: SparseAutoencoder} or None, got list"):
+        fastfg.attribute(model, images, saes=[random_sae(32, 100, "relu")] * 3, gate=gate)
+
+
+def test_an_sae_that_no_gate_uses(model, images):
+    gate = fastfg.Gate((1,), score="gradient_x_residual")
+    expected = fastfg.attribute(model, images, gate=gate).maps
+    saes = {1: random_sae(16, 100, "relu")}
+    assert torch.equal(fastfg.attribute(model, images, saes=saes, gate=gate).maps, expected)
+    with pytest.raises(ValueError, match=r"saes\[1\]: expected width 32, .* got 16"):
+        fastfg.attribute(model, images, saes=saes, gate=gate, features=1)

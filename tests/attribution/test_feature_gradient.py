@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fastfg
+from tests.tools import tiny_vit
 
 
 def test_pixels_hold_their_patchs_relevancy(model, images, saes, gate):
@@ -26,6 +27,21 @@ def test_bilinear_pixels_lie_between_their_patches(model, images, saes, gate):
     # 8 pixels per patch: pixel 11 is 0.5 pixels before the centre of patch 1, at 12, which is 8 away from patch 0's
     expected = 0.0625 * maps[:, 0, 0] + 0.9375 * maps[:, 0, 1]
     torch.testing.assert_close(smooth[:, 0, 0, 11], expected, rtol=1e-9, atol=0)
+
+
+def test_pixels_beyond_the_last_whole_patch():
+    """37 x 51 pixels are 4 x 6 patches of 8 x 8; the last 5 rows and 3 columns belong to no patch."""
+    model = tiny_vit(img_size=(37, 51))
+    images = torch.randn(2, 3, 37, 51, dtype=torch.float64)
+    maps = fastfg.attribute(model, images, target=2).maps
+    pixels = fastfg.FeatureGradient(model).attribute(images, target=2)
+    assert pixels.shape == (2, 1, 37, 51)
+    assert torch.equal(pixels[:, 0, :32, :48], maps.repeat_interleave(8, 1).repeat_interleave(8, 2))
+    assert (pixels[:, 0, 32:] == 0).all()
+    assert (pixels[:, 0, :, 48:] == 0).all()
+    smooth = fastfg.FeatureGradient(model, interpolation="bilinear")
+    assert torch.equal(smooth.attribute(images, target=2)[:, 0, -1, -1], maps[:, -1, -1])
+    assert smooth.attribute(images[:0], target=2).shape == (0, 1, 37, 51)
 
 
 def test_arguments_reach_attribute(model, images, saes, gate):

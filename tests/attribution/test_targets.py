@@ -62,6 +62,17 @@ def test_a_function_of_the_logits(model, images, saes, gate):
     assert not found.logits.requires_grad
 
 
+def test_a_function_that_writes_into_the_logits(model, images):
+    def scaled(logits):
+        logits[:, 1] *= 100
+        return logits[:, 1]
+
+    expected = fastfg.attribute(model, images, target=lambda logits: 100 * logits[:, 1])
+    found = fastfg.attribute(model, images, target=scaled)
+    assert torch.equal(found.logits, expected.logits)
+    torch.testing.assert_close(found.maps, expected.maps, rtol=1e-12, atol=0)
+
+
 def test_a_function_of_another_output(model, images):
     expected = fastfg.attribute(model, images, target=2).maps
     plain = model.forward

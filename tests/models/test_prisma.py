@@ -1,10 +1,13 @@
 """vit-prisma's HookedViT: the same logits as through timm, and relevancy from its own recorded patterns."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import fastfg
 from fastfg import reference
+from fastfg.models import adapt
 from fastfg.models.timm import import_timm
 from tests.tools import random_sae
 
@@ -79,3 +82,42 @@ def test_variants_without_a_counterpart_are_refused():
         to_timm(hooked_vit(attn_only=True))
     with pytest.raises(ValueError, match=r"hooked.cfg.activation_name: expected one of .* got 'gelu_fast'"):
         to_timm(hooked_vit(activation_name="gelu_fast"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_hook_that_changes_the_attention(dtype):
+    """Relevancy is computed from q and k, so a changed pattern would be ignored."""
+    model = hooked_vit(dtype=dtype).to(dtype)
+    images = torch.randn(2, 3, 40, 40, dtype=dtype)
+    assert fastfg.attribute(model, images).maps.isfinite().all()
+
+    def ablate(pattern, hook):
+        pattern = pattern.clone()
+        pattern[..., 3] = 0
+        return 2 * pattern
+
+    with (
+        model.hooks(fwd_hooks=[("blocks.2.attn.hook_pattern", ablate)]),
+        pytest.raises(
+            RuntimeError, match=r"expected the attention in block 2 of HookedViT to be softmax\(0.288675 q k"
+        ),
+    ):
+        fastfg.attribute(model, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_adapter_that_reports_another_scale(dtype):
+    model = hooked_vit(dtype=dtype).to(dtype)
+    images = torch.randn(2, 3, 40, 40, dtype=dtype)
+    adapter = adapt(model)
+
+    class Wrong:
+        def __init__(self, capture):
+            self.capture = capture
+
+        def meet(self, q, k, v, out, scale, transposed=False):
+            return self.capture.meet(q, k, v, out, 3 * scale, transposed)
+
+    wrong = dataclasses.replace(adapter, meet=lambda capture: adapter.meet(Wrong(capture)))
+    with pytest.raises(RuntimeError, match=r"expected the attention in block 0 .* softmax\(0.866025 q k"):
+        fastfg.attribute(wrong, images)

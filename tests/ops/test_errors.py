@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastfg import ops
+from fastfg.reference import Activation
 from tests.ops.cases import TYPICAL, encode_project, randn
 from tests.ops.cases import gated_relevancy as gated
 
@@ -18,6 +19,9 @@ def wrong(op, number, value):
 ZEROS = torch.zeros(49, 13).long()
 MESSAGES = [
     (wrong("project", 1, randn(9, 5)), r"W_dec: expected \[F, 33\] \(F d\), got \[9, 5\]"),
+    (wrong("project", 1, randn(1000, 33).half()), "W_dec: expected torch.float64, as g, got torch.float16"),
+    (wrong("encode_project", 4, randn(1000, 33).half()), "W_dec: expected torch.float64, as g, got torch.float16"),
+    (wrong("encode_topk", 4, True), "k: expected an int, got True"),
     (wrong("project", 3, ZEROS[:, 1:]), r"indices: expected \[49, 13\] \(T K\), got \[49, 12\]"),
     (wrong("encode_topk", 4, 1001), "k: expected 1 to 1000, got 1001"),
     (wrong("encode_topk", 4, 0), "k: expected 1 to 1000, got 0"),
@@ -41,6 +45,26 @@ MESSAGES = [
     (lambda: ops.gated_relevancy(*gated(1, 1, 1, 5, 8, 6, 3, 9, 2)), "g: expected 1 to 5 patches, .* got 6"),
     (lambda: ops.gated_relevancy(*gated(1, 1, 1, 5, 8, 0, 3, 9, 2)), "g: expected 1 to 5 patches, .* got 0"),
 ]
+
+
+PARAMETERS = [
+    (Activation("jumprelu"), r"threshold: expected \[\] or \[9\] for jumprelu, got None"),
+    (Activation("batch_topk"), r"threshold: expected \[\] or \[9\] for batch_topk, got None"),
+    (Activation("jumprelu", threshold=torch.zeros(8)), r"threshold: expected \[\] or \[9\] for jumprelu, got \[8\]"),
+    (Activation("gated"), r"r_mag: expected \[\] or \[9\] for gated, got None"),
+    (
+        Activation("gated", r_mag=torch.zeros(9), b_gate=torch.zeros(1)),
+        r"b_gate: expected \[\] or \[9\] for gated, got \[1\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
+@pytest.mark.parametrize(("activation", "message"), PARAMETERS, ids=[message for _, message in PARAMETERS])
+def test_parameters_of_an_activation(activation, message, backend):
+    arguments = encode_project("relu", 2, 3, 9)[:5]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ops.encode_project(*arguments, activation, backend=backend)
 
 
 @pytest.mark.parametrize(("call", "message"), MESSAGES, ids=[message for _, message in MESSAGES])

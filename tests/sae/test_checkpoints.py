@@ -79,6 +79,16 @@ def test_prisma(tmp_path, config, expected):
         ({"architecture": "gated", "activation_fn_str": "topk"}, "architecture: .* got 'gated' with 'topk'"),
         ({"architecture": "gated"}, r"path: expected r_mag in .*weights.pt, got \['W_dec', 'W_enc'"),
         ({"layer_subtype": "hook_mlp_out"}, "expected layer_subtype to be 'hook_resid_post' in .* got 'hook_mlp_out'"),
+        (
+            {"hook_point": "blocks.9.hook_mlp_out"},
+            "expected hook_point to be blocks.9.hook_resid_post in .* got 'blocks.9",
+        ),
+        (
+            {"hook_point": "blocks.3.hook_resid_post"},
+            "expected hook_point to be blocks.9.hook_resid_post .* got 'blocks.3",
+        ),
+        ({"hook_point": 3}, "expected hook_point to be blocks.9.hook_resid_post in .* got 3"),
+        ({"is_transcoder": True}, "expected is_transcoder to be False in .* got True"),
         ({"cls_token_only": True}, "expected cls_token_only to be False in .* got True"),
         ({"d_in": 31}, "expected d_in=31 in .*weights.pt, as config.json says, got 32"),
         ({"d_in": "32"}, "expected d_in in .*config.json to be an integer, got '32'"),
@@ -95,6 +105,7 @@ def test_prisma_variants_that_are_not_known(tmp_path, config, message):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
 def test_prisma_weights_of_another_kind(tmp_path):
     state = weights(random_sae(32, 100, "relu"))
     for extra, message in (
@@ -108,6 +119,20 @@ def test_prisma_weights_of_another_kind(tmp_path):
             "expected finite weights in .*, got NaN or infinity in b_dec",
         ),
         ({"b_enc": torch.full((100,), torch.nan).double()}, "expected finite weights in .* in b_enc"),
+        ({"scale": torch.ones(32)}, r"expected tensors among .*weights.pt, got \['scale'\]"),
+        (
+            {"W_enc": torch.zeros(32, 100).to_sparse()},
+            "expected W_enc in .*weights.pt to be a dense tensor, got torch.sp",
+        ),
+        (
+            {"W_enc": torch.zeros(32, 100, device="meta")},
+            "expected W_enc in .*weights.pt to be a dense tensor, got a meta",
+        ),
+        (
+            {"W_enc": torch.quantize_per_tensor(torch.zeros(32, 100), 0.1, 0, torch.qint8)},
+            "expected W_enc in .*weights.pt to be a dense tensor, got a quantized",
+        ),
+        ({"W_enc": torch.zeros(32, 100).to(torch.float8_e4m3fn)}, "expected W_enc in .* got torch.float8_e4m3fn"),
         ({"state_dict": 3}, "expected state_dict in .*weights.pt to be a dict, got int"),
     ):
         write_prisma(tmp_path, state | extra)
@@ -301,6 +326,38 @@ def test_the_block_is_never_guessed(tmp_path):
         write_prisma(tmp_path / "x", weights(one), hook_point_layer=wrong)
         with pytest.raises(ValueError, match=f"expected hook_point_layer in .* to be a block from 0 on, got {wrong!r}"):
             fastfg.load_saes(tmp_path / "x")
+
+
+def test_other_folders_and_incomplete_saes(tmp_path):
+    """A folder without SAE files is left out. A folder that is named as a block's SAE must be complete."""
+    own(tmp_path / "layer_2")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("[" * 100_000)
+    (tmp_path / "layer_9_logs").mkdir()
+    assert list(fastfg.load_saes(tmp_path)) == [2]
+    write_prisma(tmp_path / "layer_4", weights(random_sae(32, 100, "relu")), hook_point_layer=4)
+    write_prisma(tmp_path / "other", weights(random_sae(32, 100, "relu")), hook_point_layer=5)
+    assert list(fastfg.load_saes(tmp_path)) == [2, 4, 5]
+    for name in ("layer_4", "other"):
+        kept = (tmp_path / name / "weights.pt").read_bytes()
+        (tmp_path / name / "weights.pt").unlink()
+        with pytest.raises(ValueError, match=f"expected an SAE folder .* got .*{name}; its folder has config.json"):
+            fastfg.load_saes(tmp_path)
+        (tmp_path / name / "weights.pt").write_bytes(kept)
+    (tmp_path / "layer_4" / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match="path: expected JSON in .*layer_4/config.json, got RecursionError"):
+        fastfg.load_saes(tmp_path)
+    assert list(fastfg.load_saes(tmp_path, layers=(n for n in [2]))) == [2]
+    with pytest.raises(TypeError, match="layers: expected integers, got"):
+        fastfg.load_saes(tmp_path, layers=[True])
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    sae = random_sae(32, 100, "topk", k=5)
+    sae.W_dec[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="W_dec: expected finite weights, got NaN or infinity"):
+        sae.save(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
 
 
 def test_missing_saes_are_named(tmp_path):

@@ -63,6 +63,11 @@ def test_it_moves_and_has_no_gradients():
         ({"b_enc": torch.zeros(6, device="meta")}, "b_enc: expected torch.float32 on cpu, as W_enc, .* on meta"),
         ({"activation": "elu"}, "activation: expected one of .* got 'elu'"),
         ({"normalize": "batch"}, "normalize: expected one of .* got 'batch'"),
+        ({"activation": "relu"}, "k: expected None for a relu SAE, got 2"),
+        ({"activation": "batch_topk", "threshold": True}, "threshold: expected a tensor or a number, got True"),
+        ({"b_enc": torch.zeros(6).to_sparse()}, "b_enc: expected a dense tensor of float16, .*sparse_coo"),
+        ({"W_enc": torch.zeros(4, 6).to(torch.float8_e4m3fn)}, "W_enc: expected a dense tensor of float16, .*float8"),
+        ({"W_dec": torch.full((6, 4), torch.nan)}, "W_dec: expected finite weights, got NaN or infinity"),
         ({"activation": "jumprelu"}, "threshold: expected a tensor for a jumprelu SAE, got None"),
         ({"activation": "jumprelu", "threshold": 0.5}, r"threshold: expected \[6\] for a jumprelu SAE, got \[\]"),
         (

@@ -140,6 +140,13 @@ def test_reviving_from_tokens_without_an_error():
     assert training.revived == 0
 
 
+def test_tokens_that_require_gradients(expected, recwarn):
+    x, options = small()
+    found = fastfg.train_sae(x.requires_grad_(), **options)
+    assert found[1] == expected[1]
+    assert not recwarn.list
+
+
 def test_training_that_diverges_is_named():
     x, options = small()
     with pytest.raises(RuntimeError, match="lr: expected training to stay finite, .* with lr=1e\\+30"):
@@ -185,6 +192,21 @@ TOKENS = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
         (TOKENS, {"batch_size": -1}, ValueError, "batch_size: expected at least 1, got -1"),
         (TOKENS, {"revivals": -1}, ValueError, "revivals: expected at least 0, got -1"),
         (TOKENS, {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
+        (TOKENS, {"seed": 2**70}, ValueError, r"seed: expected -2\*\*63 to 2\*\*64 - 1, got 1180591"),
+        (TOKENS * 1e-25, {}, ValueError, "x: expected tokens that deviate from their mean by 1e-18 or more, got"),
+        (
+            TOKENS.double() * 1e-40,
+            {},
+            ValueError,
+            "x: expected tokens that deviate from their mean by 1e-18 or more, got",
+        ),
+        (
+            TOKENS.double() + 1e9,
+            {},
+            ValueError,
+            "x: expected tokens whose deviation from their mean .* fits float32, got",
+        ),
+        (TOKENS, {"lr": True}, ValueError, "lr: expected a number > 0, got True"),
         (TOKENS, {"lr": 0}, ValueError, "lr: expected a number > 0, got 0"),
         (TOKENS, {"lr": float("nan")}, ValueError, "lr: expected a number > 0, got nan"),
     ],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastfg.sae.checkpoints import own, prisma
-from fastfg.sae.checkpoints.files import CONFIG
-from fastfg.sae.checkpoints.names import block_of
+from fastfg.sae.checkpoints.files import CONFIG, read_config
+from fastfg.sae.checkpoints.names import block_in_config, block_of, blocks_in_name
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.types import integers
 
 FORMATS = (own, prisma)  # each has WEIGHTS, FILES, reads(folder) -> bool and read(folder) -> SparseAutoencoder
 
@@ -29,7 +30,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
 
 
 def load_saes(
-    source: str | Path | Mapping[int, str | Path], layers: Sequence[int] | None = None
+    source: str | Path | Mapping[int, str | Path], layers: int | Iterable[int] | None = None
 ) -> dict[int, SparseAutoencoder]:
     """Load SAEs by block: ``{block: SparseAutoencoder}``.
 
@@ -41,6 +42,7 @@ def load_saes(
 
     Raises FileNotFoundError or ValueError that names what is missing and what was found.
     """
+    layers = None if layers is None else integers("layers", layers)
     paths = _given(source) if isinstance(source, Mapping) else _find(Path(source), layers)
     wanted = sorted(paths) if layers is None else list(layers)
     missing = [block for block in wanted if block not in paths]
@@ -76,6 +78,28 @@ def _given(source: Mapping[int, str | Path]) -> dict[int, Path]:
     return {block: Path(path) for block, path in source.items()}
 
 
+def _is_sae(folder: Path, layers: Sequence[int] | None) -> bool:
+    """Whether ``folder`` has files of an SAE. They may be incomplete if the SAE may be one of ``layers``."""
+    has_config, has_weights = (folder / CONFIG).is_file(), any((folder / form.WEIGHTS).is_file() for form in FORMATS)
+    blocks = blocks_in_name(folder.name)
+    if blocks and layers is not None and not blocks & set(layers):
+        return _is_complete(folder)
+    if blocks or (has_config and has_weights):
+        return has_config or has_weights
+    try:
+        config = read_config(folder) if has_config else {}
+    except ValueError:
+        return False  # nothing says that this file belongs to an SAE
+    return config.get("format") == own.FORMAT or block_in_config(config, folder) is not None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return any(form.reads(folder) for form in FORMATS)
+    except ValueError:
+        return False
+
+
 def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
     """The SAEs of ``source`` by block: the single SAE in it, or the SAEs in its folders."""
     if not source.is_dir() or any(form.reads(source) for form in FORMATS):
@@ -88,7 +112,8 @@ def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
         return {block: source}
     found: dict[int, Path] = {}
     unknown = []
-    for child in sorted(p for p in source.iterdir() if p.is_dir() and any(f.reads(p) for f in FORMATS)):
+    for child in sorted(p for p in source.iterdir() if p.is_dir() and _is_sae(p, layers)):
+        _locate(child)
         block = block_of(child)
         if block is None:
             unknown.append(child.name)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.sae.model import DTYPES, check_finite
+
 CONFIG = "config.json"
-MAY_BE_INFINITE = {"b_enc": -torch.inf, "threshold": torch.inf}  # either one switches a feature off
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # also text that is not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also text that is not UTF-8
         raise ValueError(f"path: expected JSON in {file}, got {type(error).__name__}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"path: expected a JSON object in {file}, got {type(config).__name__}")
@@ -50,11 +51,15 @@ def pick(state: dict[str, Any], names: Iterable[str], file: Path) -> dict[str, A
         tensor = state[name]
         if not isinstance(tensor, Tensor):
             raise ValueError(f"path: expected {name} in {file} to be a tensor, got {type(tensor).__name__}")
-        finite = tensor.isfinite()
-        if name in MAY_BE_INFINITE:
-            finite |= tensor == MAY_BE_INFINITE[name]
-        if not bool(finite.all()):
-            raise ValueError(f"path: expected finite weights in {file}, got NaN or infinity in {name}")
+        kind = "a quantized" if tensor.is_quantized else "a meta" if tensor.is_meta else str(tensor.layout)
+        if kind != str(torch.strided):
+            raise ValueError(f"path: expected {name} in {file} to be a dense tensor, got {kind} tensor")
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            raise ValueError(f"path: expected {name} in {file} to be one of {DTYPES}, got {tensor.dtype}")
+        try:
+            check_finite({name: tensor})
+        except ValueError:
+            raise ValueError(f"path: expected finite weights in {file}, got NaN or infinity in {name}") from None
         picked[name] = tensor
     return picked
 

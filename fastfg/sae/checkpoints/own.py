@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfg.sae.checkpoints.files import CONFIG, field, pick, read_config, read_tensors
-from fastfg.sae.model import ACTIVATION_TENSORS, SparseAutoencoder
+from fastfg.sae.model import ACTIVATION_TENSORS, SparseAutoencoder, check_finite
 
 WEIGHTS = "sae.safetensors"
 FILES = f"fastfg: {CONFIG} + {WEIGHTS}"
@@ -41,9 +41,10 @@ def read(folder: Path) -> SparseAutoencoder:
 
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:
-    """Write ``sae`` into ``folder``, which is created if it does not exist."""
+    """Write ``sae`` into ``folder``, which is created if it does not exist. ValueError for NaN weights."""
     from safetensors.torch import save_file
 
+    check_finite(sae.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     # clones, because safetensors refuses tensors that share memory (W_enc may be W_dec.T)
     save_file({name: t.contiguous().clone() for name, t in sae.state_dict().items()}, folder / WEIGHTS)

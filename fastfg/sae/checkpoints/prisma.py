@@ -6,12 +6,14 @@ defaults of normalisation and activation changed between versions of Prisma, so 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastfg.sae.checkpoints.files import CONFIG, field, pick, read_config, read_tensors
+from fastfg.sae.checkpoints.names import block_in_config
 from fastfg.sae.model import SparseAutoencoder
 
 WEIGHTS = "weights.pt"
@@ -25,6 +27,7 @@ NORMALIZATIONS = {
     "constant_norm_rescale": "constant_norm",
 }
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+POINT = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 GATED = ("r_mag", "b_gate", "b_mag")
 
 
@@ -44,6 +47,9 @@ def read(folder: Path) -> SparseAutoencoder:
         raise ValueError(f"path: expected state_dict in {file} to be a dict, got {type(state).__name__}")
     if "b_dec_out" in state:
         raise ValueError(f"path: expected a sparse autoencoder in {file}, got a transcoder (it has b_dec_out)")
+    unknown = sorted(set(map(str, state)) - {*TENSORS, *GATED})
+    if unknown:
+        raise ValueError(f"path: expected tensors among {(*TENSORS, *GATED)} in {file}, got {unknown}")
     activation = _activation(config, state, folder)
     gated = GATED if activation["activation"] == "gated" else ()
     sae = SparseAutoencoder(
@@ -59,9 +65,16 @@ def read(folder: Path) -> SparseAutoencoder:
 
 def _check_site(config: dict[str, Any], folder: Path) -> None:
     """Check that the SAE was trained on the patch tokens of a block's output."""
-    for name, fits in (("layer_subtype", "hook_resid_post"), ("cls_token_only", False)):
+    wanted = (("layer_subtype", "hook_resid_post"), ("cls_token_only", False), ("is_transcoder", False))
+    for name, fits in wanted:
         if config.get(name, fits) != fits:
             raise ValueError(f"path: expected {name} to be {fits!r} in {folder / CONFIG}, got {config[name]!r}")
+    point = config.get("hook_point")
+    block = block_in_config(config, folder)
+    match = POINT.fullmatch(point) if isinstance(point, str) else None
+    if point is not None and (match is None or block not in (None, int(match[1]))):
+        where = "blocks.*" if block is None else f"blocks.{block}"
+        raise ValueError(f"path: expected hook_point to be {where}.hook_resid_post in {folder / CONFIG}, got {point!r}")
 
 
 def _activation(config: dict[str, Any], state: dict[str, Any], folder: Path) -> dict[str, Any]:
