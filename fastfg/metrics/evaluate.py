@@ -175,7 +175,7 @@ def _check(
         )
     if maps.shape[-3] != B:
         raise ValueError(f"maps: expected {B} of them, one per image, got {list(maps.shape)}")
-    expected = adapter.grid(size) if adapter else None
+    expected = adapter.patches(images) if adapter else None
     if expected is not None and expected != given:
         raise ValueError(
             f"maps: expected {expected[0]} x {expected[1]} patches, as the model has, got {list(maps.shape)}"
