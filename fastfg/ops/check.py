@@ -41,14 +41,6 @@ def check_indices(indices: Tensor, F: int) -> None:
             raise IndexError(f"indices: expected features from 0 to {F - 1}, got {extreme}")
 
 
-def check_same_dtype(**arguments: Tensor) -> None:
-    """Raise ValueError for an argument that does not have the dtype of the first one."""
-    (first, one), *others = arguments.items()
-    for name, tensor in others:
-        if tensor.dtype != one.dtype:
-            raise ValueError(f"{name}: expected {one.dtype}, as {first}, got {tensor.dtype}")
-
-
 def check_identity(identity: str) -> None:
     if identity not in IDENTITIES:
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.ops.check import check_same_dtype, check_shapes
+from fastfg.ops.check import check_shapes
 from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 NEEDED = {"jumprelu": ("threshold",), "batch_topk": ("threshold",), "gated": ("r_mag", "b_gate", "b_mag")}
@@ -53,14 +53,13 @@ def encode_project(
         Scores [T], of ``x``'s dtype.
 
     Raises:
-        ValueError: for shapes or dtypes that don't fit, a missing parameter, or an activation that needs all features
+        ValueError: for shapes that don't fit, a missing parameter, or an activation that needs all features
             at once (``topk``).
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
     """
     check_shapes({}, W_enc=(W_enc, "d F"), x=(x, "T d"), g=(g, "T d"), b_enc=(b_enc, "F"), W_dec=(W_dec, "F d"))
-    check_same_dtype(g=g, W_dec=W_dec)
     _check_parameters(activation, len(b_enc))
     chosen = choose("encode_project", backend, x.device, x.dtype)
     if chosen == "reference":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.ops.check import check_indices, check_same_dtype, check_shapes
+from fastfg.ops.check import check_indices, check_shapes
 from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
@@ -31,7 +31,7 @@ def project(
         Scores [T] and contributions [T, K], both with ``g``'s dtype.
 
     Raises:
-        ValueError: for shapes or dtypes that don't fit.
+        ValueError: for shapes that don't fit.
         IndexError: on the CPU, for an index out of range. A Triton kernel can't raise: it returns NaN as the
             contribution of that index and as the token's score. The reference on a GPU fails with torch's device-side
             assertion.
@@ -40,7 +40,6 @@ def project(
     Source: equations 2 and 3.
     """
     check_shapes({}, g=(g, "T d"), W_dec=(W_dec, "F d"), values=(values, "T K"), indices=(indices, "T K"))
-    check_same_dtype(g=g, W_dec=W_dec)
     chosen = choose("project", backend, g.device, g.dtype)
     if chosen == "reference":
         check_indices(indices, W_dec.shape[0])

@@ -11,7 +11,7 @@ TILE = 2**22  # entries of gathered decoder rows at a time, 16 MiB in float32
 
 def project_dense(g: Tensor, W_dec: Tensor, f: Tensor) -> Tensor:
     """``s_t = sum_k (D^T g_t)_k f_tk`` [...] as in the paper: ``g`` is [..., d], ``W_dec`` [F, d], ``f`` [..., F]."""
-    feature_gradient = g @ W_dec.mT  # eq. 2
+    feature_gradient = g @ W_dec.to(g.dtype).mT  # eq. 2
     return (feature_gradient * f).sum(-1)  # eq. 3
 
 
@@ -33,5 +33,6 @@ def project(
 
 def contributions(g: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     """The terms ``f_tk (W_dec[k] . g_t)`` of eq. 3 [T, K], in the order of ``indices``."""
-    feature_gradient = (F.embedding(indices, W_dec) @ g.unsqueeze(-1)).squeeze(-1)  # eq. 2, at the active features
-    return values * feature_gradient
+    rows = F.embedding(indices, W_dec).to(g.dtype)
+    feature_gradient = (rows @ g.unsqueeze(-1)).squeeze(-1)  # eq. 2, at the active features
+    return values.to(g.dtype) * feature_gradient

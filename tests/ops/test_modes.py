@@ -137,3 +137,20 @@ def test_gates_keep_the_relative_precision_of_tanh(c_max, backend):
     found = ops.gate(scores, kappa, torch.full_like(kappa, c_max), backend=backend).double().log()
     exact = reference.gate(scores.double(), kappa.double(), torch.full_like(kappa, c_max).double()).log()
     torch.testing.assert_close(found, exact, rtol=2e-6, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_decoder_may_be_narrower_than_the_gradient(backend):
+    """A bfloat16 decoder halves the bytes that are read; the sums keep the gradient's dtype."""
+    random = torch.Generator().manual_seed(0)
+    g, W_dec = torch.randn(7, 16, generator=random), torch.randn(40, 16, generator=random).bfloat16()
+    values, indices = torch.rand(7, 5, generator=random), torch.randint(40, (7, 5), generator=random)
+    exact = reference.project(g.double(), W_dec.double(), values.double(), indices)
+    for found, expected in zip(ops.project(g, W_dec, values, indices, backend=backend), exact, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    x, W_enc, b_enc = torch.randn(7, 16, generator=random), torch.randn(16, 40, generator=random), torch.zeros(40)
+    relu = reference.Activation("relu")
+    scores = ops.encode_project(x, g, W_enc, b_enc, W_dec, relu, backend=backend)
+    wide = (t.double() for t in (x, g, W_enc, b_enc, W_dec))
+    torch.testing.assert_close(scores, reference.encode_project(*wide, relu).float(), rtol=1e-4, atol=1e-3)
