@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import ROUNDING, Metric, Plan
+from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
 from fastfg.targets import TargetFunction
@@ -118,10 +118,38 @@ def judge(
     questions = _Questions(subjects)
     answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
     readings = questions.read(engine, seen.target, rows, progress)
-    return [
-        _score(metrics, seen, p, [readings[answer] for answer in asked])
-        for p, asked in zip(planned, answers, strict=True)
-    ]
+    verdicts = []
+    for p, asked in zip(planned, answers, strict=True):
+        read = [readings[answer] for answer in asked]
+        ignored = _is_ignored(engine, subjects, seen, p, read)
+        verdicts.append(_score(metrics, seen, p, read, ignored))
+    return verdicts
+
+
+def _is_ignored(
+    engine: Engine, subjects: Images, seen: Unperturbed, planned: _Planned, readings: Sequence[Readings]
+) -> bool:
+    """Whether the model ignores an image: it gives the same under every mask, and with all patches removed.
+
+    Asked only for metrics that do not say themselves which reading must change.
+    """
+    whole = seen.readings[[planned.image]]
+    if all(metric.reading(read) is not None for metric, read in zip(planned.metrics, readings, strict=True)):
+        return False
+    if not all(_is_unchanged(read[[u]].after(whole), seen.eps) for read in readings for u in range(len(planned.maps))):
+        return False
+    baseline = planned.metrics[0].baseline
+    assert baseline is not None  # choose_metrics
+    view = View(subjects.images[planned.image], subjects.fill(planned.image, baseline))
+    target = seen.target if callable(seen.target) else seen.target[[planned.image]]
+    everything = torch.ones(1, subjects.grid.n_patches, dtype=torch.bool, device=subjects.images.device)
+    empty = engine.read([view], torch.zeros(1, dtype=torch.long, device="cpu"), everything, target).cpu()
+    return _is_unchanged(Readings(*(t[None] for t in (empty.logit, empty.prob, empty.max_prob))).after(whole), seen.eps)
+
+
+def _is_unchanged(readings: Readings, eps: float) -> bool:
+    """Whether neither the logit nor the probability [1, 1 + m] changes."""
+    return all(unchanged(values, readings.logit, eps)[0] for values in (readings.logit, readings.prob))
 
 
 def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
@@ -244,12 +272,14 @@ def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(chosen, device="cpu"), torch.tensor(rows, device="cpu")
 
 
-def _score(metrics: Sequence[Metric], seen: Unperturbed, planned: _Planned, readings: Sequence[Readings]) -> Verdict:
+def _score(
+    metrics: Sequence[Metric], seen: Unperturbed, planned: _Planned, readings: Sequence[Readings], ignored: bool
+) -> Verdict:
     """The scores of one image from the readings [U, m] of each metric's masks."""
     whole = seen.readings[torch.full((len(planned.maps),), planned.image, device="cpu")]
     outcomes = {metric.name: _nothing(planned) for metric in metrics}
     for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
-        outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), seen.eps)
+        outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), seen.eps, ignored)
     asked = sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
     return Verdict(outcomes, max(asked, 1))  # the image as it is was read in any case
 
@@ -260,12 +290,14 @@ def _nothing(planned: _Planned) -> Outcome:
     return Outcome(scores, {}, planned.reasons)
 
 
-def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float) -> Outcome:
+def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float, ignored: bool) -> Outcome:
     """Scores at the positions of their maps. A score without meaning is NaN and has a reason."""
     scores, details = _scored(metric, planned.maps, plan, readings)
     used = metric.reading(readings)
     finite = (readings.logit.isfinite() & readings.prob.isfinite() if used is None else used.isfinite()).all(1).tolist()
     nothing = metric.says_nothing(planned.maps, plan, readings, eps)
+    if used is None and ignored:
+        nothing = [reason or UNCHANGED for reason in nothing]
     defined = scores.isfinite().tolist()
     found = [
         NOT_FINITE_OUTPUT if not ok else reason or (None if good else f"{metric.name} is not defined here")

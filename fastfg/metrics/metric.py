@@ -14,6 +14,7 @@ from fastfg.perturb import Baseline, PatchGrid, Readings
 from fastfg.perturb.fills import is_per_image
 
 Self = TypeVar("Self", bound="Metric")
+UNCHANGED = "removing patches does not change the reading"
 ROUNDING = 4  # a logit that changes by fewer units of rounding than this counts as unchanged
 
 
@@ -66,17 +67,18 @@ class Metric:
         raise NotImplementedError
 
     def reading(self, readings: Readings) -> Tensor | None:
-        """The reading that this metric uses, [C, 1 + m]; None: any of them."""
+        """The reading [C, 1 + m] whose changes make the score; one that no mask changes makes the score an error.
+
+        None: a map under which nothing changes can be a good one, as where the best patches alone are kept. The score
+        is an error only if the model ignores the image: nothing changes under any map or metric, nor with all patches
+        removed.
+        """
         return None
 
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
         """Per map, why its score has no meaning, or None. ``eps`` is the rounding of the model's output."""
         used = self.reading(readings)
-        of_prob = unchanged(readings.prob if used is None else used, readings.logit, eps)
-        if used is not None:
-            return of_prob
-        of_logit = unchanged(readings.logit, readings.logit, eps)
-        return [reason if other else None for reason, other in zip(of_prob, of_logit, strict=True)]
+        return [None] * len(maps) if used is None else unchanged(used, readings.logit, eps)
 
     def per_image(self) -> dict[str, int]:
         """{argument: dimension} for the arguments that hold one entry per image along that dimension."""
@@ -120,8 +122,7 @@ def unchanged(values: Tensor, logit: Tensor, eps: float) -> list[str | None]:
     change, logit_change = ((t - t[:, :1]).abs().amax(1) for t in (values, logit))
     largest, rounding = logit.abs().amax(1), ROUNDING * eps
     still = (logit_change <= rounding * largest) & (change <= rounding * largest.clamp(min=1) * values.abs().amax(1))
-    message = "removing patches does not change the reading"
-    return [message if flat else None for flat in ((change == 0) | still).tolist()]
+    return [UNCHANGED if flat else None for flat in ((change == 0) | still).tolist()]
 
 
 def check_integer(metric: str, name: str, value: Any, low: int) -> None:

@@ -96,3 +96,36 @@ def test_a_name_that_a_table_could_not_hold_is_refused(model, images, name):
     metric = type("Named", (Own,), {"name": name})()
     with pytest.raises(ValueError, match="metrics: expected Named.name, a text not among"):
         fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, metrics=[metric])
+
+
+def keep_top():
+    """The metric in CONTRIBUTING.md."""
+    (block,) = re.findall(r"```python\n(# my_metric\.py\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    namespace: dict = {}
+    exec(block, namespace)
+    return namespace["KeepTop"]()
+
+
+def test_a_perfect_map_keeps_everything_and_has_a_score():
+    """Nothing changes under its mask, but the model does not ignore the image."""
+
+    def model(x):  # class 0 is the mean of the top left patch
+        z = x[..., :8, :8].mean((1, 2, 3))
+        return torch.stack([z, -z], 1)
+
+    images, right, wrong = torch.rand(2, 3, 16, 16), torch.zeros(2, 2, 2), torch.zeros(2, 2, 2)
+    right[:, 0, 0], wrong[:, 1, 1] = 1, 1
+    options = {"target": 0, "metrics": [keep_top()], "baseline": "zero"}
+    both = fastfg.evaluate(model, images, torch.stack([right, wrong]), **options)
+    assert both["keep_top"][0].tolist() == [1.0, 1.0]
+    assert (both["keep_top"][1] < 1).all()
+    assert fastfg.evaluate(model, images, right, **options)["keep_top"].tolist() == [1.0, 1.0]
+
+
+def test_a_model_that_ignores_the_image_has_no_score():
+    def model(x):
+        return torch.tensor([[1.0, 2.0]]).expand(len(x), 2)
+
+    found = fastfg.evaluate(model, torch.rand(2, 3, 16, 16), torch.rand(2, 2, 2), target=0, metrics=[keep_top()])
+    assert found["keep_top"].isnan().all()
+    assert {error.message for error in found.errors} == {"removing patches does not change the reading"}
