@@ -126,9 +126,10 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
 
 def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
     found, expected = (path.run(_perturbed(path, views, masks)).double() for path in (tokens, pixels))
-    error = (found - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-30)
-    eps = torch.finfo(views[0].image.dtype).eps
-    if not float(error.max()) <= eps**0.6:  # rounding grows through the blocks; real errors are larger
+    m, eps = len(masks), torch.finfo(views[0].image.dtype).eps
+    largest = expected.abs().unflatten(0, (-1, m)).amax((1, 2))  # per view: under one mask all logits may be near 0
+    error = (found - expected).abs().unflatten(0, (-1, m)).amax((1, 2)) / largest.clamp(min=1e-30)
+    if not float(error.max()) <= eps ** (0.5 if eps < 1e-5 else 0.6):  # rounding grows through the blocks
         raise Differs(
             f"perturbing its tokens gives logits that differ from those of the pixels by {float(error.max()):.1e}"
         )

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.perturb import PatchGrid
+from fastfg.perturb.choose import _checked_mask
 from tests.tools import tiny_vit
 
 MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
@@ -101,3 +103,18 @@ def test_a_model_that_treats_images_under_this_fill_differently(images):
     model.__class__ = Rescales
     assert same(model, images.clamp(-3, 3)) == "tokens"
     assert same(model, images.clamp(-3, 3), baseline=6.0).startswith("pixels (")
+
+
+def test_logits_near_zero_under_one_mask_are_compared_with_the_others(images):
+    """Rounding is relative to the model's logits, not to those that happen to cancel."""
+    model, images = tiny_vit(dtype=torch.float32), images[:1].float()
+    grid = PatchGrid.of((32, 48), (4, 6))
+    removed = grid.to_pixels(~_checked_mask(24, images.device))
+    offset = model(torch.where(removed, images.mean(), images)).detach()
+
+    class Shifted(type(model)):
+        def forward(self, x):
+            return super().forward(x) - offset
+
+    model.__class__ = Shifted
+    assert fastfg.evaluate(model, images, MAPS[:1], target=1, metrics=["saco"]).path == "tokens"
