@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import METRICS, choose_metrics
-from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge
+from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
@@ -228,8 +228,3 @@ def _stack(details: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         )
         for name, like in first.items()
     }
-
-
-def missing_value(like: Tensor) -> float:
-    """The value for a missing detail: NaN, or -1 for integers."""
-    return torch.nan if like.is_floating_point() else -1

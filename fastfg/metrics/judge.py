@@ -327,7 +327,11 @@ def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tup
 
 def _spread(values: Tensor, used: Tensor) -> Tensor:
     """``values`` [U, ...] at the positions of the ``used`` maps: [C, ...], elsewhere NaN (-1 for integers)."""
-    missing = torch.nan if values.is_floating_point() else -1
-    spread = torch.full((len(used), *values.shape[1:]), missing, dtype=values.dtype, device="cpu")
+    spread = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
     spread[used] = values
     return spread
+
+
+def missing_value(like: Tensor) -> float:
+    """The value for a missing detail: NaN, or -1 for integers."""
+    return torch.nan if like.is_floating_point() else -1

@@ -12,12 +12,17 @@ from fastfg.metrics import Metric, Plan
 PAGE = Path(fastfg.__file__).parents[1] / "CONTRIBUTING.md"
 
 
-def test_the_metric_in_contributing(model, images):
+def keep_top():
+    """The metric in CONTRIBUTING.md."""
     (block,) = re.findall(r"```python\n(# my_metric\.py\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(block.splitlines()) < 25
     namespace: dict = {}
     exec(block, namespace)
-    metric, maps = namespace["KeepTop"](), torch.rand(2, 3, 4, 6)
+    return namespace["KeepTop"]()
+
+
+def test_the_metric_in_contributing(model, images):
+    metric, maps = keep_top(), torch.rand(2, 3, 4, 6)
     scores = fastfg.evaluate(model, images, maps, target=1, metrics=["saco", metric])
     assert list(scores) == ["saco", "keep_top"]
     for c in range(2):
@@ -96,14 +101,6 @@ def test_a_name_that_a_table_could_not_hold_is_refused(model, images, name):
     metric = type("Named", (Own,), {"name": name})()
     with pytest.raises(ValueError, match="metrics: expected Named.name, a text not among"):
         fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, metrics=[metric])
-
-
-def keep_top():
-    """The metric in CONTRIBUTING.md."""
-    (block,) = re.findall(r"```python\n(# my_metric\.py\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    namespace: dict = {}
-    exec(block, namespace)
-    return namespace["KeepTop"]()
 
 
 def test_a_perfect_map_keeps_everything_and_has_a_score():
