@@ -19,7 +19,7 @@ from fastfg.metrics.faithfulness_correlation import default_subset_size, draw_su
 from fastfg.models.timm import import_timm
 from fastfg.perturb import generator
 
-METRICS = {"pf": ["pixel_flipping"], "fc": ["faithfulness_correlation"], "all": list(fastfg.metrics.METRICS)}
+METRICS = {"pf": ["pixel_flipping"], "fc": ["faithfulness_correlation"], "all": list(fastfg.metrics.DEFAULT_METRICS)}
 READ = {"saco": "impact", "faithfulness_correlation": "drop", "pixel_flipping": "curve"}  # from the readings
 RUNS, TRIALS, FILL, TARGET = 20, 3, 0.0, 1
 

@@ -14,7 +14,13 @@ from fastfg.metrics.saco import SaCo
 from fastfg.perturb import Baseline
 
 RESERVED = ("index", "image", "key", "path", "variant", "target", "error")  # other columns of a table of scores
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (SaCo, FaithfulnessCorrelation, PixelFlipping)}
+ALL: tuple[type[Metric], ...] = (
+    SaCo,
+    FaithfulnessCorrelation,
+    PixelFlipping,
+)
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in ALL}
+DEFAULT_METRICS = ("saco", "faithfulness_correlation", "pixel_flipping")
 
 
 def choose_metrics(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_target
-from fastfg.metrics.choose import METRICS, choose_metrics
+from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
@@ -32,17 +32,15 @@ def evaluate(
     maps: Tensor,
     *,
     target: Target,
-    metrics: Sequence[str | Metric] = tuple(METRICS),
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
     seed: int = 0,
     keys: Sequence[str | int] | None = None,
     batch_size: int | None = None,
     path: str = "auto",
     precision: str = "auto",
-    saco: Mapping[str, Any] | None = None,
-    faithfulness_correlation: Mapping[str, Any] | None = None,
-    pixel_flipping: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Mapping[str, Any] | None,
 ) -> Scores:
     """Faithfulness of ``maps`` as explanations of ``model`` on ``images``.
 
@@ -69,9 +67,9 @@ def evaluate(
             blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
             changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
             on a CUDA device, else the model's own.
-        saco: ``n_bins``, ``impact``. faithfulness_correlation: ``n_runs``, ``n_trials``, ``subset_size``,
-            ``correlation``, ``subsets``. pixel_flipping: ``patches_per_step``. Each may also set its own ``baseline``.
         progress: called with (images done, total images).
+        options: {metric: its arguments}, as in ``saco={"n_bins": 10}``; see the class of each metric in
+            :mod:`fastfg.metrics`. Each may also set its own ``baseline``.
 
     Returns :class:`Scores`: float64 [B], or [C, B]. A score that can't be computed or has no meaning is NaN, and
     ``errors`` says why: a map that is not finite or is constant, a blank image, an output that is not finite or does
@@ -86,7 +84,6 @@ def evaluate(
     >>> fastfg.evaluate(model, images, maps, target=0, saco={"n_bins": 2}, baseline="zero")["saco"]
     tensor([1., 1.], dtype=torch.float64)
     """
-    options = {"saco": saco, "faithfulness_correlation": faithfulness_correlation, "pixel_flipping": pixel_flipping}
     chosen = choose_metrics(metrics, options, baseline)
     adapter = find_adapter(model)
     if adapter is not None:

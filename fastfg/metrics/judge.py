@@ -177,10 +177,10 @@ def _unusable(one: Tensor) -> str | None:
 def _checked(metric: Metric, plan: Plan, maps: Tensor) -> Plan:
     """``plan``, whose masks fit the maps [U, P]."""
     masks, (U, P) = plan.masks, maps.shape
-    fits = isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim == 3 and masks.shape[1] > 0
+    fits = isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.ndim == 3
     if not fits or (len(masks), masks.shape[2]) != (U, P):
         got = f"{masks.dtype} {list(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
-        raise ValueError(f"{metric.name}: expected plan.masks bool [{U}, m, {P}] with m >= 1, got {got}")
+        raise ValueError(f"{metric.name}: expected plan.masks bool [{U}, m, {P}], got {got}")
     return plan
 
 
@@ -269,7 +269,7 @@ def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         if row == len(chosen):
             chosen.append(question)
         rows[question] = row
-    return torch.tensor(chosen, device="cpu"), torch.tensor(rows, device="cpu")
+    return torch.tensor(chosen, dtype=torch.long, device="cpu"), torch.tensor(rows, dtype=torch.long, device="cpu")
 
 
 def _score(

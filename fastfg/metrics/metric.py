@@ -49,6 +49,10 @@ class Metric:
     title: ClassVar[str]  # for tables
     short: ClassVar[str]  # for figures
     higher_is_better: ClassVar[bool]
+    value_range: ClassVar[str] = ""  # for the table of metrics in the docs, as are the next three
+    cost: ClassVar[str] = ""  # forwards per map, beside those that other metrics share
+    source: ClassVar[str] = ""
+    failings: ClassVar[str] = ""  # what is known to mislead
 
     baseline: Baseline | None = None
 

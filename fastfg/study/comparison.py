@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
-from fastfg.metrics import METRICS, Metric
+from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
 from fastfg.models import Adapter
@@ -48,7 +48,7 @@ def compare(
     saes: Mapping[int, SparseAutoencoder] | None = None,
     target: Target = None,
     keys: Iterable[str | int] | None = None,
-    metrics: Sequence[str | Metric] = tuple(METRICS),
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,

@@ -19,7 +19,7 @@ from fastfg import study
 from fastfg.cli import main
 from fastfg.cli.model import load_model
 from fastfg.data import find_images, path_text
-from fastfg.metrics import METRICS
+from fastfg.metrics import DEFAULT_METRICS
 from fastfg.models.timm import import_timm, preprocessing
 from fastfg.perturb import image_key
 from tests.data.test_fuzz import NAMES
@@ -93,7 +93,7 @@ def test_evaluate(files, tmp_path, capsys):
     assert list(table.columns[:4]) == ["path", "key", "variant", "target"]
     assert list(table["path"]) == [path for path in paths for _ in range(2)]
     assert list(table["variant"]) == ["vanilla", "gated"] * 3
-    assert table[list(METRICS)].notna().all(axis=None)
+    assert table[list(DEFAULT_METRICS)].notna().all(axis=None)
     assert "± " in (tmp_path / "all" / "table.md").read_text(encoding="utf-8")
     assert "SaCo" in capsys.readouterr().out
     attributions = pd.read_csv(all_maps(files, tmp_path / "all") / "attributions.csv")
@@ -116,7 +116,7 @@ def test_evaluate(files, tmp_path, capsys):
     for way in ways:
         rows = way[way["path"] == paths[2]]
         assert set(rows["key"]) == set(scores.image_keys)
-        for metric in METRICS:
+        for metric in DEFAULT_METRICS:
             np.testing.assert_allclose(rows[metric], scores[metric][:, 0], rtol=1e-3, atol=1e-4)
 
 

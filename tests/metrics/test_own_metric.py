@@ -62,7 +62,6 @@ class Own(Metric):
     [
         (Own(plan=lambda maps: Plan(torch.ones(2, 1, 24))), "own: expected plan.masks bool .* got torch.float32"),
         (Own(plan=lambda maps: Plan(torch.ones(1, 1, 24).bool())), r"own: expected plan.masks bool \[2, m, 24\]"),
-        (Own(plan=lambda maps: Plan(torch.ones(2, 0, 24).bool())), "with m >= 1, got"),
         (Own(score=lambda readings: (readings.prob, {})), r"own: expected scores \[2\], one per map, got \[2, 2\]"),
         (Own(score=lambda readings: ([1, 2], {})), "own: expected scores .* got list"),
         (Own(score=lambda readings: (readings.prob[:, 0], {"a": torch.ones(3)})), r"own: expected details\['a'\]"),

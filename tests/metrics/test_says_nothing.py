@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.metrics import METRICS
+from fastfg.metrics import DEFAULT_METRICS
 
 IMAGES = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
@@ -56,7 +56,7 @@ def test_a_constant_map(model, images):
     maps[1, 2] = 0.25
     scores = fastfg.evaluate(model, images, maps, target=1)
     found = reasons(scores)
-    assert found == {(metric, 2): "the attribution is the same for every patch" for metric in METRICS}
+    assert found == {(metric, 2): "the attribution is the same for every patch" for metric in DEFAULT_METRICS}
     assert all(values[0].isfinite().all() for values in scores.values())
     assert scores.details["pixel_flipping"]["curve"].shape == (2, 3, 25)
     assert scores.details["pixel_flipping"]["curve"][1, 2].isnan().all()
@@ -68,7 +68,7 @@ def test_a_blank_image(model, images, baseline):
     images = images.clone()
     images[1] = torch.tensor([0.1, 0.2, 0.3]).reshape(3, 1, 1)
     found = reasons(fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, baseline=baseline))
-    assert found == {(metric, 1): "the image is blank: all its pixels are the same" for metric in METRICS}
+    assert found == {(metric, 1): "the image is blank: all its pixels are the same" for metric in DEFAULT_METRICS}
 
 
 def test_infinite_readings():

@@ -156,8 +156,10 @@ def test_compare():
     expected = fastfg.compare(model, images, saes={1: sae, 2: sae}, **options)
     there = sae.cuda()
     found = fastfg.compare(model.cuda(), images.cuda(), saes={1: there, 2: there}, **options)
-    assert found.drop(columns=list(fastfg.metrics.METRICS)).equals(expected.drop(columns=list(fastfg.metrics.METRICS)))
-    for metric in fastfg.metrics.METRICS:
+    assert found.drop(columns=list(fastfg.metrics.DEFAULT_METRICS)).equals(
+        expected.drop(columns=list(fastfg.metrics.DEFAULT_METRICS))
+    )
+    for metric in fastfg.metrics.DEFAULT_METRICS:
         assert found[metric].tolist() == pytest.approx(expected[metric].tolist(), rel=1e-6, abs=1e-9)
 
 
