@@ -157,7 +157,7 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int)
         for metric in metrics:
             own = metric.for_images(slice(image, image + 1))
             planned.metrics.append(own)
-            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.name))
+            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.purpose))
             planned.plans.append(_checked(metric, plan, planned.maps))
     return planned
 
