@@ -164,11 +164,15 @@ def test_quantus(model, images):
         model, images, maps, target=2, metrics=["deletion", "insertion"], baseline=0.5, path="pixels"
     )
     pixels = maps.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
-    for sign, name in ((1, "deletion"), (-1, "insertion")):
+    for best_first, name in ((True, "deletion"), (False, "insertion")):
         metric = quantus.PixelFlipping(
             features_in_step=3 * 64, perturb_baseline=0.5, normalise=False, abs=False, disable_warnings=True
         )
-        given = {"x_batch": images.numpy(), "y_batch": torch.full((3,), 2).numpy(), "a_batch": sign * pixels.numpy()}
+        given = {
+            "x_batch": images.numpy(),
+            "y_batch": torch.full((3,), 2).numpy(),
+            "a_batch": (pixels if best_first else 1 - pixels).numpy(),
+        }
         curves = metric(model=model, softmax=True, **given)
         curves = torch.tensor(curves, dtype=torch.float64)  # after each step, without the image as it is
         torch.testing.assert_close(found.details[name]["curve"][:, 1:], curves, rtol=1e-5, atol=1e-6)
