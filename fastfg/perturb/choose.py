@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.tokens import Tokens
 from fastfg.perturb.views import Fill, View
+from fastfg.targets import Target
 
 PATHS = ("auto", "tokens", "pixels")
 TF32_EPS = 2.0**-10
@@ -30,12 +32,13 @@ class Differs(Exception):  # noqa: N818
 
 def choose_path(
     adapter: Adapter | None,
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Any],
     grid: PatchGrid,
     images: Tensor,
     fills: Callable[[int], list[Fill]],
     path: str,
     precision: str,
+    target: Target,
 ) -> tuple[Paths, str]:
     """Return the paths for these images and their name. The name of a slower path includes the reason.
 
@@ -44,24 +47,26 @@ def choose_path(
         path: ``auto``, ``tokens`` (raises ValueError if the tokens can't be perturbed) or ``pixels``.
         precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
             a name of :class:`fastfg.perturb.Precision`.
+        target: what is read from the model's output.
 
     ``auto`` and ``tokens`` compare both paths on every image: two perturbed images per fill, each run both ways.
     """
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
     how = _precision(adapter, images, precision)
-    filled, name = _filled(adapter, forward, grid, images, fills, path, how)
+    filled, name = _filled(adapter, forward, grid, images, fills, path, how, target)
     return Paths(filled, ImputedPixels(forward, grid, how)), name
 
 
 def _filled(
     adapter: Adapter | None,
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Any],
     grid: PatchGrid,
     images: Tensor,
     fills: Callable[[int], list[Fill]],
     path: str,
     how: Precision,
+    target: Target,
 ) -> tuple[ForwardPath, str]:
     """The path of filled views and its name."""
     pixels = Pixels(forward, grid, how)
@@ -70,7 +75,7 @@ def _filled(
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
     try:
-        _compare(adapter, Pixels(forward, grid), images, fills)
+        _compare(adapter, Pixels(forward, grid), images, fills, target)
     except Differs as reason:
         if path == "tokens":
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
@@ -86,7 +91,9 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
     return Precision(name, images.device)
 
 
-def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Fill]]) -> None:
+def _compare(
+    adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Fill]], target: Target
+) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
     The tokens before the first block tell patches that overlap. The logits tell a model that reads its input elsewhere
@@ -100,7 +107,7 @@ def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[
         views = [view for view in views if view.kind == "filled"]
         if views:
             _compare_tokens(pixels, tokens, views, masks)
-            _compare_logits(pixels, tokens, views, masks)
+            _compare_logits(pixels, tokens, views, masks, target)
 
     try:
         Batches(CHECKED_AT_ONCE).run(len(images), work)
@@ -137,8 +144,12 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
         raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
 
 
-def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
-    found, expected = (path.run(_perturbed(path, views, masks)).double() for path in (tokens, pixels))
+def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor, target: Target) -> None:
+    """Compare what ``target`` reads: the logits, an embedding, or the values of a function."""
+    found, expected = (
+        target.source(path.run(_perturbed(path, views, masks)), len(views) * len(masks)).double()
+        for path in (tokens, pixels)
+    )
     m, eps = len(masks), torch.finfo(views[0].image.dtype).eps
     largest = expected.abs().unflatten(0, (-1, m)).amax((1, 2))  # per view: under one mask all logits may be near 0
     error = (found - expected).abs().unflatten(0, (-1, m)).amax((1, 2)) / largest.clamp(min=1e-30)

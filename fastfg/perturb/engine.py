@@ -13,7 +13,7 @@ from fastfg.perturb.batches import Batches
 from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.readings import Readings
 from fastfg.perturb.views import KINDS, View
-from fastfg.targets import TargetFunction
+from fastfg.targets import Target
 
 VIEWS_AT_ONCE = 8  # views prepared together: all their states are in memory at once
 
@@ -34,31 +34,29 @@ class Engine:
         self.path, self.batches = self.paths.filled, batches
         self.forwards = 0
 
-    def logits(self, images: Tensor) -> Tensor:
-        """The model's output [B, n] for the unperturbed ``images`` [B, C, H, W]."""
-        parts: list[Tensor] = []
+    def whole(self, images: Tensor, keep: Callable[[Any, slice], None]) -> None:
+        """Run the unperturbed ``images`` [B, C, H, W], and pass the output of each batch to ``keep``, with its rows."""
 
         def work(rows: slice) -> None:
-            # Input and output are copied: a model may change its input in place, and may reuse its output buffer.
-            parts.append(self.path.whole(images[rows].clone()).clone())
-            self.forwards += len(parts[-1])
+            output = self.path.whole(images[rows].clone())  # a model may change its input in place
+            self.forwards += rows.stop - rows.start
+            keep(output, rows)
 
         self.batches.run(len(images), work)
-        return torch.cat(parts)
 
     def read(
         self,
         views: Sequence[View],
         view: Tensor,
         masks: Tensor,
-        target: Tensor | TargetFunction,
+        target: Target,
         progress: Callable[[int], None] | None = None,
     ) -> Readings:
         """Readings [n] of ``views`` with patches removed, in the order of ``masks``.
 
         Args:
             view: [n] int64 on the CPU, the view of each mask, ascending. masks: [n, P] bool, True: removed.
-            target: [n] classes, or a function of the model's output.
+            target: of the ``n`` masks, see :meth:`fastfg.Target.of`.
             progress: called with a number of masks, counted from the first, that have all been read.
         """
         readings = Readings.empty(len(masks), masks.device)
@@ -70,7 +68,7 @@ class Engine:
             where = chosen.to(masks.device)
             states, place = part.prepared.of(view[chosen])
             output = part.path.run(part.path.inputs(states, place.to(masks.device), masks[where]))
-            readings.put(where, Readings.of(output, target if callable(target) else target[where]))
+            readings.put(where, Readings.of(output, len(chosen), target[where]))
             self.forwards += len(chosen)
             unread[chosen] = False
             if progress is not None:

@@ -20,11 +20,11 @@ class ForwardPath(Protocol):
     def inputs(self, prepared: list[Any], view: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
         """The perturbed inputs of ``masks`` [n, P] bool. ``view`` [n] are their places among the prepared views."""
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits [n, classes] of perturbed inputs."""
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The model's output for ``n`` perturbed inputs."""
 
-    def whole(self, images: Tensor) -> Tensor:
-        """Logits [n, classes] of unperturbed images."""
+    def whole(self, images: Tensor) -> Any:
+        """The model's output for unperturbed images."""
 
 
 class Paths(NamedTuple):

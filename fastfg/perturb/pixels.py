@@ -13,14 +13,14 @@ from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.views import Imputed
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Any]
 
 
 class Pixels:
     """The reference path, and the only one for models of no known family.
 
     Args:
-        forward: images [n, C, H, W] -> logits [n, classes]. grid: where the patches lie.
+        forward: images [n, C, H, W] -> the model's output. grid: where the patches lie.
         precision: a context for the forward passes (see ``Precision``); None: the model's own.
     """
 
@@ -35,17 +35,12 @@ class Pixels:
         pixels = self.grid.to_pixels(masks).unsqueeze(1)  # [n, 1, H, W]
         return (torch.where(pixels, filled[view], images[view]),)
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
         return self.whole(inputs[0])
 
-    def whole(self, images: Tensor) -> Tensor:
+    def whole(self, images: Tensor) -> Any:
         with nullcontext() if self.precision is None else self.precision():
-            logits = self.forward(images)
-        shaped = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images)
-        if not shaped or not logits.is_floating_point():
-            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model: expected floating logits [{len(images)}, n] from model(images), got {got}")
-        return logits
+            return self.forward(images)
 
 
 class ImputedPixels(Pixels):

@@ -73,8 +73,8 @@ class Tokens:
         chosen = (2 * view[:, None] + removed) * N + torch.arange(N, device=masks.device)
         return tuple(_taken(state.flatten(0, 2), chosen) for state in prepared)
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits [n, classes] from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The model's output from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
         stream, *outputs = inputs
         with ExitStack() as stack:
             for module, output in zip(self.early, outputs, strict=True):
@@ -84,11 +84,11 @@ class Tokens:
                 stack.enter_context(_RowsRead(self.last, self.n_tokens, self.n_rows))
             return self._forward(self._blank, stack)
 
-    def whole(self, images: Tensor) -> Tensor:
+    def whole(self, images: Tensor) -> Any:
         with ExitStack() as stack:
             return self._forward(images, stack)
 
-    def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
+    def _forward(self, images: Tensor, stack: ExitStack) -> Any:
         """The model's forward. The precision context ends at the last block's output."""
         inner = stack.enter_context(ExitStack())
         if self.precision is not None:

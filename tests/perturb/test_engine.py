@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from fastfg import Target
 from fastfg.perturb import (
     REMOVED,
     Batches,
     Engine,
     Imputed,
     ImputedPixels,
-    Paths,
     PatchGrid,
+    Paths,
     Pixels,
     View,
     generator,
@@ -34,7 +35,7 @@ def read_some(engine):
     view = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     masks, target, seen = torch.rand(len(view), 4, generator=random) > 0.5, view % 2, []
     views = [View(image, fill) for image, fill in zip(images, fills, strict=True)]
-    readings = engine.read(views, view, masks, target, seen.append)
+    readings = engine.read(views, view, masks, Target(target).of(torch.zeros(len(view), 2)), seen.append)
     perturbed = [torch.where(mask, fills[v], images[v]) for v, mask in zip(view.tolist(), masks, strict=True)]
     logits = halves(torch.stack(perturbed))
     torch.testing.assert_close(readings.logit, logits.gather(1, target[:, None])[:, 0])
@@ -73,7 +74,9 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
     assert set(sizes) == {3}
     assert engine.batches.size == 3
     assert "7 images did not fit into memory: continuing with 3" in caplog.text
-    assert len(engine.logits(torch.rand(5, 1, 1, 4))) == 5
+    rows = []
+    engine.whole(torch.rand(5, 1, 1, 4), lambda output, rows_of: rows.append(len(output)))
+    assert rows == [3, 2]
 
 
 def test_views_are_prepared_in_groups_that_fit():
@@ -151,7 +154,7 @@ def test_each_kind_of_view_has_its_path_and_readings_keep_their_order():
     batches, seen = [], []
     paths = Paths(Pixels(kept, GRID), ImputedPixels(kept, GRID), Leaving(batches))
     engine = Engine(paths, Batches(3))
-    readings = engine.read(views, view, masks, target, seen.append)
+    readings = engine.read(views, view, masks, Target(target).of(torch.zeros(len(view), 2)), seen.append)
     for i, (v, mask) in enumerate(zip(view.tolist(), masks, strict=True)):
         other = {1: torch.nan, 3: torch.nan, 2: images[v] / 2, 5: images[v] / 2}.get(v, fills[v])
         expected = kept(torch.where(mask, torch.as_tensor(other), images[v])[None])[0, target[i]]
@@ -168,4 +171,4 @@ def test_a_fill_that_makes_other_images_is_an_error():
     engine = Engine(Paths(Pixels(kept, GRID), ImputedPixels(kept, GRID)), Batches(3))
     masks = torch.zeros(2, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"images: expected \[2, 1, 1, 4\] from the fill, got \[1, 1, 4\]"):
-        engine.read(views, torch.zeros(2, dtype=torch.long), masks, torch.zeros(2, dtype=torch.long))
+        engine.read(views, torch.zeros(2, dtype=torch.long), masks, Target(0).of(torch.zeros(2, 2)))
