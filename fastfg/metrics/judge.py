@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
-from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
+from fastfg.perturb import Baseline, Engine, Fill, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
 from fastfg.targets import Target
 
 NOT_FINITE_MAP = "the attribution is not finite"
@@ -39,13 +39,13 @@ class Images:
     def random(self, image: int, purpose: str) -> torch.Generator:
         return generator(self.seed, self.keys[image], purpose)
 
-    def fill(self, image: int, baseline: Baseline) -> Tensor:
+    def fill(self, image: int, baseline: Baseline) -> Fill:
         """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
         mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
         random = self.random(image, "baseline")
         return make_fill(baseline, self.images[image], 0, self.grid, random, mean, std)
 
-    def fills(self, metrics: Sequence[Metric], image: int) -> list[Tensor]:
+    def fills(self, metrics: Sequence[Metric], image: int) -> list[Fill]:
         """What fills the removed patches of one image, once per baseline of ``metrics``."""
         by_baseline = {id(m.baseline) if isinstance(m.baseline, Tensor) else m.baseline: m for m in metrics}
         own = [metric.for_images(slice(image, image + 1)).baseline for metric in by_baseline.values()]
@@ -247,7 +247,7 @@ class _Questions:
             self._fills[key] = self._add(image, self.subjects.fill(image, baseline))
         return [self._fills[key]] * len(plan.masks)
 
-    def _add(self, image: int, fill: Tensor) -> int:
+    def _add(self, image: int, fill: Fill) -> int:
         self.views.append(View(self.subjects.images[image], fill))
         self.image_of.append(image)
         return len(self.views) - 1
