@@ -12,7 +12,7 @@ from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.readings import Readings
-from fastfg.perturb.seeds import generator, image_key
+from fastfg.perturb.seeds import generator, image_key, image_keys
 from fastfg.perturb.tokens import Tokens
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "View",
     "generator",
     "image_key",
+    "image_keys",
     "make_fill",
     "running_mean_fill",
 ]
