@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from fastfg.attribution.relevancy_pass import working_dtype
 from fastfg.models import Adapter
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.seeds import image_keys
+from fastfg.targets import Target
 from fastfg.types import METHODS, Methods
 
 OPTIONS = {"centre": ("width",), "integrated_gradients": ("steps", "baseline"), "grad_cam": ("layer",)}
@@ -40,15 +41,15 @@ class Explained(NamedTuple):
     """What is explained, for methods that run after the pass.
 
     Attributes:
-        images: [B, C, H, W]. target: the resolved classes [B], or the given target. value: the model's output -> the
-            explained value [B]. seed, keys: what random draws depend on.
+        images: [B, C, H, W]. target: resolved for these images. named: the target as results name it, classes [B] or
+            what was given. seed, keys: what random draws depend on.
     """
 
     adapter: Adapter
     images: Tensor
     grid: PatchGrid
-    target: Any
-    value: Callable[[Any], Tensor]
+    target: Target
+    named: Any
     seed: int
     keys: Sequence[Any] | None
 
@@ -120,7 +121,7 @@ def _built_in(method: str, name: str, options: Mapping[str, Any], explained: Exp
     if method == "edges":
         return priors.edge_maps(images, grid, adapter.pixel_std)
     assert method == "integrated_gradients"
-    return integrated_gradients(adapter, images, explained.value, grid, keys, explained.seed, **options)
+    return integrated_gradients(adapter, images, explained.target, grid, keys, explained.seed, **options)
 
 
 def given_maps(name: str, method: Any, explained: Explained) -> Tensor:
@@ -129,8 +130,8 @@ def given_maps(name: str, method: Any, explained: Explained) -> Tensor:
     if not callable(method):
         return _checked(name, method, images, grid)
     with torch.inference_mode(False), torch.enable_grad():
-        target = explained.target.clone() if isinstance(explained.target, Tensor) else explained.target
-        return _checked(name, method(images.detach().clone(), target), images, grid)
+        named = explained.named.clone() if isinstance(explained.named, Tensor) else explained.named
+        return _checked(name, method(images.detach().clone(), named), images, grid)
 
 
 def _checked(name: str, maps: Any, images: Tensor, grid: PatchGrid) -> Tensor:

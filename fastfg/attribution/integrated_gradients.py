@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,6 +13,7 @@ from fastfg.models.hold import hold
 from fastfg.perturb.fills import Baseline, check_baseline, make_fill
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.seeds import generator
+from fastfg.targets import Target
 
 STEPS = 50
 
@@ -23,7 +21,7 @@ STEPS = 50
 def integrated_gradients(
     adapter: Adapter,
     images: Tensor,
-    value: Callable[[Any], Tensor],
+    target: Target,
     grid: PatchGrid,
     keys: list[str],
     seed: int = 0,
@@ -36,7 +34,7 @@ def integrated_gradients(
     integral is taken at ``steps`` Gauss-Legendre points, as in Captum. Each step runs the model forward and backward.
 
     Args:
-        images: [B, C, H, W]. value: the model's output -> the explained value per image [B].
+        images: [B, C, H, W]. target: resolved for these images.
         keys, seed: what the ``noise`` baseline depends on.
         steps: at least 1.
         baseline: the image where the path starts: ``zero`` (0 in the model's own input, the mean colour for most
@@ -53,7 +51,7 @@ def integrated_gradients(
         for point, weight in zip(points, weights, strict=True):
             x = torch.lerp(start, images, point).requires_grad_()
             with named_errors(name):
-                y = value(adapter.forward(x.clone()))  # it may write into its input
+                y = target.value(adapter.forward(x.clone()), len(images))  # it may write into its input
                 total += weight * torch.autograd.grad(y.sum(), x)[0].to(total.dtype)
     return gradient_x_input(images - start, total, grid)
 
