@@ -54,18 +54,22 @@ class Explained(NamedTuple):
     keys: Sequence[Any] | None
 
 
+def method_names(methods: Methods) -> list[str]:
+    """The names of the methods. Raises TypeError or ValueError if they are not distinct texts."""
+    names = list(methods)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"methods: expected names, or {{name: method}}, got {wrong[0]!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"methods: expected each name once, got {names}")
+    return names
+
+
 def choose_methods(methods: Methods, options: Mapping[str, Any]) -> Chosen:
     """The methods by name, checked. ``options`` is {name in ``METHODS``: its arguments}."""
-    if isinstance(methods, Mapping):
-        by_name = dict(methods)
-    else:
-        names = list(methods)
-        by_name = {name: name for name in names if isinstance(name, str)}
-        if len(by_name) < len(names):
-            raise ValueError(f"methods: expected each name once, or {{name: method}}, got {names}")
+    names = method_names(methods)
+    by_name = dict(methods) if isinstance(methods, Mapping) else dict(zip(names, names, strict=True))
     for name, method in by_name.items():
-        if not isinstance(name, str):
-            raise TypeError(f"methods: expected texts as names, got {name!r}")
         if isinstance(method, str) and method not in METHODS:
             unknown = [m for m in by_name.values() if isinstance(m, str) and m not in METHODS]
             raise ValueError(f"methods: expected names among {METHODS}, got {unknown}")
