@@ -21,7 +21,16 @@ from fastfg.metrics.srg import SRG
 from fastfg.metrics.top_patches import Comprehensiveness, Sufficiency
 from fastfg.perturb import Baseline
 
-RESERVED = ("index", "image", "key", "path", "variant", "target", "error")  # other columns of a table of scores
+RESERVED = (
+    "index",
+    "image",
+    "group",
+    "key",
+    "path",
+    "variant",
+    "target",
+    "error",
+)  # other columns of a table of scores
 ALL: tuple[type[Metric], ...] = (
     SaCo,
     FaithfulnessCorrelation,

@@ -16,7 +16,7 @@ from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_va
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_key
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
 from fastfg.perturb.choose import choose_path
 from fastfg.perturb.fills import check_baseline
 from fastfg.targets import Function, Target, TargetLike, as_target
@@ -90,7 +90,7 @@ def evaluate(
     explained = check_target(adapter, as_target(target))
     forward: Any = model if adapter is None else adapter.forward
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
-    names = [image_key(image) for image in images] if keys is None else [_name(key) for key in keys]
+    names = image_keys(images, keys)
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, chosen)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -138,11 +138,6 @@ def _check_repeats(engine: Engine, images: Tensor, target: Target, kept: Tensor)
             f"model: expected the same output for an image in every batch, got a difference of {float(error):.0%} "
             "(dropout, or batch norm in training mode?)"
         )
-
-
-def _name(key: Any) -> str:
-    """An image's key as text; a number is the same as a tensor."""
-    return str(key.item() if isinstance(key, Tensor) else key)
 
 
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
