@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fastfg.metrics.efficient_parameter_randomization import EfficientParameterRandomization
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
+from fastfg.metrics.max_sensitivity import MaxSensitivity
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.parameter_randomization import ParameterRandomization
 from fastfg.metrics.pixel_flipping import PixelFlipping
+from fastfg.metrics.random_logit import RandomLogit
 from fastfg.metrics.saco import SaCo
 from fastfg.perturb import Baseline
 
@@ -18,6 +22,10 @@ ALL: tuple[type[Metric], ...] = (
     SaCo,
     FaithfulnessCorrelation,
     PixelFlipping,
+    MaxSensitivity,
+    ParameterRandomization,
+    EfficientParameterRandomization,
+    RandomLogit,
 )
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in ALL}
 DEFAULT_METRICS = ("saco", "faithfulness_correlation", "pixel_flipping")

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
+from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, image_key
-from fastfg.perturb.choose import choose_path
+from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import check_baseline
-from fastfg.targets import Target, TargetFunction, check_row_by_row, resolve_target
+from fastfg.targets import Target, TargetFunction, check_row_by_row, n_classes, resolve_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
@@ -39,6 +40,7 @@ def evaluate(
     batch_size: int | None = None,
     path: str = "auto",
     precision: str = "auto",
+    explain: Explain | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Mapping[str, Any] | None,
 ) -> Scores:
@@ -67,6 +69,12 @@ def evaluate(
             blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
             changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
             on a CUDA device, else the model's own.
+        explain: the function that made the maps, ``(model, images, target) -> maps`` of the same shape for those
+            images, for the metrics that explain again (``max_sensitivity``, ``parameter_randomization``,
+            ``efficient_parameter_randomization``, ``random_logit``). It must explain the model and the target that it
+            is given: a copy of ``model`` with re-drawn parameters, and classes [b] or the target function. On the
+            images as they are, it must give ``maps``. It is called with at most 8 images (64 on a GPU), with gradients
+            on.
         progress: called with (images done, total images).
         options: {metric: its arguments}, as in ``saco={"n_bins": 10}``; see the class of each metric in
             :mod:`fastfg.metrics`. Each may also set its own ``baseline``.
@@ -85,6 +93,8 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     chosen = choose_metrics(metrics, options, baseline)
+    again = explaining(chosen, explain, target)
+    reading = [metric for metric in chosen if metric not in again]
     adapter = find_adapter(model)
     if adapter is not None:
         check_target(adapter, target)
@@ -92,9 +102,11 @@ def evaluate(
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, target)
     names = [image_key(image) for image in images] if keys is None else [_name(key) for key in keys]
     subjects = Images(images, names, grid, seed, adapter)
-    fills = partial(subjects.fills, chosen)
+    fills = partial(subjects.fills, reading)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        way, way_name = choose_path(adapter, forward, grid, images, fills, path, precision)
+        way, way_name = choose_path(
+            adapter, forward, grid, images, fills, path if reading or path not in PATHS else "pixels", precision
+        )
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
         output = engine.logits(images) if len(images) else images.new_empty(0, 2)
         if adapter is None and len(images):
@@ -104,11 +116,18 @@ def evaluate(
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
-            verdicts += judge(engine, chosen, subjects, seen, stacked, rows, progress)
+            verdicts += judge(engine, reading, subjects, seen, stacked, rows, None if again else progress)
+    if explain is not None:
+        classes = None if callable(targets) else n_classes(output)
+        single = maps.ndim == 3
+        explanations = Explanations(explain, model, subjects, targets, classes, stacked, single, batch_size)
+        explanations.add_outcomes(again, verdicts, progress)
     scores = _collect(chosen, verdicts, names, len(stacked), single=maps.ndim == 3)
     scores.path = way_name
     asked = sum(verdict.asked for verdict in verdicts)
     scores.forwards = {"asked": asked, "run": engine.forwards, "saved": asked - engine.forwards}
+    if explain is not None:
+        scores.forwards["attributions"] = explanations.explained
     return scores
 
 
