@@ -20,7 +20,7 @@ from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Target, TargetFunction, resolve_target, target_logit, target_value
+from fastfg.targets import TargetLike, as_given, as_target, map_tensors
 from fastfg.types import METHODS, Attribution, Features, Gate
 
 
@@ -30,7 +30,7 @@ def attribute(
     *,
     saes: Mapping[int, SparseAutoencoder] | None = None,
     gate: Gate | Sequence[Gate | None] | None = None,
-    target: Target = None,
+    target: TargetLike = None,
     identity: str = "transmm",
     backend: str = "auto",
     features: int = 0,
@@ -45,8 +45,9 @@ def attribute(
         gate: a :class:`Gate`, None for vanilla TransMM, or a list of both. A list also takes one forward and one
             backward pass.
         target: the class to explain: None (the predicted one), an int, or one per image. A single logit ``z`` is read
-            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a differentiable function that maps the
-            model's output to one value per image [B].
+            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a :class:`fastfg.Target`, for a
+            difference of two classes or a similarity. Or a differentiable function that maps the model's own output
+            to one value per image [B], as in ``lambda outputs: outputs.logits[:, 3]``.
         identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` follows eq. 1 literally.
         backend: ``auto``, or the backend that must serve every op (see ``fastfg info``).
         features: how many of the strongest feature contributions to return per patch and gated block.
@@ -63,7 +64,7 @@ def attribute(
     torch.Size([2, 2, 2])
     """
     adapter = adapt(model)
-    check_target(adapter, target)
+    explained = check_target(adapter, as_target(target))
     methods = tuple(methods)  # it may be a generator
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features, methods)
@@ -82,33 +83,23 @@ def attribute(
         capture = Capture(adapter, (len(images), n_tokens), relevancy.layers, *callbacks, root)
         with named_errors(capture.name), capture:
             output = adapter.forward((images.detach() if root is None else root).clone())  # it may write into them
-        chosen, y = _explained(output, target, len(images))
+        if not callable(target):
+            explained = explained.of(explained.source(output, len(images)).detach())
+        y = explained.value(output, len(images))
         with named_errors(capture.name):
             gradient = capture.backward(y.sum())
 
     found = others.maps(grid)
     if "gradient_x_input" in methods:
         found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid, adapter.patch_size)
-    logits = output.detach() if isinstance(output, Tensor) else output
-    return _result(relevancy, grid, chosen, logits, found, single)
-
-
-def _explained(output: Any, target: Target, n_images: int) -> tuple[Tensor | TargetFunction, Tensor]:
-    """The explained classes [B], or the given target function; and the value to differentiate per image [B]."""
-    if callable(target):
-        given = output.clone() if isinstance(output, Tensor) else output  # the function may write into it
-        return target, target_value(target, given, n_images)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: expected logits [B, n] from model(images), got {got}")
-    classes = resolve_target(target, output).clone()  # not the caller's own tensor
-    return classes, target_logit(output, classes)
+    seen = output if callable(target) else explained.source(output, len(images))
+    return _result(relevancy, grid, as_given(target, explained), map_tensors(seen, Tensor.detach), found, single)
 
 
 def _result(
     relevancy: RelevancyPass,
     grid: tuple[int, int],
-    target: Tensor | TargetFunction,
+    target: Any,
     logits: Any,
     methods: dict[str, Tensor],
     single: bool,
@@ -131,18 +122,18 @@ def _result(
     )
 
 
-def _of_no_images(adapter: Adapter, images: Tensor, target: Target, single: bool, **options: Any) -> Attribution:
+def _of_no_images(adapter: Adapter, images: Tensor, target: TargetLike, single: bool, **options: Any) -> Attribution:
     """Empty results, cut from the result for one blank image, because many models can't run an empty batch."""
-    alike = target if callable(target) or isinstance(target, int) else None
-    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=alike, **options)
+    explained = as_target(target).bound(adapter.logits)
+    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=explained.for_one_image(), **options)
 
     def cut(t: Tensor) -> Tensor:
         return t[:0] if single else t[:, :0]
 
     return Attribution(
         maps=cut(one.maps),
-        target=target if callable(target) else resolve_target(target, one.logits[:0]),
-        logits=one.logits[:0] if isinstance(one.logits, Tensor) else one.logits,
+        target=as_given(target, explained.of(one.logits[:0]) if explained.needs_logits else explained),
+        logits=map_tensors(one.logits, lambda t: t[:0]),
         scores={block: cut(t) for block, t in one.scores.items()},
         gates={block: cut(t) for block, t in one.gates.items()},
         features={block: Features(*map(cut, t)) for block, t in one.features.items()},

@@ -17,10 +17,10 @@ from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_va
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, image_key
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_key
 from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import check_baseline
-from fastfg.targets import Target, TargetFunction, check_row_by_row, n_classes, resolve_target
+from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
@@ -28,11 +28,11 @@ BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 def evaluate(
-    model: nn.Module | Adapter | Callable[[Tensor], Tensor],
+    model: nn.Module | Adapter | Callable[[Tensor], Any],
     images: Tensor,
     maps: Tensor,
     *,
-    target: Target,
+    target: TargetLike,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
     seed: int = 0,
@@ -47,13 +47,14 @@ def evaluate(
     """Faithfulness of ``maps`` as explanations of ``model`` on ``images``.
 
     Args:
-        model: a model of a known family, or any callable ``images -> logits`` [n, classes].
+        model: a model of a known family, or any callable ``images -> logits`` [n, classes], or another output that
+            ``target`` reads.
         images: [B, C, H, W], the model's own input, after preprocessing, on the model's device.
         maps: [B, gh, gw], or [C, B, gh, gw] for several maps per image; one value per patch.
-        target: the explained classes (``result.target``): an int, one per image, None for the predicted ones, or a
-            function of the model's output that gives one value per row, from that row alone: it is called with rows
-            of many images. A single logit ``z`` has two classes: 1
-            with probability ``sigmoid(z)``, and 0 with ``1 - sigmoid(z)``.
+        target: what is explained (``result.target``): a class, one per image, None for the predicted ones, or a
+            :class:`fastfg.Target`. A single logit ``z`` has two classes: 1 with probability ``sigmoid(z)``, and 0 with
+            ``1 - sigmoid(z)``. Or a function of the model's output that gives one value per row, from that row alone:
+            it is called with rows of many images.
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
@@ -93,34 +94,26 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     chosen = choose_metrics(metrics, options, baseline)
-    again = explaining(chosen, explain, target)
+    again = explaining(chosen, explain, as_target(target))
     reading = [metric for metric in chosen if metric not in again]
     adapter = find_adapter(model)
-    if adapter is not None:
-        check_target(adapter, target)
+    explained = check_target(adapter, as_target(target))
     forward: Any = model if adapter is None else adapter.forward
-    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, target)
+    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
     names = [image_key(image) for image in images] if keys is None else [_name(key) for key in keys]
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, reading)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        way, way_name = choose_path(
-            adapter, forward, grid, images, fills, path if reading or path not in PATHS else "pixels", precision
-        )
+        how = path if reading or path not in PATHS else "pixels"
+        way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
-        output = engine.logits(images) if len(images) else images.new_empty(0, 2)
-        if adapter is None and len(images):
-            _check_repeats(engine, images, output)
-        targets = _targets(target, output)
-        seen = Unperturbed.of(output, targets)
+        seen = _unperturbed(engine, images, explained, check=adapter is None)
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
             verdicts += judge(engine, reading, subjects, seen, stacked, rows, None if again else progress)
     if explain is not None:
-        classes = None if callable(targets) else n_classes(output)
-        single = maps.ndim == 3
-        explanations = Explanations(explain, model, subjects, targets, classes, stacked, single, batch_size)
+        explanations = Explanations(explain, model, subjects, seen, target, stacked, maps.ndim == 3, batch_size)
         explanations.add_outcomes(again, verdicts, progress)
     scores = _collect(chosen, verdicts, names, len(stacked), single=maps.ndim == 3)
     scores.path = way_name
@@ -131,22 +124,32 @@ def evaluate(
     return scores
 
 
-def _targets(target: Target, output: Tensor) -> Tensor | TargetFunction:
-    """Classes [B], or the target function, which looks at each row of the output alone."""
-    if not callable(target):
-        return resolve_target(target, output)
-    if len(output):
-        check_row_by_row(target, output)
-    return target
+def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) -> Unperturbed:
+    """What the model makes of the images as they are. With ``check``, the model must repeat its output."""
+    if not len(images):
+        return Unperturbed(Readings.empty(0, images.device), target, 0.0, 0)
+    parts: list[Tensor] = []
+
+    def keep(output: Any, rows: slice) -> None:
+        if isinstance(target, Function):
+            target.check_row_by_row(output, rows.stop - rows.start)
+        parts.append(target.keep(output, rows.stop - rows.start).clone())  # the model may reuse its output buffer
+
+    engine.whole(images, keep)
+    kept = torch.cat(parts)
+    if check:
+        _check_repeats(engine, images, target, kept)
+    resolved, eps = target.of(kept), torch.finfo(kept.dtype).eps
+    return Unperturbed(Readings(*resolved.read_kept(kept)).cpu(), resolved, eps if eps < 1e-5 else 0.0, kept.shape[1])
 
 
-def _check_repeats(engine: Engine, images: Tensor, output: Tensor) -> None:
+def _check_repeats(engine: Engine, images: Tensor, target: Target, kept: Tensor) -> None:
     """Raise ValueError where the model gives other outputs for the same images in another batch."""
     n = min(len(images), engine.batches.size)
     order = [*range(n - 1, 0, -1), n - 1]  # as many as before, in another order, and one of them another image
-    again, expected = engine.path.whole(images[order]).double(), output[order].double()
+    again, expected = target.keep(engine.path.whole(images[order]), n).double(), kept[order].double()
     error = (again - expected).abs().nan_to_num(0.0).amax() / expected.abs().nan_to_num(0.0).amax().clamp(min=1e-30)
-    if float(error) > max(0.01, 8 * torch.finfo(output.dtype).eps):  # what a GPU's kernels differ by is less
+    if float(error) > max(0.01, 8 * torch.finfo(kept.dtype).eps):  # what a GPU's kernels differ by is less
         raise ValueError(
             f"model: expected the same output for an image in every batch, got a difference of {float(error):.0%} "
             "(dropout, or batch norm in training mode?)"
@@ -207,8 +210,8 @@ def _check(
         assert metric.baseline is not None  # choose_metrics
         check_baseline(metric.baseline, B, images.shape[1], bool(adapter and adapter.pixel_mean and adapter.pixel_std))
         metric.check_images(B)
-        if callable(target) and getattr(metric, "impact", None) == "max":
-            raise ValueError(f"{metric.name}: expected impact='target' for a target function, got 'max'")
+        if not target.has_largest and getattr(metric, "impact", None) == "max":
+            raise ValueError(f"{metric.name}: expected impact='target' for a target without probabilities, got 'max'")
     stacked = maps.detach().double().cpu().flatten(-2)
     return (stacked.unsqueeze(0) if maps.ndim == 3 else stacked), grid
 

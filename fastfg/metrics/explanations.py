@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfg.metrics.choose import METRICS
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject
-from fastfg.metrics.judge import Images, Outcome, Verdict, checked_scores, no_outcome, outcome_of, unusable
+from fastfg.metrics.judge import Images, Outcome, Unperturbed, Verdict, checked_scores, no_outcome, outcome_of, unusable
 from fastfg.metrics.metric import Metric
 from fastfg.models.redraw import copy_model, find_parts, read_model, redraw
 from fastfg.perturb import Batches, generator
-from fastfg.targets import TargetFunction, target_logit, target_value
+from fastfg.targets import Target, TargetLike, as_given
 
 Explain = Callable[[Any, Tensor, Any], Tensor]  # model, images, target -> maps
 ON_CPU, ON_GPU = 8, 64  # images per attribution
@@ -23,7 +24,7 @@ SAME = 0.01  # a map that differs by more than this share of its largest value i
 NONE: frozenset[int] = frozenset()
 
 
-def explaining(metrics: Iterable[Metric], explain: Explain | None, target: Any) -> list[ExplanationMetric]:
+def explaining(metrics: Iterable[Metric], explain: Explain | None, target: Target) -> list[ExplanationMetric]:
     """The metrics that explain again. Raises ValueError where they, ``explain`` and ``target`` do not fit together."""
     found = [metric for metric in metrics if isinstance(metric, ExplanationMetric)]
     if explain is not None and not callable(explain):
@@ -36,9 +37,17 @@ def explaining(metrics: Iterable[Metric], explain: Explain | None, target: Any) 
     if explain is not None and not found:
         raise ValueError("explain: expected None, as no metric explains images again, got a function")
     for metric in found:
-        if metric.needs_classes and callable(target):
-            raise ValueError(f"target: expected classes, as {metric.name} explains another class, got a function")
+        if metric.needs_classes and (not target.needs_logits or target.minus is not None):
+            raise ValueError(f"target: expected classes, as {metric.name} explains another class, got {target!r}")
     return found
+
+
+def explains_again(metrics: Iterable[str | Metric]) -> bool:
+    """Whether one of ``metrics``, by name or as an instance, needs ``evaluate(..., explain=)``."""
+    return any(
+        issubclass(METRICS.get(metric, Metric) if isinstance(metric, str) else type(metric), ExplanationMetric)
+        for metric in metrics
+    )
 
 
 class _Map(NamedTuple):
@@ -52,7 +61,7 @@ class _Map(NamedTuple):
 
 @dataclass
 class _Asked:
-    """One metric on one image: its changes, and the maps under them, [C, m, P], which are summed up as they are made."""
+    """One metric on one image: its changes, and the maps under them [C, m, P], summed up as they are made."""
 
     metric: ExplanationMetric
     subject: Subject
@@ -65,7 +74,7 @@ class Explanations:
     """The function that explains, and what it explains.
 
     Args:
-        target: [B] classes, or a target function. n_classes: None for a target function.
+        seen: what the model makes of the images; its target is of these images. given: the target as it was given.
         maps: [C, B, P], the given maps, float64 on the CPU; they came as [B, gh, gw] if ``single``.
         batch_size: the most images per call of ``explain``; None: 8 on the CPU and 64 on a GPU, at most.
     """
@@ -73,8 +82,8 @@ class Explanations:
     explain: Explain
     model: Any
     subjects: Images
-    target: Tensor | TargetFunction
-    n_classes: int | None
+    seen: Unperturbed
+    given: TargetLike
     maps: Tensor
     single: bool
     batch_size: int | None
@@ -118,8 +127,12 @@ class Explanations:
 
     def _ask(self, metric: ExplanationMetric, image: int) -> _Asked:
         parts = tuple(part.name for part in self.states.parts) if self.states is not None else ()
-        target = None if callable(self.target) else int(self.target[image])
-        subject = Subject(target, self.n_classes, parts)
+        target, n_classes = None, None
+        if metric.needs_classes:
+            chosen = self.seen.target[[image]].classes
+            assert chosen is not None  # explaining
+            target, n_classes = int(chosen), max(self.seen.width, 2)  # one logit has two classes
+        subject = Subject(target, n_classes, parts)
         changes = metric.changes(subject, self.subjects.random(image, metric.name))
         C, _, P = self.maps.shape
         return _Asked(metric, subject, changes, torch.zeros(C, len(changes), P, dtype=torch.float64, device="cpu"))
@@ -177,16 +190,18 @@ class Explanations:
         name, number = key.noise
         return metrics[name].noisy(image, self.subjects.random(key.image, f"{name} noise {number}"))
 
-    def _targets(self, keys: Sequence[_Map]) -> Tensor | TargetFunction:
-        if callable(self.target):
-            return self.target
-        own = self.target[[key.image for key in keys]].clone()
-        for k, key in enumerate(keys):
-            if key.target is not None:
-                own[k] = key.target
-        return own
+    def _targets(self, keys: Sequence[_Map]) -> Any:
+        """The target of each map, in the form in which it was given."""
+        target = self.seen.target[[key.image for key in keys]]
+        if any(key.target is not None for key in keys):
+            assert target.classes is not None  # metric.needs_classes
+            pairs = zip(keys, target.classes.tolist(), strict=True)
+            chosen = [own if key.target is None else key.target for key, own in pairs]
+            classes = torch.tensor(chosen, device=target.classes.device)
+            target = Target(classes, link=target.link, output=target.output)
+        return as_given(self.given, target)
 
-    def _explain(self, model: Any, images: Tensor, target: Tensor | TargetFunction) -> Tensor:
+    def _explain(self, model: Any, images: Tensor, target: Any) -> Tensor:
         """The maps [C, b, P] that ``explain`` makes, float64 on the CPU."""
         gh, gw = self.subjects.grid.gh, self.subjects.grid.gw
         C, b = len(self.maps), len(images)
@@ -213,9 +228,7 @@ class Explanations:
 
     def _read_first(self, output: Any) -> Tensor:
         """The target's value [1] for the first image."""
-        if callable(self.target):
-            return target_value(self.target, output, 1)
-        return target_logit(output, self.target[:1])
+        return self.seen.target[[0]].value(output, 1)
 
 
 class States:

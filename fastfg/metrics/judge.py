@@ -14,7 +14,7 @@ from torch import Tensor
 from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
-from fastfg.targets import TargetFunction
+from fastfg.targets import Target
 
 NOT_FINITE_MAP = "the attribution is not finite"
 FLAT_MAP = "the attribution is the same for every patch"
@@ -62,18 +62,15 @@ class Unperturbed(NamedTuple):
     """What the model makes of the images as they are.
 
     Attributes:
-        readings: [B], on the CPU. target: [B] classes, or a target function.
+        readings: [B], on the CPU. target: of the ``B`` images, see :meth:`fastfg.Target.of`.
         eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect.
+        width: how many numbers of the output the target reads per image: all logits, for a class.
     """
 
     readings: Readings
-    target: Tensor | TargetFunction
+    target: Target
     eps: float
-
-    @classmethod
-    def of(cls, output: Tensor, target: Tensor | TargetFunction) -> Unperturbed:
-        eps = torch.finfo(output.dtype).eps
-        return cls(Readings.of(output, target).cpu(), target, eps if eps < 1e-5 else 0.0)
+    width: int
 
 
 @dataclass
@@ -141,9 +138,10 @@ def _is_ignored(
     baseline = planned.metrics[0].baseline
     assert baseline is not None  # choose_metrics
     view = View(subjects.images[planned.image], subjects.fill(planned.image, baseline))
-    target = seen.target if callable(seen.target) else seen.target[[planned.image]]
     everything = torch.ones(1, subjects.grid.n_patches, dtype=torch.bool, device=subjects.images.device)
-    empty = engine.read([view], torch.zeros(1, dtype=torch.long, device="cpu"), everything, target).cpu()
+    empty = engine.read(
+        [view], torch.zeros(1, dtype=torch.long, device="cpu"), everything, seen.target[[planned.image]]
+    ).cpu()
     return _is_unchanged(Readings(*(t[None] for t in (empty.logit, empty.prob, empty.max_prob))).after(whole), seen.eps)
 
 
@@ -208,7 +206,7 @@ class _Questions:
     def read(
         self,
         engine: Engine,
-        target: Tensor | TargetFunction,
+        target: Target,
         rows: slice,
         progress: Callable[[int, int], None] | None,
     ) -> Readings:
@@ -232,7 +230,7 @@ class _Questions:
             self.views,
             view[chosen],
             masks[chosen].to(images.device),
-            target if callable(target) else target[image.to(target.device)],
+            target[image],
             tell,
         )
         return readings.cpu()[row]

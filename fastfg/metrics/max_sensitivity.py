@@ -84,5 +84,5 @@ class MaxSensitivity(ExplanationMetric):
 
 def check_positive(metric: str, name: str, value: Any) -> None:
     """Raise ValueError where ``value`` is not a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{metric}: expected {name} > 0, a finite number, got {value!r}")

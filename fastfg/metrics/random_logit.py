@@ -18,8 +18,8 @@ from fastfg.metrics.metric import check_integer
 class RandomLogit(ExplanationMetric):
     """Correlation between the map of the target class and that of another class, which is drawn per image.
 
-    Sixt et al. and Quantus compare by SSIM, whose window of 7 x 7 pixels would be half of a map of 14 x 14 patches; this
-    is the rank correlation. The other class of a one-logit model is the negated logit.
+    Sixt et al. and Quantus compare by SSIM, whose window of 7 x 7 pixels is too large for maps of few patches. This is
+    the rank correlation. The other class of a one-logit model is the negated logit.
 
     Details: ``correlation`` [n_classes], ``classes`` [n_classes], the drawn classes.
 

@@ -52,8 +52,8 @@ def copy_model(model: Any) -> Any:
         other = copy.deepcopy(model.model if family else uncompiled(model))
     except Exception as error:  # whatever the model's parts raise
         raise ValueError(
-            f"model: expected one that copy.deepcopy can copy, as a copy of it is re-drawn, got {type(error).__name__}: "
-            f"{error}"
+            f"model: expected one that copy.deepcopy can copy, as a copy of it is re-drawn, got "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not family:
         return other
@@ -106,7 +106,7 @@ def redraw(model: nn.Module | Adapter, part: Part, seed: int) -> None:
             module = root.get_submodule(name)
             own = [p for p, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
             if callable(getattr(module, "reset_parameters", None)) and own == parameters:
-                drawn = copy.deepcopy(module).to("cpu")
+                drawn: Any = copy.deepcopy(module).to("cpu")
                 drawn.reset_parameters()
                 module.load_state_dict(drawn.state_dict())
                 continue

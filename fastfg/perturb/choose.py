@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.tokens import Tokens
+from fastfg.targets import Target
 
 PATHS = ("auto", "tokens", "pixels")
 TF32_EPS = 2.0**-10
@@ -30,12 +32,13 @@ class Differs(Exception):  # noqa: N818
 
 def choose_path(
     adapter: Adapter | None,
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Any],
     grid: PatchGrid,
     images: Tensor,
     fills: Callable[[int], list[Tensor]],
     path: str,
     precision: str,
+    target: Target,
 ) -> tuple[ForwardPath, str]:
     """Return the path for these images and its name. The name of a slower path includes the reason.
 
@@ -44,6 +47,7 @@ def choose_path(
         path: ``auto``, ``tokens`` (raises ValueError if the tokens can't be perturbed) or ``pixels``.
         precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
             a name of :class:`fastfg.perturb.Precision`.
+        target: what is read from the model's output.
 
     ``auto`` and ``tokens`` compare both paths on every image: two perturbed images per fill, each run both ways.
     """
@@ -56,7 +60,7 @@ def choose_path(
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
     try:
-        _compare(adapter, Pixels(forward, grid), images, fills)
+        _compare(adapter, Pixels(forward, grid), images, fills, target)
     except Differs as reason:
         if path == "tokens":
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
@@ -72,7 +76,9 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
     return Precision(name, images.device)
 
 
-def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Tensor]]) -> None:
+def _compare(
+    adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Tensor]], target: Target
+) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
     The tokens before the first block tell patches that overlap. The logits tell a model that reads its input elsewhere
@@ -84,7 +90,7 @@ def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[
     def work(rows: slice) -> None:
         views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]
         _compare_tokens(pixels, tokens, views, masks)
-        _compare_logits(pixels, tokens, views, masks)
+        _compare_logits(pixels, tokens, views, masks, target)
 
     try:
         Batches(CHECKED_AT_ONCE).run(len(images), work)
@@ -124,8 +130,12 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
         raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
 
 
-def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
-    found, expected = (path.run(_perturbed(path, views, masks)).double() for path in (tokens, pixels))
+def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor, target: Target) -> None:
+    """Compare what ``target`` reads: the logits, an embedding, or the values of a function."""
+    found, expected = (
+        target.source(path.run(_perturbed(path, views, masks)), len(views) * len(masks)).double()
+        for path in (tokens, pixels)
+    )
     m, eps = len(masks), torch.finfo(views[0].image.dtype).eps
     largest = expected.abs().unflatten(0, (-1, m)).amax((1, 2))  # per view: under one mask all logits may be near 0
     error = (found - expected).abs().unflatten(0, (-1, m)).amax((1, 2)) / largest.clamp(min=1e-30)

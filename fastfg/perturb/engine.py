@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfg.perturb.batches import Batches
 from fastfg.perturb.forward_path import ForwardPath
 from fastfg.perturb.readings import Readings
-from fastfg.targets import TargetFunction
+from fastfg.targets import Target
 
 VIEWS_AT_ONCE = 8  # views prepared together: all their states are in memory at once
 
@@ -37,31 +37,29 @@ class Engine:
         self.path, self.batches = path, batches
         self.forwards = 0
 
-    def logits(self, images: Tensor) -> Tensor:
-        """The model's output [B, n] for the unperturbed ``images`` [B, C, H, W]."""
-        parts: list[Tensor] = []
+    def whole(self, images: Tensor, keep: Callable[[Any, slice], None]) -> None:
+        """Run the unperturbed ``images`` [B, C, H, W], and pass the output of each batch to ``keep``, with its rows."""
 
         def work(rows: slice) -> None:
-            # Input and output are copied: a model may change its input in place, and may reuse its output buffer.
-            parts.append(self.path.whole(images[rows].clone()).clone())
-            self.forwards += len(parts[-1])
+            output = self.path.whole(images[rows].clone())  # a model may change its input in place
+            self.forwards += rows.stop - rows.start
+            keep(output, rows)
 
         self.batches.run(len(images), work)
-        return torch.cat(parts)
 
     def read(
         self,
         views: Sequence[View],
         view: Tensor,
         masks: Tensor,
-        target: Tensor | TargetFunction,
+        target: Target,
         progress: Callable[[int], None] | None = None,
     ) -> Readings:
         """Readings [n] of ``views`` with patches removed.
 
         Args:
             view: [n] int64 on the CPU, the view of each mask, ascending. masks: [n, P] bool, True: removed.
-            target: [n] classes, or a function of the model's output.
+            target: of the ``n`` masks, see :meth:`fastfg.Target.of`.
             progress: called with the number of masks read so far.
         """
         readings = Readings.empty(len(masks), masks.device)
@@ -70,7 +68,7 @@ class Engine:
         def work(rows: slice) -> None:
             prepared.at_once = min(VIEWS_AT_ONCE, self.batches.size)
             output = self.path.run(self._inputs(prepared, view[rows], masks[rows]))
-            readings.put(rows, Readings.of(output, target if callable(target) else target[rows]))
+            readings.put(rows, Readings.of(output, rows.stop - rows.start, target[rows]))
             self.forwards += rows.stop - rows.start
             if progress is not None:
                 progress(rows.stop)

@@ -19,8 +19,8 @@ class ForwardPath(Protocol):
     def place(self, prepared: Any, view: int, masks: Tensor, out: tuple[Tensor, ...]) -> None:
         """Write the view under ``masks`` [m, P] into ``out`` [m, ...]."""
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits [n, classes] of perturbed inputs."""
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The model's output for ``n`` perturbed inputs."""
 
-    def whole(self, images: Tensor) -> Tensor:
-        """Logits [n, classes] of unperturbed images."""
+    def whole(self, images: Tensor) -> Any:
+        """The model's output for unperturbed images."""

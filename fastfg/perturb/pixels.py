@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,14 @@ from torch import Tensor
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.precision import Precision
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Any]
 
 
 class Pixels:
     """The reference path, and the only one for models of no known family.
 
     Args:
-        forward: images [n, C, H, W] -> logits [n, classes]. grid: where the patches lie.
+        forward: images [n, C, H, W] -> the model's output. grid: where the patches lie.
         precision: a context for the forward passes (see ``Precision``); None: the model's own.
     """
 
@@ -37,14 +38,9 @@ class Pixels:
         pixels = self.grid.to_pixels(masks).unsqueeze(1)  # [m, 1, H, W]
         torch.where(pixels, fills[view], images[view], out=out[0])
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
         return self.whole(inputs[0])
 
-    def whole(self, images: Tensor) -> Tensor:
+    def whole(self, images: Tensor) -> Any:
         with nullcontext() if self.precision is None else self.precision():
-            logits = self.forward(images)
-        shaped = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images)
-        if not shaped or not logits.is_floating_point():
-            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model: expected floating logits [{len(images)}, n] from model(images), got {got}")
-        return logits
+            return self.forward(images)

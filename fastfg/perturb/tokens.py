@@ -75,8 +75,8 @@ class Tokens:
         for state, to in zip(prepared, out, strict=True):
             torch.where(removed, state[view, 1], state[view, 0], out=to)
 
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits [n, classes] from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The model's output from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
         stream, *outputs = inputs
         with ExitStack() as stack:
             for module, output in zip(self.early, outputs, strict=True):
@@ -86,11 +86,11 @@ class Tokens:
                 stack.enter_context(_RowsRead(self.last, self.n_tokens, self.n_rows))
             return self._forward(self._blank, stack)
 
-    def whole(self, images: Tensor) -> Tensor:
+    def whole(self, images: Tensor) -> Any:
         with ExitStack() as stack:
             return self._forward(images, stack)
 
-    def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
+    def _forward(self, images: Tensor, stack: ExitStack) -> Any:
         """The model's forward. The precision context ends at the last block's output."""
         inner = stack.enter_context(ExitStack())
         if self.precision is not None:

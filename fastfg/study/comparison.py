@@ -13,10 +13,11 @@ from fastfg.attribution.attribute import attribute
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
+from fastfg.metrics.explanations import explains_again
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Target
+from fastfg.targets import Target, TargetLike
 from fastfg.types import Attribution, Gate, Scores
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def compare(
     *,
     gates: Mapping[str, Gate | None],
     saes: Mapping[int, SparseAutoencoder] | None = None,
-    target: Target = None,
+    target: TargetLike = None,
     keys: Iterable[str | int] | None = None,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
@@ -63,7 +64,8 @@ def compare(
         images: [B, C, H, W], or an iterable of batches: tensors, or tuples whose first entry is the tensor, as a
             DataLoader of (image, label) gives them; labels are not used.
         gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all gates.
-        target: None (the predicted class), an int, one per image, or a function of the model's output.
+        target: None (the predicted class), an int, one per image, a :class:`fastfg.Target`, or a function of the
+            model's output.
         keys: the images' names, one per image. metrics, baseline: as in :func:`fastfg.evaluate`. Per-image arguments
             (``subsets``, a tensor ``baseline``) have one entry per image over all batches.
         progress: called with (images done, total images, or None if the total is not known).
@@ -94,7 +96,7 @@ def compare(
             batch,
             gates=gates,
             saes=saes,
-            target=_part("target", target, rows),
+            target=target[rows] if isinstance(target, Target) else _part("target", target, rows),
             keys=_part("keys", keys, rows),
             metrics=[metric.for_images(rows) for metric in chosen],
             **options,
@@ -103,7 +105,8 @@ def compare(
         done = rows.stop
         if progress is not None:
             progress(done, total)
-    for name, values in (("target", target), ("keys", keys)):
+    per_image = target.per_image() if isinstance(target, Target) else {"target": target}
+    for name, values in (*per_image.items(), ("keys", keys)):
         if _is_per_image(values) and len(values) != done:  # type: ignore[arg-type]
             raise ValueError(f"{name}: expected {done} of them, one per image, got {len(values)}")  # type: ignore[arg-type]
     for metric in chosen:
@@ -119,12 +122,18 @@ def compare_batch(
     *,
     gates: Mapping[str, Gate | None],
     saes: Mapping[int, SparseAutoencoder] | None = None,
-    target: Target = None,
+    target: TargetLike = None,
     keys: Sequence[str | int] | None = None,
     **options: Any,
 ) -> Comparison:
     """:func:`compare` for images that fit into one attribution; also returns the maps."""
     attribution = attribute(model, images, saes=saes, gate=list(gates.values()), target=target)
+    if explains_again(options.get("metrics", ())):
+
+        def explain(model: Any, images: Tensor, target: Any) -> Tensor:
+            return attribute(model, images, saes=saes, gate=list(gates.values()), target=target).maps
+
+        options = {"explain": explain} | options
     scores = evaluate(model, images, attribution.maps, target=attribution.target, keys=keys, **options)
     return Comparison(*tidy(scores, list(gates), attribution.target), attribution)
 
@@ -134,7 +143,7 @@ def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataF
     import pandas as pd
 
     rows = [
-        {"index": i, "image": key, "variant": variant, "target": int(target[i]) if isinstance(target, Tensor) else None}
+        {"index": i, "image": key, "variant": variant, "target": _class(target, i)}
         | {metric: float(values[c, i]) for metric, values in scores.items()}
         for i, key in enumerate(scores.image_keys)
         for c, variant in enumerate(variants)
@@ -147,6 +156,12 @@ def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataF
         pd.DataFrame(rows, columns=["index", "image", "variant", "target", *scores]),
         pd.DataFrame(errors, columns=["index", "image", "variant", "metric", "message"]),
     )
+
+
+def _class(target: Any, image: int) -> int | None:
+    """The explained class of one image; None for a target without classes."""
+    classes = target.classes if isinstance(target, Target) else target
+    return int(classes[image]) if isinstance(classes, Tensor) else None
 
 
 def _with_errors(found: Comparison, first: int) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastfg import Target
 from fastfg.perturb import Batches, Engine, PatchGrid, Pixels, View, generator, image_key
 
 GRID = PatchGrid(1, 4, 1, 1)
@@ -22,7 +23,7 @@ def read_some(engine):
     view = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     masks, target, seen = torch.rand(len(view), 4, generator=random) > 0.5, view % 2, []
     views = [View(image, fill) for image, fill in zip(images, fills, strict=True)]
-    readings = engine.read(views, view, masks, target, seen.append)
+    readings = engine.read(views, view, masks, Target(target).of(torch.zeros(len(view), 2)), seen.append)
     perturbed = [torch.where(mask, fills[v], images[v]) for v, mask in zip(view.tolist(), masks, strict=True)]
     logits = halves(torch.stack(perturbed))
     torch.testing.assert_close(readings.logit, logits.gather(1, target[:, None])[:, 0])
@@ -61,7 +62,9 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
     assert set(sizes) == {3}
     assert engine.batches.size == 3
     assert "7 images did not fit into memory: continuing with 3" in caplog.text
-    assert len(engine.logits(torch.rand(5, 1, 1, 4))) == 5
+    rows = []
+    engine.whole(torch.rand(5, 1, 1, 4), lambda output, rows_of: rows.append(len(output)))
+    assert rows == [3, 2]
 
 
 def test_views_are_prepared_in_groups_that_fit():
