@@ -9,12 +9,16 @@ from torch import Tensor
 
 from fastfg.metrics.aopc import AOPC
 from fastfg.metrics.deletion import Deletion
+from fastfg.metrics.efficient_parameter_randomization import EfficientParameterRandomization
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
 from fastfg.metrics.infidelity import Infidelity
 from fastfg.metrics.insertion import Insertion
+from fastfg.metrics.max_sensitivity import MaxSensitivity
 from fastfg.metrics.metric import Metric
 from fastfg.metrics.monotonicity import Monotonicity
+from fastfg.metrics.parameter_randomization import ParameterRandomization
 from fastfg.metrics.pixel_flipping import PixelFlipping
+from fastfg.metrics.random_logit import RandomLogit
 from fastfg.metrics.saco import SaCo
 from fastfg.metrics.sensitivity_n import SensitivityN
 from fastfg.metrics.srg import SRG
@@ -44,6 +48,10 @@ ALL: tuple[type[Metric], ...] = (
     Monotonicity,
     Infidelity,
     SensitivityN,
+    MaxSensitivity,
+    ParameterRandomization,
+    EfficientParameterRandomization,
+    RandomLogit,
 )
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in ALL}
 DEFAULT_METRICS = ("saco", "faithfulness_correlation", "pixel_flipping")

@@ -64,11 +64,13 @@ class Unperturbed(NamedTuple):
     Attributes:
         readings: [B], on the CPU. target: of the ``B`` images, see :meth:`fastfg.Target.of`.
         eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect.
+        width: how many numbers of the output the target reads per image: all logits, for a class.
     """
 
     readings: Readings
     target: Target
     eps: float
+    width: int
 
 
 @dataclass
@@ -151,7 +153,7 @@ def _is_unchanged(readings: Readings, eps: float) -> bool:
 def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
     """The masks of every metric for the usable maps among ``maps`` [C, P] of one image."""
     blank = BLANK if subjects.blank[image] else None
-    reasons = [_unusable(one) or blank for one in maps]
+    reasons = [unusable(one) or blank for one in maps]
     planned = _Planned(image, maps[[reason is None for reason in reasons]], reasons)
     if len(planned.maps):
         for metric in metrics:
@@ -162,7 +164,7 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int)
     return planned
 
 
-def _unusable(one: Tensor) -> str | None:
+def unusable(one: Tensor) -> str | None:
     """Why a map [P] is not usable, or None."""
     if not bool(one.isfinite().all()):
         return NOT_FINITE_MAP
@@ -273,17 +275,16 @@ def _score(
 ) -> Verdict:
     """The scores of one image from the readings [U, m] of each metric's masks."""
     whole = seen.readings[torch.full((len(planned.maps),), planned.image, device="cpu")]
-    outcomes = {metric.name: _nothing(planned) for metric in metrics}
+    outcomes = {metric.name: no_outcome(planned.reasons) for metric in metrics}
     for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
         outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), seen.eps, ignored)
     asked = sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
     return Verdict(outcomes, max(asked, 1))  # the image as it is was read in any case
 
 
-def _nothing(planned: _Planned) -> Outcome:
+def no_outcome(reasons: list[str | None]) -> Outcome:
     """The outcome for an image that has no usable map."""
-    scores = torch.full((len(planned.reasons),), torch.nan, dtype=torch.float64, device="cpu")
-    return Outcome(scores, {}, planned.reasons)
+    return Outcome(torch.full((len(reasons),), torch.nan, dtype=torch.float64, device="cpu"), {}, reasons)
 
 
 def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float, ignored: bool) -> Outcome:
@@ -299,18 +300,32 @@ def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, 
         NOT_FINITE_OUTPUT if not ok else reason or (None if good else f"{metric.name} is not defined here")
         for ok, reason, good in zip(finite, nothing, defined, strict=True)
     ]
-    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
+    return outcome_of(scores, details, found, planned.reasons)
 
-    judged = torch.tensor([reason is None for reason in planned.reasons], device="cpu")
+
+def outcome_of(
+    scores: Tensor, details: dict[str, Tensor], found: Sequence[str | None], reasons: Sequence[str | None]
+) -> Outcome:
+    """The outcome [C] from the scores and details of the U usable maps.
+
+    ``found`` says per usable map why its score is missing, and ``reasons`` per map why it is not usable.
+    """
+    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
+    judged = torch.tensor([reason is None for reason in reasons], device="cpu")
     rest = iter(found)
-    reasons = [next(rest) if reason is None else reason for reason in planned.reasons]
-    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, reasons)
+    why = [next(rest) if reason is None else reason for reason in reasons]
+    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, why)
 
 
 def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
     """What ``metric.score`` gives, checked: float64 scores [U], and details each [U, ...]."""
-    U = len(maps)
-    scores, details = metric.score(maps.clone(), plan, readings)
+    return checked_scores(metric, len(maps), *metric.score(maps.clone(), plan, readings))
+
+
+def checked_scores(
+    metric: Metric, U: int, scores: Tensor, details: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Float64 scores [U] and details, each [U, ...]. Raises ValueError for other shapes."""
     if not isinstance(scores, Tensor) or list(scores.shape) != [U]:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{metric.name}: expected scores [{U}], one per map, got {got}")
@@ -323,9 +338,9 @@ def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tup
 
 def _spread(values: Tensor, used: Tensor) -> Tensor:
     """``values`` [U, ...] at the positions of the ``used`` maps: [C, ...], elsewhere NaN (-1 for integers)."""
-    spread = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
-    spread[used] = values
-    return spread
+    everywhere = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
+    everywhere[used] = values
+    return everywhere
 
 
 def missing_value(like: Tensor) -> float:

@@ -87,7 +87,7 @@ def test_edges_by_hand():
     colour[:, 1, :, 4:] = 2.0  # green
     weighted = edge_maps(colour, PatchGrid.of((4, 8), (2, 4)), pixel_std=(0.1, 0.5, 0.1))
     torch.testing.assert_close(weighted, found * 0.587 * 0.5, rtol=1e-6, atol=0)
-    assert edge_maps(torch.ones(2, 3, 4, 8), PatchGrid.of((4, 8), (2, 4))).eq(0).all()
+    assert edge_maps(torch.ones(2, 3, 4, 8), PatchGrid.of((4, 8), (2, 4))).abs().max() < 1e-12
 
 
 def test_edges_leave_out_pixels_beyond_the_last_patch():
@@ -112,7 +112,7 @@ def test_integrated_gradients_are_captums(name):
     found = fastfg.attribute(
         model, images, target=1, methods=["integrated_gradients"], integrated_gradients={"steps": 20}
     ).methods["integrated_gradients"]
-    torch.testing.assert_close(found, per_patch(expected), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, per_patch(expected), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("baseline", ["zero", "mean", "blur", "noise", 0.3])
