@@ -13,7 +13,16 @@ from fastfg.metrics.pixel_flipping import PixelFlipping
 from fastfg.metrics.saco import SaCo
 from fastfg.perturb import Baseline
 
-RESERVED = ("index", "image", "key", "path", "group", "variant", "target", "error")  # other columns of a table of scores
+RESERVED = (
+    "index",
+    "image",
+    "key",
+    "path",
+    "group",
+    "variant",
+    "target",
+    "error",
+)  # other columns of a table of scores
 ALL: tuple[type[Metric], ...] = (
     SaCo,
     FaithfulnessCorrelation,

@@ -38,7 +38,7 @@ def one(table, **options):
 
 
 def test_three_differences_flipped_by_hand():
-    """Sums of +-1 +-2 +-4: 7, 5, 3, 1 and their negatives. 7 is reached by 2 of 8 patterns, 5 by 4, 3 by 6, 1 by all."""
+    """Sums of +-1 +-2 +-4: 7, 5, 3, 1 and their negatives. 7 is reached by 2 of 8, 5 by 4, 3 by 6, 1 by all."""
     for differences, p in (([1, 2, 4], 2 / 8), ([-1, 2, 4], 4 / 8), ([1, -2, 4], 6 / 8), ([1, 2, -4], 1.0)):
         assert sign_flip_p(np.array(differences, float)[:, None]).tolist() == [p]
         row = one(scores(vanilla=[0, 0, 0], gated=differences))
