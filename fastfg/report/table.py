@@ -124,13 +124,13 @@ def _mean(entry: dict[Any, Any], show: Callable[[float], str]) -> str:
 
 
 def _sentences(metric: str, rows: pd.DataFrame, against: str) -> str:
-    """``SaCo: better than vanilla: gated by 0.200 [0.100, 0.300], Holm p = .001, n = 12. No real difference: ...``."""
+    """``SaCo. Better than vanilla: gated (0.200 [0.100, 0.300], Holm p = .001, n = 12). No real difference: ...``."""
     show, said = _shown(rows["difference"]), []
     for verdict in dict.fromkeys(map(str, rows["verdict"])):
         names, found = [], rows.loc[rows["verdict"] == verdict]
         for r in found.to_dict("records"):
             if verdict in DIRECTIONS:
-                names.append(f"{r['variant']} by {_interval(r, show)}, Holm p {_equals(r['p_holm'])}, n = {r['n']}")
+                names.append(f"{r['variant']} ({_interval(r, show)}, Holm p {_equals(r['p_holm'])}, n = {r['n']})")
             elif r["reason"]:
                 names.append(f"{r['variant']} ({r['reason']})")
             else:
