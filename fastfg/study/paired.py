@@ -10,6 +10,7 @@ import numpy as np
 from fastfg.study.pairs import Pairs, direction_of, metric_columns, pairs
 from fastfg.study.resampling import (
     ALPHA,
+    EXACT,
     ROUNDING,
     Array,
     bootstrap_interval,
@@ -156,7 +157,8 @@ def _decide(rows: pd.DataFrame, higher_is_better: Mapping[str, bool] | None) -> 
             verdict = _direction(row["difference"] > 0, direction_of(row["metric"], higher_is_better))
         elif reason != "all differences are 0" and not _within_reach(p, k, row["smallest_p"]):
             verdict = "cannot tell"
-            few = f"{row['groups']} {row['unit']}s give no p below {row['smallest_p']:.2g} before Holm's correction "
+            what = f"{row['groups']} {row['unit']}s" if row["groups"] <= EXACT else "so few random sign patterns"
+            few = f"{what} give no p below {row['smallest_p']:.2g} before Holm's correction "
             few += f"(comparisons: {np.isfinite(p).sum()})"
             reason = f"{reason}; {few}" if reason else few
         verdicts.append(verdict)

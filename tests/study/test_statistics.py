@@ -170,7 +170,7 @@ def test_many_metrics_and_variants_fit_a_terminal():
     names = ["vanilla", *(f"shuffled decoder {n}" for n in range(7))]
     found = scores(**{name: random.normal(0.5, 0.2, 40) for name in names}).drop(columns=["saco", "pixel_flipping"])
     found = found.assign(**{f"metric {n}": random.normal(0.5, 0.2 * 10 ** (-n), len(found)) for n in range(15)})
-    text = markdown_table(summarize(found), paired=paired(found, n_permutations=999, n_resamples=999))
+    text = markdown_table(summarize(found), paired=paired(found, n_permutations=9_999, n_resamples=999))
     terminal = Console(width=100, file=io.StringIO())
     terminal.print(Markdown(text))
     rows = [line for line in terminal.file.getvalue().splitlines() if line.startswith(" shuffled decoder")]
