@@ -25,16 +25,8 @@ from fastfg.metrics.srg import SRG
 from fastfg.metrics.top_patches import Comprehensiveness, Sufficiency
 from fastfg.perturb import Baseline
 
-RESERVED = (
-    "index",
-    "image",
-    "group",
-    "key",
-    "path",
-    "variant",
-    "target",
-    "error",
-)  # other columns of a table of scores
+# The other columns of a table of scores
+RESERVED = ("index", "image", "group", "key", "path", "variant", "target", "error")
 ALL: tuple[type[Metric], ...] = (
     SaCo,
     FaithfulnessCorrelation,
