@@ -23,6 +23,7 @@ NOT_AGAIN = "the map can't be made again for another image, target or model"
 ON_CPU, ON_GPU = 8, 64  # images per attribution
 AT_ONCE = 32  # images whose maps are kept until they are scored
 SAME = 0.01  # a map that differs by more than this share of its largest value is another map
+SAME_IN_EPS = 32  # the same for a model in half precision, in units of its rounding
 NONE: frozenset[int] = frozenset()
 
 
@@ -231,7 +232,7 @@ class Explanations:
             if unusable(given) is not None or c in missing:
                 continue
             error = float((made - given).abs().max() / given.abs().max())
-            if not error <= SAME:
+            if not error <= max(SAME, SAME_IN_EPS * torch.finfo(self.subjects.images.dtype).eps):
                 which = "" if self.single else f"{c} "
                 raise ValueError(
                     f"explain: expected the given maps for the images as they are, got a difference of {error:.0%} of "

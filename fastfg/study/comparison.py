@@ -190,9 +190,7 @@ def _made_again(methods: Methods, same_model: bool) -> dict[str, Any]:
     """The methods that can explain another image: not given maps, and callables only the same model."""
     by_name = methods if isinstance(methods, Mapping) else {name: name for name in methods}
     return {
-        name: method
-        for name, method in by_name.items()
-        if isinstance(method, str) or (callable(method) and same_model)
+        name: method for name, method in by_name.items() if isinstance(method, str) or (callable(method) and same_model)
     }
 
 
