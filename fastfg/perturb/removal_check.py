@@ -46,7 +46,7 @@ def check_removal(adapter: Adapter, images: Tensor, target: Target) -> bool:
 
 
 def _check_kept(path: Removal, prepared: list[Tensor], images: Tensor, target: Target) -> None:
-    """Compare a batch of ``images`` that lose patches with one image at a time, and with another order of the tokens."""
+    """Compare a batch of ``images`` that lose patches with one image at a time, and with tokens in another order."""
     P, n = path.n_patches, len(images)
     random = torch.Generator().manual_seed(0)
     orders = torch.stack([torch.randperm(P, generator=random) for _ in range(n)]).to(images.device)

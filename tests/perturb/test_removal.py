@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.checks import check_target
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.perturb.removal import Removal
-from tests.models.families import FAMILIES, build
+from tests.models.families import FAMILIES, build, timm_eva
 from tests.perturb.test_tokens import size_of
 
 
@@ -27,7 +28,7 @@ def looped(adapter, image, mask):
 
     handles = [adapter.blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
     handles += [block.register_forward_pre_hook(rotary, with_kwargs=True) for block in adapter.blocks]
-    output = adapter.forward(image[None])[0]
+    output = check_target(adapter, fastfg.Target(1)).source(adapter.forward(image[None]), 1)[0]
     for handle in handles:
         handle.remove()
     return output
@@ -63,13 +64,10 @@ def test_removed_is_a_loop_over_single_images_for_every_family(name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("rope_type", ["cat", "mixed"])
-def test_rotary_positions_are_those_of_the_kept_patches(rope_type):
-    from tests.models.families import timm_eva
-
+@pytest.mark.parametrize("options", [{}, {"attn_type": "rope", "rope_type": "mixed"}])
+def test_rotary_positions_are_those_of_the_kept_patches(options):
     torch.manual_seed(0)
-    options = {"rope_mixed_mode": True} if rope_type == "mixed" else {}
-    model = timm_eva(attn_type="rope", **options).double().eval() if options else timm_eva().double().eval()
+    model = timm_eva(**options).double().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     adapter = adapt(model)
