@@ -36,7 +36,7 @@ ALLOWED = {
     "sae": {"reference", "types"},
     "checks": {"models", "sae", "targets", "types"},
     "data": set(),
-    "attribution": {"checks", "models", "ops", "reference", "sae", "targets", "torch_internals", "types"},
+    "attribution": {"checks", "models", "ops", "perturb", "reference", "sae", "targets", "torch_internals", "types"},
     "perturb": {"models", "targets", "torch_internals"},
     "metrics": {"checks", "models", "perturb", "targets", "types"},
     "report": {"metrics", "types"},

@@ -16,7 +16,7 @@ from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_va
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_key
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
 from fastfg.perturb.choose import choose_path
 from fastfg.perturb.fills import check_baseline
 from fastfg.targets import Function, Target, TargetLike, as_target
@@ -55,7 +55,8 @@ def evaluate(
             it is called with rows of many images.
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
-            ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
+            ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C]. ``removed``: nothing, the tokens of
+            removed patches leave the sequence (for a model of a known family that can lose tokens).
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
         batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
             not fit into memory is run again in halves.
@@ -90,7 +91,7 @@ def evaluate(
     explained = check_target(adapter, as_target(target))
     forward: Any = model if adapter is None else adapter.forward
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
-    names = [image_key(image) for image in images] if keys is None else [_name(key) for key in keys]
+    names = image_keys(images, keys)
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, chosen)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -138,11 +139,6 @@ def _check_repeats(engine: Engine, images: Tensor, target: Target, kept: Tensor)
             f"model: expected the same output for an image in every batch, got a difference of {float(error):.0%} "
             "(dropout, or batch norm in training mode?)"
         )
-
-
-def _name(key: Any) -> str:
-    """An image's key as text; a number is the same as a tensor."""
-    return str(key.item() if isinstance(key, Tensor) else key)
 
 
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:

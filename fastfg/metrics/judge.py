@@ -164,7 +164,7 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int,
         for metric in metrics:
             own = metric.for_images(slice(image, image + 1))
             planned.metrics.append(own)
-            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.name))
+            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.purpose))
             plan = _checked(metric, plan, planned.maps)
             planned.plans.append(plan if alone or not _removes(own) else _without_everything(metric, plan))
     return planned

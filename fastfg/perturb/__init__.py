@@ -12,7 +12,7 @@ from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.readings import Readings
-from fastfg.perturb.seeds import generator, image_key
+from fastfg.perturb.seeds import generator, image_key, image_keys
 from fastfg.perturb.tokens import Tokens
 from fastfg.perturb.views import REMOVED, Fill, Imputed, View
 
@@ -35,6 +35,7 @@ __all__ = [
     "View",
     "generator",
     "image_key",
+    "image_keys",
     "make_fill",
     "running_mean_fill",
 ]
