@@ -3,6 +3,7 @@
 from fastfg.metrics.aopc import AOPC
 from fastfg.metrics.choose import DEFAULT_METRICS, METRICS
 from fastfg.metrics.deletion import Deletion
+from fastfg.metrics.describe import table
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation, correlation
 from fastfg.metrics.infidelity import Infidelity
 from fastfg.metrics.insertion import Insertion
@@ -34,4 +35,5 @@ __all__ = [
     "area",
     "correlation",
     "saco_score",
+    "table",
 ]
