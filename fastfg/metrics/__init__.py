@@ -3,9 +3,9 @@
 from fastfg.metrics.aopc import AOPC
 from fastfg.metrics.choose import DEFAULT_METRICS, METRICS
 from fastfg.metrics.deletion import Deletion
+from fastfg.metrics.describe import table
 from fastfg.metrics.efficient_parameter_randomization import EfficientParameterRandomization, histogram_entropy
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject, similarity
-from fastfg.metrics.describe import table
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation, correlation
 from fastfg.metrics.infidelity import Infidelity
 from fastfg.metrics.insertion import Insertion

@@ -117,7 +117,7 @@ def test_monotonicity_of_quantus_says_yes_to_every_map(given):
     assert theirs(metric, given).all()
     assert theirs(metric, given, -given[2]).all()
     found = evaluate(given, ["monotonicity"])
-    assert 0 < found["monotonicity"].min()
+    assert found["monotonicity"].min() > 0
     assert not found.details["monotonicity"]["monotonic"].any()
 
 

@@ -24,7 +24,7 @@ def looped(adapter, image, mask):
 
     def rotary(module, args, kwargs):
         rope = kwargs.get("rope")
-        return None if rope is None else (args, kwargs | {"rope": torch.stack([rope[..., i, :] for i in left], -2)})
+        return None if rope is None else (args, kwargs | {"rope": rope[..., left, :]})
 
     handles = [adapter.blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
     handles += [block.register_forward_pre_hook(rotary, with_kwargs=True) for block in adapter.blocks]
