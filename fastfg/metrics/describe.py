@@ -1,4 +1,4 @@
-"""The facts of every metric as one table: ``python -m fastfg.metrics.describe`` prints the table of docs/metrics.md."""
+"""The facts of every metric as one table, which is also that of docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -36,7 +36,3 @@ def markdown() -> str:
         cells = [f"`{row['metric']}`", *(row[fact].replace("|", "\\|") for fact in list(COLUMNS)[1:])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

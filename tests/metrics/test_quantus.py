@@ -50,7 +50,7 @@ def theirs(metric, given, maps=None, softmax=True):
 def test_curves_of_pixel_flipping(given):
     found = evaluate(given, ["deletion", "insertion", "pixel_flipping"])
     metric = quantus.PixelFlipping(features_in_step=1, **OPTIONS)
-    mif, lif = theirs(metric, given).double(), theirs(metric, given, -given[2]).double()
+    mif, lif = theirs(metric, given).double(), theirs(metric, given, 1 - given[2]).double()
     torch.testing.assert_close(found.details["deletion"]["curve"][:, 1:], mif, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.details["insertion"]["curve"][:, 1:], lif, rtol=0, atol=1e-6)
     first = found.details["pixel_flipping"]["curve"][:, :1]
@@ -72,7 +72,7 @@ def test_aopc_is_the_mean_of_region_perturbation(given):
 
 def test_infidelity_of_the_same_patches(given):
     """Quantus removes more and more patches in the order of the grid, and weights each pixel by its change."""
-    model, pixels, maps = given
+    _, pixels, maps = given
     metric = quantus.Infidelity(perturb_patch_sizes=[1], n_perturb_samples=1, **OPTIONS)
     expected = theirs(metric, given, maps / pixels[:, 0], softmax=False).double()  # maps after multiplication
     ours = torch.zeros(2, 16).double()
@@ -92,7 +92,7 @@ def test_faithfulness_correlation_and_sensitivity_n_of_the_same_subsets(given, m
 
     monkeypatch.setattr(np.random, "choice", remember)
     np.random.seed(0)
-    metric = quantus.FaithfulnessCorrelation(nr_runs=20, subset_size=3, **OPTIONS)
+    metric = quantus.FaithfulnessCorrelation(nr_runs=20, subset_size=3, return_aggregate=False, **OPTIONS)
     expected = theirs(metric, given, softmax=False).double()
     subsets = torch.tensor(np.array(drawn)).reshape(1, 20, 2, 3)
     options = {"subsets": subsets, "correlation": "pearson"}
@@ -115,7 +115,7 @@ def test_monotonicity_of_quantus_says_yes_to_every_map(given):
     """Its image stays at the baseline, so no step can lower the reading."""
     metric = quantus.Monotonicity(features_in_step=1, **OPTIONS)
     assert theirs(metric, given).all()
-    assert theirs(metric, given, -given[2]).all()
+    assert theirs(metric, given, 1 - given[2]).all()
     found = evaluate(given, ["monotonicity"])
     assert found["monotonicity"].min() > 0
     assert not found.details["monotonicity"]["monotonic"].any()
