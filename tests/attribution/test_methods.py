@@ -353,6 +353,11 @@ def test_methods_that_do_not_fit(model, images, methods, error, message):
         fastfg.attribute(model, images, methods=methods)
 
 
+def test_integrated_gradients_start_at_an_image(model, images):
+    with pytest.raises(ValueError, match=r"integrated_gradients.baseline: expected a baseline image, got 'removed'"):
+        fastfg.attribute(model, images, methods=["integrated_gradients"], integrated_gradients={"baseline": "removed"})
+
+
 def test_unknown_arguments_are_named(model, images):
     with pytest.raises(TypeError, match="attribute: unexpected argument 'gates'"):
         fastfg.attribute(model, images, gates=None)
