@@ -78,15 +78,16 @@ def choose_methods(methods: Methods, options: Mapping[str, Any]) -> Chosen:
                 f"methods[{name!r}]: expected a name, a tensor [B, gh, gw] or a callable (images, target) -> maps, "
                 f"got {type(method).__name__}"
             )
-    chosen = Chosen(by_name, {name: given or {} for name, given in options.items() if given is not None})
+    unexpected = [name for name in options if name not in METHODS]
+    if unexpected:
+        raise TypeError(f"attribute: unexpected argument {unexpected[0]!r}")
+    chosen = Chosen(by_name, {name: given for name, given in options.items() if given is not None})
     _check_options(chosen)
     return chosen
 
 
 def _check_options(chosen: Chosen) -> None:
     for name, given in chosen.options.items():
-        if name not in METHODS:
-            raise TypeError(f"attribute: unexpected argument {name!r}")
         if not isinstance(given, Mapping):
             raise TypeError(f"{name}: expected a mapping of options, got {type(given).__name__}")
         unknown = sorted(set(given) - set(OPTIONS.get(name, ())))
