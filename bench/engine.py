@@ -59,8 +59,8 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
         tokens, fill = Tokens(adapter), images.mean().reshape(1, 1, 1)
         once = flops(tokens.prepare, images[:1], [fill])
         prepared = tokens.prepare(images[:1], [fill])
-        inputs = tokens.buffers(prepared, BATCH_ON_CPU)
-        tokens.place(prepared, 0, torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device), inputs)
+        masks = torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device)
+        inputs = tokens.inputs(prepared, torch.zeros(BATCH_ON_CPU, dtype=torch.long, device=images.device), masks)
         one = flops(model, images[:1])
         return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one, one
 

@@ -196,7 +196,7 @@ class Scores(Mapping[str, Tensor]):
         image_keys: the images' keys, which random draws depend on.
         forwards: {"asked": the forwards if no metric and no map shared any, "run": the forwards that were run,
             "saved": the difference}, counted in images. The forwards that compare tokens with pixels are not
-            included.
+            included. With ``explain``, "attributions" counts the images that it explained.
         path: how the model was run: ``tokens``, or ``pixels`` with the reason.
     """
 

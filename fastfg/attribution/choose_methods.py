@@ -78,9 +78,8 @@ def choose_methods(methods: Methods, options: Mapping[str, Any]) -> Chosen:
                 f"methods[{name!r}]: expected a name, a tensor [B, gh, gw] or a callable (images, target) -> maps, "
                 f"got {type(method).__name__}"
             )
-    unexpected = [name for name in options if name not in METHODS]
-    if unexpected:
-        raise TypeError(f"attribute: unexpected argument {unexpected[0]!r}")
+    if unknown := [name for name in options if name not in METHODS]:
+        raise TypeError(f"attribute: unexpected argument {unknown[0]!r}")
     chosen = Chosen(by_name, {name: given for name, given in options.items() if given is not None})
     _check_options(chosen)
     return chosen

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
+from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
-from fastfg.perturb.choose import choose_path
+from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import check_baseline
 from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
@@ -39,6 +40,7 @@ def evaluate(
     batch_size: int | None = None,
     path: str = "auto",
     precision: str = "auto",
+    explain: Explain | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Mapping[str, Any] | None,
 ) -> Scores:
@@ -68,6 +70,12 @@ def evaluate(
             blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
             changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
             on a CUDA device, else the model's own.
+        explain: the function that made the maps, ``(model, images, target) -> maps`` of the same shape for those
+            images, for the metrics that explain again (``max_sensitivity``, ``parameter_randomization``,
+            ``efficient_parameter_randomization``, ``random_logit``). It must explain the model and the target that it
+            is given: a copy of ``model`` with re-drawn parameters, and classes [b] or the target function. On the
+            images as they are, it must give ``maps``. It is called with at most 8 images (64 on a GPU), with gradients
+            on.
         progress: called with (images done, total images).
         options: {metric: its arguments}, as in ``saco={"n_bins": 10}``; see the class of each metric in
             :mod:`fastfg.metrics`. Each may also set its own ``baseline``.
@@ -86,32 +94,40 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     chosen = choose_metrics(metrics, options, baseline)
+    again = explaining(chosen, explain, as_target(target))
+    reading = [metric for metric in chosen if metric not in again]
     adapter = find_adapter(model)
     explained = check_target(adapter, as_target(target))
     forward: Any = model if adapter is None else adapter.forward
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
     names = image_keys(images, keys)
     subjects = Images(images, names, grid, seed, adapter)
-    fills = partial(subjects.fills, chosen)
+    fills = partial(subjects.fills, reading)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        way, way_name = choose_path(adapter, forward, grid, images, fills, path, precision, explained)
+        how = path if reading or path not in PATHS else "pixels"
+        way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
         seen = _unperturbed(engine, images, explained, check=adapter is None)
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
-            verdicts += judge(engine, chosen, subjects, seen, stacked, rows, progress)
+            verdicts += judge(engine, reading, subjects, seen, stacked, rows, None if again else progress)
+    if explain is not None:
+        explanations = Explanations(explain, model, subjects, seen, target, stacked, maps.ndim == 3, batch_size)
+        explanations.add_outcomes(again, verdicts, progress)
     scores = _collect(chosen, verdicts, names, len(stacked), single=maps.ndim == 3)
     scores.path = way_name
     asked = sum(verdict.asked for verdict in verdicts)
     scores.forwards = {"asked": asked, "run": engine.forwards, "saved": asked - engine.forwards}
+    if explain is not None:
+        scores.forwards["attributions"] = explanations.explained
     return scores
 
 
 def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) -> Unperturbed:
     """What the model makes of the images as they are. With ``check``, the model must repeat its output."""
     if not len(images):
-        return Unperturbed(Readings.empty(0, images.device), target, 0.0)
+        return Unperturbed(Readings.empty(0, images.device), target, 0.0, 0)
     parts: list[Tensor] = []
 
     def keep(output: Any, rows: slice) -> None:
@@ -124,7 +140,7 @@ def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) ->
     if check:
         _check_repeats(engine, images, target, kept)
     resolved, eps = target.of(kept), torch.finfo(kept.dtype).eps
-    return Unperturbed(Readings(*resolved.read_kept(kept)).cpu(), resolved, eps if eps < 1e-5 else 0.0)
+    return Unperturbed(Readings(*resolved.read_kept(kept)).cpu(), resolved, eps if eps < 1e-5 else 0.0, kept.shape[1])
 
 
 def _check_repeats(engine: Engine, images: Tensor, target: Target, kept: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
-from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
+from fastfg.perturb import Baseline, Engine, Fill, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
 from fastfg.targets import Target
 
 NOT_FINITE_MAP = "the attribution is not finite"
@@ -39,13 +39,13 @@ class Images:
     def random(self, image: int, purpose: str) -> torch.Generator:
         return generator(self.seed, self.keys[image], purpose)
 
-    def fill(self, image: int, baseline: Baseline) -> Tensor:
+    def fill(self, image: int, baseline: Baseline) -> Fill:
         """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
         mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
         random = self.random(image, "baseline")
         return make_fill(baseline, self.images[image], 0, self.grid, random, mean, std)
 
-    def fills(self, metrics: Sequence[Metric], image: int) -> list[Tensor]:
+    def fills(self, metrics: Sequence[Metric], image: int) -> list[Fill]:
         """What fills the removed patches of one image, once per baseline of ``metrics``."""
         by_baseline = {id(m.baseline) if isinstance(m.baseline, Tensor) else m.baseline: m for m in metrics}
         own = [metric.for_images(slice(image, image + 1)).baseline for metric in by_baseline.values()]
@@ -64,11 +64,13 @@ class Unperturbed(NamedTuple):
     Attributes:
         readings: [B], on the CPU. target: of the ``B`` images, see :meth:`fastfg.Target.of`.
         eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect.
+        width: how many numbers of the output the target reads per image: all logits, for a class.
     """
 
     readings: Readings
     target: Target
     eps: float
+    width: int
 
 
 @dataclass
@@ -151,18 +153,18 @@ def _is_unchanged(readings: Readings, eps: float) -> bool:
 def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
     """The masks of every metric for the usable maps among ``maps`` [C, P] of one image."""
     blank = BLANK if subjects.blank[image] else None
-    reasons = [_unusable(one) or blank for one in maps]
+    reasons = [unusable(one) or blank for one in maps]
     planned = _Planned(image, maps[[reason is None for reason in reasons]], reasons)
     if len(planned.maps):
         for metric in metrics:
             own = metric.for_images(slice(image, image + 1))
             planned.metrics.append(own)
-            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.name))
+            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.purpose))
             planned.plans.append(_checked(metric, plan, planned.maps))
     return planned
 
 
-def _unusable(one: Tensor) -> str | None:
+def unusable(one: Tensor) -> str | None:
     """Why a map [P] is not usable, or None."""
     if not bool(one.isfinite().all()):
         return NOT_FINITE_MAP
@@ -247,7 +249,7 @@ class _Questions:
             self._fills[key] = self._add(image, self.subjects.fill(image, baseline))
         return [self._fills[key]] * len(plan.masks)
 
-    def _add(self, image: int, fill: Tensor) -> int:
+    def _add(self, image: int, fill: Fill) -> int:
         self.views.append(View(self.subjects.images[image], fill))
         self.image_of.append(image)
         return len(self.views) - 1
@@ -273,17 +275,16 @@ def _score(
 ) -> Verdict:
     """The scores of one image from the readings [U, m] of each metric's masks."""
     whole = seen.readings[torch.full((len(planned.maps),), planned.image, device="cpu")]
-    outcomes = {metric.name: _nothing(planned) for metric in metrics}
+    outcomes = {metric.name: no_outcome(planned.reasons) for metric in metrics}
     for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
         outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), seen.eps, ignored)
     asked = sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
     return Verdict(outcomes, max(asked, 1))  # the image as it is was read in any case
 
 
-def _nothing(planned: _Planned) -> Outcome:
+def no_outcome(reasons: list[str | None]) -> Outcome:
     """The outcome for an image that has no usable map."""
-    scores = torch.full((len(planned.reasons),), torch.nan, dtype=torch.float64, device="cpu")
-    return Outcome(scores, {}, planned.reasons)
+    return Outcome(torch.full((len(reasons),), torch.nan, dtype=torch.float64, device="cpu"), {}, reasons)
 
 
 def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float, ignored: bool) -> Outcome:
@@ -299,18 +300,32 @@ def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, 
         NOT_FINITE_OUTPUT if not ok else reason or (None if good else f"{metric.name} is not defined here")
         for ok, reason, good in zip(finite, nothing, defined, strict=True)
     ]
-    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
+    return outcome_of(scores, details, found, planned.reasons)
 
-    judged = torch.tensor([reason is None for reason in planned.reasons], device="cpu")
+
+def outcome_of(
+    scores: Tensor, details: dict[str, Tensor], found: Sequence[str | None], reasons: Sequence[str | None]
+) -> Outcome:
+    """The outcome [C] from the scores and details of the U usable maps.
+
+    ``found`` says per usable map why its score is missing, and ``reasons`` per map why it is not usable.
+    """
+    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
+    judged = torch.tensor([reason is None for reason in reasons], device="cpu")
     rest = iter(found)
-    reasons = [next(rest) if reason is None else reason for reason in planned.reasons]
-    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, reasons)
+    why = [next(rest) if reason is None else reason for reason in reasons]
+    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, why)
 
 
 def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
     """What ``metric.score`` gives, checked: float64 scores [U], and details each [U, ...]."""
-    U = len(maps)
-    scores, details = metric.score(maps.clone(), plan, readings)
+    return checked_scores(metric, len(maps), *metric.score(maps.clone(), plan, readings))
+
+
+def checked_scores(
+    metric: Metric, U: int, scores: Tensor, details: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Float64 scores [U] and details, each [U, ...]. Raises ValueError for other shapes."""
     if not isinstance(scores, Tensor) or list(scores.shape) != [U]:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{metric.name}: expected scores [{U}], one per map, got {got}")
@@ -323,9 +338,9 @@ def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tup
 
 def _spread(values: Tensor, used: Tensor) -> Tensor:
     """``values`` [U, ...] at the positions of the ``used`` maps: [C, ...], elsewhere NaN (-1 for integers)."""
-    spread = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
-    spread[used] = values
-    return spread
+    everywhere = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
+    everywhere[used] = values
+    return everywhere
 
 
 def missing_value(like: Tensor) -> float:

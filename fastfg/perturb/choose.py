@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastfg.models import Adapter
 from fastfg.perturb.batches import Batches
-from fastfg.perturb.engine import View
-from fastfg.perturb.forward_path import ForwardPath
+from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.masks import PatchGrid
-from fastfg.perturb.pixels import Pixels
+from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.tokens import Tokens
+from fastfg.perturb.views import Fill, View
 from fastfg.targets import Target
 
 PATHS = ("auto", "tokens", "pixels")
@@ -35,12 +35,12 @@ def choose_path(
     forward: Callable[[Tensor], Any],
     grid: PatchGrid,
     images: Tensor,
-    fills: Callable[[int], list[Tensor]],
+    fills: Callable[[int], list[Fill]],
     path: str,
     precision: str,
     target: Target,
-) -> tuple[ForwardPath, str]:
-    """Return the path for these images and its name. The name of a slower path includes the reason.
+) -> tuple[Paths, str]:
+    """Return the paths for these images and their name. The name of a slower path includes the reason.
 
     Args:
         fills: what the removed patches of an image are filled with in this evaluation, by the image's index.
@@ -54,6 +54,21 @@ def choose_path(
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
     how = _precision(adapter, images, precision)
+    filled, name = _filled(adapter, forward, grid, images, fills, path, how, target)
+    return Paths(filled, ImputedPixels(forward, grid, how)), name
+
+
+def _filled(
+    adapter: Adapter | None,
+    forward: Callable[[Tensor], Any],
+    grid: PatchGrid,
+    images: Tensor,
+    fills: Callable[[int], list[Fill]],
+    path: str,
+    how: Precision,
+    target: Target,
+) -> tuple[ForwardPath, str]:
+    """The path of filled views and its name."""
     pixels = Pixels(forward, grid, how)
     if path == "pixels" or not len(images) or (path == "auto" and adapter is None):
         return pixels, "pixels"
@@ -77,7 +92,7 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
 
 
 def _compare(
-    adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Tensor]], target: Target
+    adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Fill]], target: Target
 ) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
@@ -89,8 +104,10 @@ def _compare(
 
     def work(rows: slice) -> None:
         views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]
-        _compare_tokens(pixels, tokens, views, masks)
-        _compare_logits(pixels, tokens, views, masks, target)
+        views = [view for view in views if view.kind == "filled"]
+        if views:
+            _compare_tokens(pixels, tokens, views, masks)
+            _compare_logits(pixels, tokens, views, masks, target)
 
     try:
         Batches(CHECKED_AT_ONCE).run(len(images), work)
@@ -110,11 +127,8 @@ def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
 def _perturbed(path: ForwardPath, views: Sequence[View], masks: Tensor) -> tuple[Tensor, ...]:
     """Each view under each of ``masks`` [m, P]."""
     prepared = path.prepare(torch.stack([view.image for view in views]), [view.fill for view in views])
-    m = len(masks)
-    inputs = path.buffers(prepared, len(views) * m)
-    for view in range(len(views)):
-        path.place(prepared, view, masks, tuple(t[view * m : (view + 1) * m] for t in inputs))
-    return inputs
+    of = torch.arange(len(views), device=masks.device).repeat_interleave(len(masks))
+    return path.inputs(prepared, of, masks.repeat(len(views), 1))
 
 
 def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:

@@ -15,8 +15,10 @@ from fastfg.attribution.choose_methods import method_names
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
+from fastfg.metrics.explanations import explains_again
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline
+from fastfg.perturb.seeds import image_keys
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.targets import Target, TargetLike
 from fastfg.types import METHODS as OTHER_METHODS
@@ -160,8 +162,36 @@ def compare_batch(
     )
     maps = dict(zip(gates, attribution.maps, strict=True)) | attribution.methods
     stacked = torch.stack(list(maps.values()))
+    if explains_again(options.get("metrics", ())):
+        hashes = image_keys(images, None)
+        known = dict(zip(hashes, image_keys(images, keys), strict=True))  # an image with noise has a key of its own
+
+        def explain(given: Any, images: Tensor, target: Any) -> list[Tensor | None]:
+            others = _made_again(methods, given is model)
+            again = attribute(
+                given,
+                images,
+                saes=saes,
+                gate=list(gates.values()),
+                target=target,
+                methods=others,
+                seed=seed,
+                keys=[known.get(key, key) for key in image_keys(images, None)],
+                **own,
+            )
+            return [*again.maps, *(again.methods.get(name) for name in method_names(methods))]
+
+        options = {"explain": explain} | options
     scores = evaluate(model, images, stacked, target=attribution.target, keys=keys, seed=seed, **options)
     return Comparison(*tidy(scores, list(maps), attribution.target, groups), attribution, maps)
+
+
+def _made_again(methods: Methods, same_model: bool) -> dict[str, Any]:
+    """The methods that can explain another image: not given maps, and callables only the same model."""
+    by_name = methods if isinstance(methods, Mapping) else {name: name for name in methods}
+    return {
+        name: method for name, method in by_name.items() if isinstance(method, str) or (callable(method) and same_model)
+    }
 
 
 def _check_variants(gates: Mapping[str, Gate | None], methods: Methods) -> None:

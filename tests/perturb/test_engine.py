@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from fastfg import Target
-from fastfg.perturb import Batches, Engine, PatchGrid, Pixels, View, generator, image_key
+from fastfg.perturb import (
+    REMOVED,
+    Batches,
+    Engine,
+    Imputed,
+    ImputedPixels,
+    PatchGrid,
+    Paths,
+    Pixels,
+    View,
+    generator,
+    image_key,
+)
 
 GRID = PatchGrid(1, 4, 1, 1)
 COUNTS = [4, 1, 6, 0, 9, *[2] * 11]  # masks per view
@@ -102,3 +114,61 @@ def test_keys_and_generators():
 
     assert draw(0, "k", "p") == draw(0, "k", "p")
     assert len({tuple(draw(*args)) for args in [(0, "k", "p"), (1, "k", "p"), (0, "l", "p"), (0, "k", "q")]}) == 4
+
+
+def kept(images):
+    """Reads how many values are not NaN, and their sum: what is left where patches leave."""
+    left = ~images.isnan()
+    return torch.stack([left.sum((1, 2, 3)).double(), images.nansum((1, 2, 3))], 1)
+
+
+class Leaving(Pixels):
+    """A path for removed views that marks what has left with NaN, and notes the batches."""
+
+    def __init__(self, batches):
+        super().__init__(kept, GRID)
+        self.batches = batches
+
+    def prepare(self, images, fills):
+        assert all(fill is REMOVED for fill in fills)
+        return super().prepare(images, [torch.full((1, 1, 1), torch.nan, dtype=torch.float64)] * len(fills))
+
+    def run(self, inputs):
+        counts = self.whole(*inputs)[:, 0].tolist()
+        assert len(set(counts)) == 1
+        self.batches.append((int(counts[0]), len(counts)))
+        return super().run(inputs)
+
+
+def test_each_kind_of_view_has_its_path_and_readings_keep_their_order():
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 1, 1, 4, dtype=torch.float64, generator=random)
+
+    def halved(image):
+        return Imputed(lambda masks: torch.where(masks[:, None, None], image / 2, image))
+
+    fills = [torch.full((1, 1, 1), 9.0), REMOVED, halved(images[2]), REMOVED, torch.zeros(1, 1, 4), halved(images[5])]
+    views = [View(image, fill) for image, fill in zip(images, fills, strict=True)]
+    view = torch.arange(6).repeat_interleave(torch.tensor([5, 7, 3, 8, 2, 4]))
+    masks, target = torch.rand(len(view), 4, generator=random) > 0.5, view % 2
+    batches, seen = [], []
+    paths = Paths(Pixels(kept, GRID), ImputedPixels(kept, GRID), Leaving(batches))
+    engine = Engine(paths, Batches(3))
+    readings = engine.read(views, view, masks, Target(target).of(torch.zeros(len(view), 2)), seen.append)
+    for i, (v, mask) in enumerate(zip(view.tolist(), masks, strict=True)):
+        other = {1: torch.nan, 3: torch.nan, 2: images[v] / 2, 5: images[v] / 2}.get(v, fills[v])
+        expected = kept(torch.where(mask, torch.as_tensor(other), images[v])[None])[0, target[i]]
+        torch.testing.assert_close(readings.logit[i], expected)
+    assert engine.forwards == len(view) == seen[-1]
+    assert seen == sorted(seen)
+    assert [left for left, _ in batches] == sorted((left for left, _ in batches), reverse=True)
+    assert max(n for left, n in batches if left <= 1) > 3  # short sequences run in larger batches
+
+
+def test_a_fill_that_makes_other_images_is_an_error():
+    image = torch.rand(1, 1, 4)
+    views = [View(image, Imputed(lambda masks: image))]
+    engine = Engine(Paths(Pixels(kept, GRID), ImputedPixels(kept, GRID)), Batches(3))
+    masks = torch.zeros(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"images: expected \[2, 1, 1, 4\] from the fill, got \[1, 1, 4\]"):
+        engine.read(views, torch.zeros(2, dtype=torch.long), masks, Target(0).of(torch.zeros(2, 2)))

@@ -29,9 +29,7 @@ def size_of(name):
 
 def run(path, images, fills, view, masks):
     prepared = path.prepare(images, fills)
-    inputs = path.buffers(prepared, len(masks))
-    for i, v in enumerate(view):
-        path.place(prepared, v, masks[i : i + 1], tuple(t[i : i + 1] for t in inputs))
+    inputs = path.inputs(prepared, torch.tensor(view), masks)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         logits = logits_of(path.run(inputs))
     return logits, counter.get_total_flops()
