@@ -5,6 +5,7 @@ from fastfg.metrics.choose import DEFAULT_METRICS, METRICS
 from fastfg.metrics.deletion import Deletion
 from fastfg.metrics.efficient_parameter_randomization import EfficientParameterRandomization, histogram_entropy
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject, similarity
+from fastfg.metrics.describe import table
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation, correlation
 from fastfg.metrics.infidelity import Infidelity
 from fastfg.metrics.insertion import Insertion
@@ -49,4 +50,5 @@ __all__ = [
     "relative_change",
     "saco_score",
     "similarity",
+    "table",
 ]

@@ -30,7 +30,9 @@ class AOPC(CurveMetric):
     value_range: ClassVar[str] = "-1 to 1"
     cost: ClassVar[str] = "the curve of deletion"
     source: ClassVar[str] = "Samek et al. 2017"
-    failings: ClassVar[str] = "As deletion: it orders maps in the same way, apart from the weight of the end points."
+    failings: ClassVar[str] = (
+        "As deletion: where all steps are of one size, both order the maps of an image in the same way."
+    )
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
         return self._along(most_important_first(maps))

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer, descending
 from fastfg.perturb import Readings
 
-SAME_ENDS = "the reading is the same with all patches and without any, so it can't be normalised"
-SAME = 1e-9  # end points that differ by less than this share of the largest reading are the same
+NO_SCALE = "the reading without any patch is missing or not below that of the image, so the curve can't be normalised"
+SAME = 1e-6  # end points that differ by less than this share of the largest reading are the same
 
 
 def mean_height(x: Tensor, curve: Tensor) -> Tensor:
@@ -35,11 +35,14 @@ def mean_height(x: Tensor, curve: Tensor) -> Tensor:
 
 
 def normalised(curve: Tensor) -> Tensor:
-    """``(curve - f(all)) / (f(none) - f(all))`` [..., n]: from 1 to 0. NaN where the end points are the same."""
+    """``(curve - f(all)) / (f(none) - f(all))`` [..., n]: from 1 to 0.
+
+    NaN where ``f(none)`` is not above ``f(all)``: scaled by a negative number, low and high would change places.
+    """
     first, last = curve[..., :1], curve[..., -1:]
     span = first - last
-    same = span.abs() <= SAME * curve.abs().amax(-1, keepdim=True)
-    return torch.where(same, torch.nan, (curve - last) / torch.where(same, 1.0, span))
+    none = span <= SAME * curve.abs().amax(-1, keepdim=True)
+    return torch.where(none, torch.nan, (curve - last) / torch.where(none, 1.0, span))
 
 
 def removal_masks(order: Tensor, step: int) -> Tensor:
@@ -73,8 +76,15 @@ class CurveMetric(Metric):
 
     def _along(self, order: Tensor) -> Plan:
         """The masks along ``order`` [C, P]."""
+        self._check_steps(order.shape[1])
         masks = removal_masks(order, self.patches_per_step)
         return Plan(masks, order=order, patches_per_step=self.patches_per_step)
+
+    def _check_steps(self, P: int) -> None:
+        """Raise ValueError where the first step removes all patches: the curve would be the same for every map."""
+        if self.patches_per_step >= P:
+            expected = f"expected patches_per_step from 1 to {P - 1}, as there are {P} patches"
+            raise ValueError(f"{self.name}: {expected}, got {self.patches_per_step}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +94,7 @@ class AreaMetric(CurveMetric):
     Args:
         patches_per_step: how many patches each step removes.
         normalised: whether the score is the area under the curve that is scaled to 1 with all patches and to 0
-            without any. An image whose two end points are the same then has no score.
+            without any. An image whose reading does not fall from the one to the other then has no score.
     """
 
     normalised: bool = False
@@ -96,7 +106,7 @@ class AreaMetric(CurveMetric):
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         x, curve = shares(plan.masks), readings.prob
-        raw, scaled = mean_height(x, curve), mean_height(x, normalised(curve))
+        raw, scaled = mean_height(x, curve), mean_height(x, self._normalised(plan, readings))
         details = {"x": x, "curve": curve, "raw": raw, "normalised": scaled}
         return scaled if self.normalised else raw, details
 
@@ -104,8 +114,14 @@ class AreaMetric(CurveMetric):
         reasons = super().says_nothing(maps, plan, readings, eps)
         if not self.normalised:
             return reasons
-        undefined = normalised(readings.prob).isnan().all(1).tolist()
-        return [reason or (SAME_ENDS if none else None) for reason, none in zip(reasons, undefined, strict=True)]
+        undefined = self._normalised(plan, readings).isnan().all(1).tolist()
+        return [reason or (NO_SCALE if none else None) for reason, none in zip(reasons, undefined, strict=True)]
+
+    @staticmethod
+    def _normalised(plan: Plan, readings: Readings) -> Tensor:
+        """The normalised curve [C, n]; NaN where the curve does not end without any patch."""
+        ends = plan.masks[:, -1:].all(-1)  # [C, 1]
+        return torch.where(ends, normalised(readings.prob), torch.nan)
 
 
 def most_important_first(maps: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def evaluate(
             it is called with rows of many images.
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
-            ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
+            ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C]. ``removed``: nothing, the tokens of
+            removed patches leave the sequence (for a model of a known family that can lose tokens).
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
         batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
             not fit into memory is run again in halves.

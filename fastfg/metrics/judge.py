@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,7 +112,8 @@ def judge(
     progress: Callable[[int, int], None] | None,
 ) -> list[Verdict]:
     """One verdict per image of ``rows``, in order."""
-    planned = [_plan(metrics, subjects, maps[:, image], image) for image in range(rows.start, rows.stop)]
+    alone = engine.paths.reads_prefix_alone
+    planned = [_plan(metrics, subjects, maps[:, image], image, alone) for image in range(rows.start, rows.stop)]
     questions = _Questions(subjects)
     answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
     readings = questions.read(engine, seen.target, rows, progress)
@@ -139,6 +141,8 @@ def _is_ignored(
     assert baseline is not None  # choose_metrics
     view = View(subjects.images[planned.image], subjects.fill(planned.image, baseline))
     everything = torch.ones(1, subjects.grid.n_patches, dtype=torch.bool, device=subjects.images.device)
+    if view.kind == "removed" and not engine.paths.reads_prefix_alone:
+        everything[:, 0] = False  # the model needs a patch
     empty = engine.read(
         [view], torch.zeros(1, dtype=torch.long, device="cpu"), everything, seen.target[[planned.image]]
     ).cpu()
@@ -150,8 +154,11 @@ def _is_unchanged(readings: Readings, eps: float) -> bool:
     return all(unchanged(values, readings.logit, eps)[0] for values in (readings.logit, readings.prob))
 
 
-def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
-    """The masks of every metric for the usable maps among ``maps`` [C, P] of one image."""
+def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int, alone: bool) -> _Planned:
+    """The masks of every metric for the usable maps among ``maps`` [C, P] of one image.
+
+    ``alone``: whether the model has an output when all tokens of the patches have left.
+    """
     blank = BLANK if subjects.blank[image] else None
     reasons = [unusable(one) or blank for one in maps]
     planned = _Planned(image, maps[[reason is None for reason in reasons]], reasons)
@@ -160,8 +167,27 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int)
             own = metric.for_images(slice(image, image + 1))
             planned.metrics.append(own)
             plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.purpose))
-            planned.plans.append(_checked(metric, plan, planned.maps))
+            plan = _checked(metric, plan, planned.maps)
+            planned.plans.append(plan if alone or not _removes(own) else _without_everything(metric, plan))
     return planned
+
+
+def _removes(metric: Metric) -> bool:
+    return isinstance(metric.baseline, str) and metric.baseline == "removed"
+
+
+def _without_everything(metric: Metric, plan: Plan) -> Plan:
+    """``plan`` without the masks at its end that remove every patch: the model has no output for them."""
+    everything = plan.masks.all(-1)  # [U, m]
+    m = plan.masks.shape[1]
+    while plan.order is not None and m and bool(everything[:, m - 1].all()):
+        m -= 1
+    if bool(everything[:, :m].any()):
+        raise ValueError(
+            f"{metric.name}: expected masks that leave a patch, as the model has no output without patches under "
+            "baseline='removed', got one that removes all"
+        )
+    return plan if m == plan.masks.shape[1] else dataclasses.replace(plan, masks=plan.masks[:, :m])
 
 
 def unusable(one: Tensor) -> str | None:

@@ -38,9 +38,11 @@ class SRG(CurveMetric):
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
         if isinstance(self.baseline, str) and self.baseline == "running_mean":
             raise ValueError("srg: expected a baseline that does not depend on the order, got 'running_mean'")
+        self._check_steps(maps.shape[1])
         orders = (most_important_first(maps), least_important_first(maps))
         mif, lif = (removal_masks(order, self.patches_per_step) for order in orders)
-        return Plan(torch.cat([mif[:, :-1], lif[:, :-1], mif[:, -1:]], dim=1))  # both end without any patch
+        masks = torch.cat([mif[:, :-1], lif[:, :-1], mif[:, -1:]], dim=1)  # both curves end without any patch
+        return Plan(masks, order=orders[0])  # with an order, the last mask is left out for a model that can't read it
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         x, mif, lif = self._curves(plan, readings.prob)

@@ -66,9 +66,6 @@ class Comprehensiveness(TopPatches):
         masks, counts = self._top(maps)
         return Plan(masks, details={"patches": counts})
 
-    def reading(self, readings: Readings) -> Tensor:
-        return readings.prob
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sufficiency(TopPatches):

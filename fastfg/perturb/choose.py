@@ -15,6 +15,8 @@ from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision
+from fastfg.perturb.removal import Removal
+from fastfg.perturb.removal_check import check_removal
 from fastfg.perturb.tokens import Tokens
 from fastfg.perturb.views import Fill, View
 from fastfg.targets import Target
@@ -55,7 +57,15 @@ def choose_path(
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
     how = _precision(adapter, images, precision)
     filled, name = _filled(adapter, forward, grid, images, fills, path, how, target)
-    return Paths(filled, ImputedPixels(forward, grid, how)), name
+    paths = Paths(filled, ImputedPixels(forward, grid, how))
+    kinds = {View(images[0], fill).kind for fill in fills(0)} if len(images) else set()
+    if "removed" not in kinds:
+        return paths, name
+    if adapter is None:
+        raise ValueError("baseline: expected a fill for a model of no known family, got 'removed'")
+    alone = check_removal(adapter, images, target)
+    paths = paths._replace(removed=Removal(adapter, how), reads_prefix_alone=alone)
+    return paths, "removed" if kinds == {"removed"} else f"{name}, removed"
 
 
 def _filled(

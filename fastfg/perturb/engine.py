@@ -67,7 +67,7 @@ class Engine:
             chosen = part.rows[rows]
             where = chosen.to(masks.device)
             states, place = part.prepared.of(view[chosen])
-            output = part.path.run(part.path.inputs(states, place.to(masks.device), masks[where]))
+            output = part.path.run(part.path.inputs(states, place.to(masks.device), masks[where], part.left))
             readings.put(where, Readings.of(output, len(chosen), target[where]))
             self.forwards += len(chosen)
             unread[chosen] = False
@@ -83,13 +83,14 @@ class _Part(NamedTuple):
     """Masks that may share a batch: of one kind of view and, where tokens leave, of one number of patches left.
 
     ``rows`` are their places among all masks. ``share`` is the memory of one of their perturbed images, relative to one
-    with all its patches.
+    with all its patches. ``left`` is the number of patches that are left, where tokens leave.
     """
 
     path: ForwardPath
     prepared: _Prepared
     rows: Tensor
-    share: float
+    share: float = 1.0
+    left: int | None = None
 
 
 def _parts(paths: Paths, views: Sequence[View], view: Tensor, masks: Tensor) -> Iterator[_Part]:
@@ -104,11 +105,11 @@ def _parts(paths: Paths, views: Sequence[View], view: Tensor, masks: Tensor) -> 
         assert path is not None  # choose_path
         prepared = _Prepared(path, views, name)
         if name != "removed":
-            yield _Part(path, prepared, rows, 1.0)
+            yield _Part(path, prepared, rows)
             continue
         removed = masks.sum(1).cpu()[rows]
         for n in removed.unique().tolist():
-            yield _Part(path, prepared, rows[removed == n], (P - n + 1) / (P + 1))
+            yield _Part(path, prepared, rows[removed == n], (P - n + 1) / (P + 1), P - n)
 
 
 class _Prepared:

@@ -17,8 +17,11 @@ class ForwardPath(Protocol):
         Returns tensors [V, ...] or lists of V items. The engine joins those of several calls.
         """
 
-    def inputs(self, prepared: list[Any], view: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
-        """The perturbed inputs of ``masks`` [n, P] bool. ``view`` [n] are their places among the prepared views."""
+    def inputs(self, prepared: list[Any], view: Tensor, masks: Tensor, left: int | None = None) -> tuple[Tensor, ...]:
+        """The perturbed inputs of ``masks`` [n, P] bool. ``view`` [n] are their places among the prepared views.
+
+        ``left`` is the number of patches left under each mask, where tokens leave the sequence; else None.
+        """
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """The model's output for ``n`` perturbed inputs."""
@@ -28,8 +31,12 @@ class ForwardPath(Protocol):
 
 
 class Paths(NamedTuple):
-    """The path of each kind of view (``fastfg.perturb.View.kind``). None: the evaluation has no such views."""
+    """The path of each kind of view (``fastfg.perturb.View.kind``). None: the evaluation has no such views.
+
+    ``reads_prefix_alone``: whether the model has an output when all patches are removed (it does when they are filled).
+    """
 
     filled: ForwardPath
     imputed: ForwardPath | None = None
     removed: ForwardPath | None = None
+    reads_prefix_alone: bool = True

@@ -30,7 +30,9 @@ class Pixels:
     def prepare(self, images: Tensor, fills: Sequence[Tensor]) -> list[Tensor]:
         return [images, torch.stack([fill.expand(images.shape[1:]) for fill in fills])]
 
-    def inputs(self, prepared: list[Tensor], view: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+    def inputs(
+        self, prepared: list[Tensor], view: Tensor, masks: Tensor, left: int | None = None
+    ) -> tuple[Tensor, ...]:
         images, filled = prepared
         pixels = self.grid.to_pixels(masks).unsqueeze(1)  # [n, 1, H, W]
         return (torch.where(pixels, filled[view], images[view]),)
@@ -49,7 +51,7 @@ class ImputedPixels(Pixels):
     def prepare(self, images: Tensor, fills: Sequence[Imputed]) -> list[Any]:  # type: ignore[override]
         return [images, list(fills)]
 
-    def inputs(self, prepared: list[Any], view: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, prepared: list[Any], view: Tensor, masks: Tensor, left: int | None = None) -> tuple[Tensor, ...]:
         images, fills = prepared
         perturbed = images.new_empty(len(masks), *images.shape[1:])
         views, counts = view.unique_consecutive(return_counts=True)

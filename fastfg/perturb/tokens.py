@@ -67,22 +67,28 @@ class Tokens:
         self.early, self.n_tokens = seen.linears, seen.stream.shape[1]
         return [seen.stream, *seen.outputs]
 
-    def inputs(self, prepared: list[Tensor], view: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+    def inputs(
+        self, prepared: list[Tensor], view: Tensor, masks: Tensor, left: int | None = None
+    ) -> tuple[Tensor, ...]:
         N = self.n_tokens
         removed = F.pad(masks, (N - masks.shape[-1], 0))  # prefix tokens stay
         chosen = (2 * view[:, None] + removed) * N + torch.arange(N, device=masks.device)
-        return tuple(_taken(state.flatten(0, 2), chosen) for state in prepared)
+        return tuple(taken(state.flatten(0, 2), chosen) for state in prepared)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """The model's output from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
-        stream, *outputs = inputs
         with ExitStack() as stack:
-            for module, output in zip(self.early, outputs, strict=True):
-                stack.enter_context(_given(module, output))
-            stack.enter_context(_enters(self.first, stream))
-            if self.n_rows is not None:
-                stack.enter_context(_RowsRead(self.last, self.n_tokens, self.n_rows))
-            return self._forward(self._blank, stack)
+            return self._from_states(inputs, stack)
+
+    def _from_states(self, inputs: Sequence[Tensor], stack: ExitStack) -> Any:
+        """The forward from the first block on, for any number of tokens."""
+        stream, *outputs = inputs
+        for module, output in zip(self.early, outputs, strict=True):
+            stack.enter_context(_given(module, output))
+        stack.enter_context(_enters(self.first, stream))
+        if self.n_rows is not None:
+            stack.enter_context(_RowsRead(self.last, stream.shape[1], self.n_rows))
+        return self._forward(self._blank, stack)
 
     def whole(self, images: Tensor) -> Any:
         with ExitStack() as stack:
@@ -104,7 +110,7 @@ class Tokens:
         return self.adapter.forward(images)
 
 
-def _taken(tokens: Tensor, chosen: Tensor) -> Tensor:
+def taken(tokens: Tensor, chosen: Tensor) -> Tensor:
     """The tokens [n, N, width] whose numbers among ``tokens`` [T, width] are ``chosen`` [n, N]."""
     return tokens.index_select(0, chosen.flatten()).reshape(*chosen.shape, tokens.shape[-1])
 

@@ -1,5 +1,6 @@
 """The metrics of curves: by hand, one image at a time, against Quantus, and at the edges."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 import fastfg
 from fastfg.metrics import METRICS
 from fastfg.metrics.curves import mean_height, normalised
+from fastfg.perturb import Readings
 
 CURVES = ["deletion", "insertion", "srg", "aopc", "comprehensiveness", "sufficiency", "monotonicity"]
 
@@ -97,7 +99,7 @@ def test_insertion_is_the_lif_curve_read_backwards():
     assert float(found["insertion"]) == pytest.approx(area)
 
 
-@pytest.mark.parametrize("step", [1, 5, 24])
+@pytest.mark.parametrize("step", [1, 5, 23])
 def test_one_image_at_a_time(model, images, step):
     """Every score of a real model against forwards of single images, filled by hand."""
     maps = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -155,29 +157,6 @@ def test_a_random_map_has_no_srg(model, images):
     assert float(per_map.std()) > 0
 
 
-def test_quantus(model, images):
-    """Pixel Flipping of Quantus 0.6 gives the MIF curve, and its AUC is our area."""
-    quantus = pytest.importorskip("quantus")
-    model, images = model.float(), images.float()
-    maps = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
-    found = fastfg.evaluate(
-        model, images, maps, target=2, metrics=["deletion", "insertion"], baseline=0.5, path="pixels"
-    )
-    pixels = maps.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
-    for best_first, name in ((True, "deletion"), (False, "insertion")):
-        metric = quantus.PixelFlipping(
-            features_in_step=3 * 64, perturb_baseline=0.5, normalise=False, abs=False, disable_warnings=True
-        )
-        given = {
-            "x_batch": images.numpy(),
-            "y_batch": torch.full((3,), 2).numpy(),
-            "a_batch": (pixels if best_first else 1 - pixels).numpy(),
-        }
-        curves = metric(model=model, softmax=True, **given)
-        curves = torch.tensor(curves, dtype=torch.float64)  # after each step, without the image as it is
-        torch.testing.assert_close(found.details[name]["curve"][:, 1:], curves, rtol=1e-5, atol=1e-6)
-
-
 # Edges -------------------------------------------------------------------------------------------------------
 
 
@@ -215,10 +194,44 @@ def test_normalised_scores():
     assert float(found["deletion"]) == pytest.approx(0.375)
     balanced = scores([1, -1], [2.0, 1], metrics=["deletion", "insertion"], deletion={"normalised": True})
     (error,) = balanced.errors  # 0 1 .. 0: with all patches as without any
-    assert "the same with all patches and without any" in error.message
+    assert error.message.startswith("the reading without any patch is missing or not below that of the image")
     assert balanced["deletion"].isnan().all()
+    rising = scores([-4, -3, 2, 1], [4.0, 3, 2, 1], metrics=["deletion"], deletion={"normalised": True})
+    assert rising["deletion"].isnan().all()
     assert balanced["insertion"].isfinite().all()
     assert balanced.details["insertion"]["normalised"].isnan().all()
+
+
+def test_a_curve_that_ends_one_step_early():
+    """Without a reading of the image without patches: 10 6 3 1 and 10 9 7 4 over x = 0 to 0.75, nothing normalised."""
+    maps = torch.tensor([[4.0, 3, 2, 1]]).double()
+    readings = {"deletion": [10, 6, 3, 1], "insertion": [10, 9, 7, 4], "srg": [10, 6, 3, 1, 9, 7, 4]}
+    expected = {"deletion": 14.5 / 3, "insertion": 23 / 3, "srg": 8.5 / 3}
+    for name, values in readings.items():
+        metric = METRICS[name]()
+        plan = metric.plan(maps, None, None)
+        assert plan.order is not None
+        assert plan.masks[0].all(1).tolist() == [False] * (len(values) - 1) + [True]
+        plan = dataclasses.replace(plan, masks=plan.masks[:, :-1])
+        reading = torch.tensor([values]).double()
+        score, details = metric.score(maps, plan, Readings(reading, reading, reading))
+        assert float(score) == pytest.approx(expected[name])
+        assert details["x"].tolist() == [[0, 0.25, 0.5, 0.75]]
+        assert details.get("normalised", torch.tensor(torch.nan)).isnan().all()
+
+
+def test_top_patches_that_do_nothing_are_the_worst_and_no_error():
+    found = scores([4, 3, 0, 0], [1.0, 2, 4, 3], metrics=["comprehensiveness", "deletion"])
+    assert found.errors == []
+    assert float(found["comprehensiveness"]) == 0
+
+
+def test_aopc_is_a_linear_function_of_deletion():
+    for weights in ([4, 3, 2, 1], [1, 5, -2, 3]):
+        found = scores(weights, [4.0, 3, 2, 1], metrics=["aopc", "deletion"])
+        whole, L = sum(weights), 4
+        expected = whole - (L * float(found["deletion"]) + whole / 2) / (L + 1)
+        assert float(found["aopc"]) == pytest.approx(expected)
 
 
 def test_arithmetic_alone():
@@ -237,6 +250,8 @@ def test_arithmetic_alone():
             ValueError,
             "deletion: expected patches_per_step >= 1, an integer",
         ),
+        ("aopc", {"patches_per_step": 24}, ValueError, "aopc: expected patches_per_step from 1 to 23"),
+        ("srg", {"patches_per_step": 30}, ValueError, "srg: expected patches_per_step from 1 to 23, .* got 30"),
         ("insertion", {"normalised": 1}, TypeError, "insertion: expected normalised to be True or False, got 1"),
         ("sufficiency", {"k": 1.5}, ValueError, "sufficiency: expected k between 0 and 1, one or several, got 1.5"),
         ("comprehensiveness", {"k": []}, ValueError, "comprehensiveness: expected k between 0 and 1"),
