@@ -30,7 +30,7 @@ def blurred(vanilla: Tensor, gated: Tensor) -> Tensor:
     >>> vanilla = torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]])
     >>> gated = torch.tensor([[[0.0, 1.0, 1.0, 0.0, 0.0]]])
     >>> blurred(vanilla, gated).mul(100).round().tolist()
-    [[[7.0, 25.0, 41.0, 25.0, 7.0]]]
+    [[[21.0, 23.0, 24.0, 23.0, 21.0]]]
     """
     v, wanted = vanilla.double(), correlation(gated.double(), vanilla.double())
     low = torch.zeros_like(wanted)

@@ -80,7 +80,7 @@ def choose_methods(methods: Methods, options: Mapping[str, Any]) -> Chosen:
             )
     if unknown := [name for name in options if name not in METHODS]:
         raise TypeError(f"attribute: unexpected argument {unknown[0]!r}")
-    chosen = Chosen(by_name, {name: given or {} for name, given in options.items() if given is not None})
+    chosen = Chosen(by_name, {name: given for name, given in options.items() if given is not None})
     _check_options(chosen)
     return chosen
 
