@@ -13,15 +13,21 @@ from fastfg.metrics.efficient_parameter_randomization import EfficientParameterR
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
 from fastfg.metrics.infidelity import Infidelity
 from fastfg.metrics.insertion import Insertion
+from fastfg.metrics.iou import IoU
 from fastfg.metrics.max_sensitivity import MaxSensitivity
 from fastfg.metrics.metric import Metric
 from fastfg.metrics.monotonicity import Monotonicity
 from fastfg.metrics.parameter_randomization import ParameterRandomization
 from fastfg.metrics.pixel_flipping import PixelFlipping
+from fastfg.metrics.pointing_game import PointingGame
 from fastfg.metrics.random_logit import RandomLogit
+from fastfg.metrics.relevance_mass import RelevanceMass
+from fastfg.metrics.relevance_rank import RelevanceRank
+from fastfg.metrics.roc_auc import RocAuc
 from fastfg.metrics.saco import SaCo
 from fastfg.metrics.sensitivity_n import SensitivityN
 from fastfg.metrics.srg import SRG
+from fastfg.metrics.top_k_intersection import TopKIntersection
 from fastfg.metrics.top_patches import Comprehensiveness, Sufficiency
 from fastfg.perturb import Baseline
 
@@ -40,6 +46,12 @@ ALL: tuple[type[Metric], ...] = (
     Monotonicity,
     Infidelity,
     SensitivityN,
+    PointingGame,
+    RelevanceMass,
+    RelevanceRank,
+    TopKIntersection,
+    RocAuc,
+    IoU,
     MaxSensitivity,
     ParameterRandomization,
     EfficientParameterRandomization,

@@ -14,6 +14,7 @@ from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
+from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
@@ -35,6 +36,7 @@ def evaluate(
     target: TargetLike,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
+    masks: Tensor | None = None,
     seed: int = 0,
     keys: Sequence[str | int] | None = None,
     batch_size: int | None = None,
@@ -59,6 +61,10 @@ def evaluate(
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C]. ``removed``: nothing, the
             tokens of removed patches leave the sequence (for a model of a known family that can lose tokens).
+        masks: [B, H, W], bool or floating in [0, 1]: where the object is, in the geometry of the images. The
+            localisation metrics need it (``pointing_game``, ``relevance_mass``, ``relevance_rank``,
+            ``top_k_intersection``, ``roc_auc``, ``iou``). It is an error if none of them is chosen.
+            :func:`fastfg.data.read_mask` reads masks from files.
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
         batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
             not fit into memory is run again in halves.
@@ -94,7 +100,7 @@ def evaluate(
     >>> fastfg.evaluate(model, images, maps, target=0, saco={"n_bins": 2}, baseline="zero")["saco"]
     tensor([1., 1.], dtype=torch.float64)
     """
-    chosen = choose_metrics(metrics, options, baseline)
+    chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     again = explaining(chosen, explain, as_target(target))
     reading = [metric for metric in chosen if metric not in again]
     adapter = find_adapter(model)
@@ -105,7 +111,7 @@ def evaluate(
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, reading)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        how = path if reading or path not in PATHS else "pixels"
+        how = path if any(metric.perturbs for metric in reading) or path not in PATHS else "pixels"
         way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
         seen = _unperturbed(engine, images, explained, check=adapter is None)

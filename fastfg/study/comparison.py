@@ -16,6 +16,7 @@ from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
 from fastfg.metrics.explanations import explains_again
+from fastfg.metrics.localisation import with_masks
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline
 from fastfg.perturb.seeds import image_keys
@@ -61,6 +62,7 @@ def compare(
     seed: int = 0,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
+    masks: Tensor | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -81,8 +83,8 @@ def compare(
             model's output.
         keys: the images' names, one per image. groups: what images belong to, such as patients, one per image.
         seed: what random draws of methods and metrics depend on, with the keys.
-        metrics, baseline: as in :func:`fastfg.evaluate`. Per-image arguments
-            (``subsets``, a tensor ``baseline``) have one entry per image over all batches.
+        metrics, baseline, masks: as in :func:`fastfg.evaluate`. Per-image arguments
+            (``masks``, ``subsets``, a tensor ``baseline``) have one entry per image over all batches.
         progress: called with (images done, total images, or None if the total is not known).
         options: more arguments of :func:`fastfg.evaluate`, and {method: its arguments}.
 
@@ -103,7 +105,7 @@ def compare(
     keys, groups = (None if each is None else list(each) for each in (keys, groups))
     methods = methods if isinstance(methods, Mapping) else list(methods)
     by_metric = {name: options.pop(name) for name in METRICS if name in options}
-    chosen = choose_metrics(metrics, by_metric, baseline)
+    chosen = with_masks(choose_metrics(metrics, by_metric, baseline), masks)
     total = len(images) if isinstance(images, Tensor) else None
     tables, done = [], 0
     for batch in _batches(images):
