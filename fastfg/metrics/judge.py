@@ -14,7 +14,18 @@ from torch import Tensor
 
 from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
-from fastfg.perturb import Baseline, Engine, Fill, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
+from fastfg.perturb import (
+    REMOVED,
+    Baseline,
+    Engine,
+    Fill,
+    PatchGrid,
+    Readings,
+    View,
+    generator,
+    make_fill,
+    running_mean_fill,
+)
 from fastfg.targets import Target
 
 NOT_FINITE_MAP = "the attribution is not finite"
@@ -42,6 +53,8 @@ class Images:
 
     def fill(self, image: int, baseline: Baseline) -> Fill:
         """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
+        if isinstance(baseline, str) and baseline == "removed":
+            return REMOVED
         mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
         random = self.random(image, "baseline")
         return make_fill(baseline, self.images[image], 0, self.grid, random, mean, std)
