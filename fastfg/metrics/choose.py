@@ -8,9 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
+from fastfg.metrics.iou import IoU
 from fastfg.metrics.metric import Metric
 from fastfg.metrics.pixel_flipping import PixelFlipping
+from fastfg.metrics.pointing_game import PointingGame
+from fastfg.metrics.relevance_mass import RelevanceMass
+from fastfg.metrics.relevance_rank import RelevanceRank
+from fastfg.metrics.roc_auc import RocAuc
 from fastfg.metrics.saco import SaCo
+from fastfg.metrics.top_k_intersection import TopKIntersection
 from fastfg.perturb import Baseline
 
 RESERVED = ("index", "image", "key", "path", "variant", "target", "error")  # other columns of a table of scores
@@ -18,6 +24,12 @@ ALL: tuple[type[Metric], ...] = (
     SaCo,
     FaithfulnessCorrelation,
     PixelFlipping,
+    PointingGame,
+    RelevanceMass,
+    RelevanceRank,
+    TopKIntersection,
+    RocAuc,
+    IoU,
 )
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in ALL}
 DEFAULT_METRICS = ("saco", "faithfulness_correlation", "pixel_flipping")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
+from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
@@ -34,6 +35,7 @@ def evaluate(
     target: Target,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
+    masks: Tensor | None = None,
     seed: int = 0,
     keys: Sequence[str | int] | None = None,
     batch_size: int | None = None,
@@ -55,6 +57,10 @@ def evaluate(
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
+        masks: [B, H, W], bool or floating in [0, 1]: where the object is, in the geometry of the images. Required by
+            the localisation metrics (``pointing_game``, ``relevance_mass``, ``relevance_rank``,
+            ``top_k_intersection``, ``roc_auc``, ``iou``), and an error if none of them is chosen.
+            :func:`fastfg.data.read_pair` reads masks from files.
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
         batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
             not fit into memory is run again in halves.
@@ -84,7 +90,7 @@ def evaluate(
     >>> fastfg.evaluate(model, images, maps, target=0, saco={"n_bins": 2}, baseline="zero")["saco"]
     tensor([1., 1.], dtype=torch.float64)
     """
-    chosen = choose_metrics(metrics, options, baseline)
+    chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     adapter = find_adapter(model)
     if adapter is not None:
         check_target(adapter, target)
@@ -94,6 +100,8 @@ def evaluate(
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, chosen)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        if path == "auto" and not any(metric.perturbs for metric in chosen):
+            path = "pixels"  # only unperturbed images are run, which are the same on both paths
         way, way_name = choose_path(adapter, forward, grid, images, fills, path, precision)
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
         output = engine.logits(images) if len(images) else images.new_empty(0, 2)

@@ -53,6 +53,7 @@ class Metric:
     cost: ClassVar[str] = ""  # forwards per map, beside those that other metrics share
     source: ClassVar[str] = ""
     failings: ClassVar[str] = ""  # what is known to mislead
+    perturbs: ClassVar[bool] = True  # False: no plan has masks, and the model is not run on perturbed images
 
     baseline: Baseline | None = None
 

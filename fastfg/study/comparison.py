@@ -13,6 +13,7 @@ from fastfg.attribution.attribute import attribute
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
+from fastfg.metrics.localisation import with_masks
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline
 from fastfg.sae.model import SparseAutoencoder
@@ -50,6 +51,7 @@ def compare(
     keys: Iterable[str | int] | None = None,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
+    masks: Tensor | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -64,8 +66,8 @@ def compare(
             DataLoader of (image, label) gives them; labels are not used.
         gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all gates.
         target: None (the predicted class), an int, one per image, or a function of the model's output.
-        keys: the images' names, one per image. metrics, baseline: as in :func:`fastfg.evaluate`. Per-image arguments
-            (``subsets``, a tensor ``baseline``) have one entry per image over all batches.
+        keys: the images' names, one per image. metrics, baseline, masks: as in :func:`fastfg.evaluate`. Per-image
+            arguments (``masks``, ``subsets``, a tensor ``baseline``) have one entry per image over all batches.
         progress: called with (images done, total images, or None if the total is not known).
         options: more arguments of :func:`fastfg.evaluate`.
 
@@ -84,7 +86,7 @@ def compare(
 
     keys = None if keys is None else list(keys)
     by_metric = {name: options.pop(name) for name in METRICS if name in options}
-    chosen = choose_metrics(metrics, by_metric, baseline)
+    chosen = with_masks(choose_metrics(metrics, by_metric, baseline), masks)
     total = len(images) if isinstance(images, Tensor) else None
     tables, done = [], 0
     for batch in _batches(images):
