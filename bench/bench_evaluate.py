@@ -15,7 +15,7 @@ import torch
 import fastfg
 from bench.photographs import photographs
 from bench.suite import DTYPES, Case, Provider, Suite, Work
-from fastfg.metrics.faithfulness_correlation import default_subset_size, draw_subsets
+from fastfg.metrics.subsets import default_subset_size, draw_subsets
 from fastfg.models.timm import import_timm
 from fastfg.perturb import generator
 

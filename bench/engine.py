@@ -2,6 +2,7 @@
 
     python -m bench.engine [--model vit_base_patch16_224] [--images 1] [--gates 1 3 10] [--results DIR]
     python -m bench.engine --loop              compare the scores with a loop over single perturbed images
+    python -m bench.engine --srg 3             the three default metrics with SRG beside them, relative to the three
     python -m bench.engine --quantus 9         compare with Quantus: one map, and nine gates
     python -m bench.engine --memory 200        resident memory over that many images, three variants each
 
@@ -16,6 +17,7 @@ import json
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -59,8 +61,8 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
         tokens, fill = Tokens(adapter), images.mean().reshape(1, 1, 1)
         once = flops(tokens.prepare, images[:1], [fill])
         prepared = tokens.prepare(images[:1], [fill])
-        inputs = tokens.buffers(prepared, BATCH_ON_CPU)
-        tokens.place(prepared, 0, torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device), inputs)
+        masks = torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device)
+        inputs = tokens.inputs(prepared, torch.zeros(BATCH_ON_CPU, dtype=torch.long, device=images.device), masks)
         one = flops(model, images[:1])
         return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one, one
 
@@ -173,6 +175,26 @@ def loop_difference(model: nn.Module, images: Tensor) -> dict[str, Any]:
     return {name: float(((scores[name] - loop[name]) / loop[name]).abs().max()) for name in loop}
 
 
+def srg_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any]:
+    """The three default metrics with and without SRG in steps of 4, run in turn."""
+    maps = fastfg.attribute(model, images, target=TARGET).maps
+    common = {"target": TARGET, "keys": range(len(images)), "path": "tokens"}  # without the check of the path
+    three = partial(fastfg.evaluate, model, images, maps, metrics=METRICS["all"], **common)
+    four = partial(
+        fastfg.evaluate, model, images, maps, metrics=[*METRICS["all"], "srg"], srg={"patches_per_step": 4}, **common
+    )
+    run = [evaluated().forwards["run"] for evaluated in (three, four)]  # warm
+    seconds = [[seconds_of(three, images), seconds_of(four, images)] for _ in range(rounds)]
+    ratios = [with_srg / without for without, with_srg in seconds]
+    return {
+        "forwards": run,
+        "forwards_ratio": run[1] / run[0],
+        "seconds_an_image": statistics.median(b for _, b in seconds) / len(images),
+        "time_ratio": statistics.median(ratios),
+        "time_ratios": ratios,
+    }
+
+
 def seconds_of(run: Any, like: Tensor) -> float:
     start = now(like)
     run()
@@ -202,6 +224,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--loop", action="store_true", help="compare the scores with a loop over single images")
     parser.add_argument("--quantus", type=int, metavar="GATES", help="compare with Quantus, with this number of gates")
+    parser.add_argument("--srg", type=int, metavar="ROUNDS", help="the cost of SRG beside the default metrics")
     parser.add_argument("--memory", type=int, metavar="IMAGES")
     parser.add_argument("--results", type=Path, metavar="DIR", help="append lines to DIR/<device>/engine.jsonl")
     arguments = parser.parse_args()
@@ -224,6 +247,9 @@ def main() -> None:
     with torch.no_grad():
         if arguments.loop:
             tell("loop", loop_difference(model, images))
+            return
+        if arguments.srg:
+            tell("srg", srg_cost(model, images, arguments.srg))
             return
         if arguments.quantus:
             tell("quantus", quantus_cost(model, images, arguments.quantus))

@@ -13,6 +13,7 @@ _WHERE = {
     "Gate": "fastfg.types",
     "Scores": "fastfg.types",
     "SparseAutoencoder": "fastfg.sae.model",
+    "Target": "fastfg.targets",
     "attribute": "fastfg.attribution.attribute",
     "compare": "fastfg.study.comparison",
     "evaluate": "fastfg.metrics.evaluate",
@@ -28,6 +29,7 @@ __all__ = [
     "Gate",
     "Scores",
     "SparseAutoencoder",
+    "Target",
     "__version__",
     "attribute",
     "compare",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from fastfg.sae.model import SparseAutoencoder
     from fastfg.sae.train import train_sae
     from fastfg.study.comparison import compare
+    from fastfg.targets import Target
     from fastfg.types import Attribution, Gate, Scores
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastfg.models.adapter import Adapter
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.targets import Target, logits_of
 from fastfg.types import Gate
 
 
@@ -31,14 +32,17 @@ def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) ->
         raise ValueError(f"images: expected finite pixels, got NaN or infinity in image(s) {bad[:8]}")
 
 
-def check_target(adapter: Adapter, target: Any) -> None:
-    """Require a target function for a model without classes; other models take a class or a function."""
-    if not adapter.has_logits and not callable(target):
-        name, got = type(adapter.model).__name__, "None" if target is None else type(target).__name__
+def check_target(adapter: Adapter | None, target: Target) -> Target:
+    """``target``, which finds the logits in the model's output. A model without classes needs a target without."""
+    if adapter is None:
+        return target.bound(logits_of)
+    if not adapter.has_logits and target.needs_logits and target.output is None:
         raise ValueError(
-            f"target: expected a function of the model's output, as {name} returns an embedding and no class logits, "
-            f"got {got} (or give the model a class head, or wrap it in fastfg.models.ZeroShot)"
+            f"target: expected fastfg.Target.similarity or a function of the model's output, as "
+            f"{type(adapter.model).__name__} returns an embedding and no class logits, got {target!r} (or give the "
+            "model a class head, or wrap it in fastfg.models.ZeroShot)"
         )
+    return target.bound(adapter.logits)
 
 
 def check_layers(name: str, layers: Sequence[int], n_blocks: int) -> None:

@@ -1,101 +1,383 @@
-"""Targets: the class whose logit is explained, or a function that maps the model's output to one value per image."""
+"""Targets: which value of the model's output is explained and read, per image."""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-TargetFunction = Callable[[Tensor], Tensor]  # the model's output -> one value per image [B], differentiable
-Target = int | Sequence[int] | Tensor | TargetFunction | None
+TargetFunction = Callable[[Any], Tensor]  # the model's output -> one value per image [B], differentiable
+Select = Callable[[Any], Tensor]  # the model's output -> its logits or its embedding [B, n]
+LINKS = ("softmax", "sigmoid")
 
 log = logging.getLogger("fastfg")
 _logged_one_logit = False
 
 
-def n_classes(logits: Tensor) -> int:
-    """The number of classes of ``logits`` [B, n]: ``n``, or 2 for a single logit, which is read as a sigmoid."""
-    return 2 if logits.shape[1] == 1 else logits.shape[1]
+class Target:
+    """The logit of a class, the difference of two logits, or (:meth:`similarity`) the similarity to an embedding.
 
+    ``attribute`` differentiates the logit or the similarity. ``evaluate`` reads it too, and reads the probability
+    where there is one.
 
-def resolve_target(target: int | Sequence[int] | Tensor | None, logits: Tensor) -> Tensor:
-    """The target classes as int64 [B], on the device of ``logits`` [B, n]; None stands for the predicted class.
+    Args:
+        classes: the class, or one per image [B]; None is the predicted class, the largest logit.
+        minus: a second class, or one per image. The difference of the two logits is explained.
+        link: what the probability of a class is. ``softmax`` is over all classes, and needs at least two logits.
+            ``sigmoid`` is of the class's own logit, for multi-label heads. None: there is no probability, the logit
+            itself is read. ``auto`` is ``softmax``, except that a single logit ``z`` is read as a sigmoid: class 1
+            has the logit ``z``, class 0 has ``-z``. With ``minus``, ``auto`` is None, and ``softmax`` is over the
+            two classes alone.
+        output: where the logits [B, n] are in the model's output, as a function. None: the output itself, its field
+            or key ``logits``, or what the model's adapter says.
 
-    A single logit ``z`` has two classes: 1, whose probability is ``sigmoid(z)``, and 0, with ``1 - sigmoid(z)``.
+    Raises ValueError or TypeError that names the argument.
+
+    >>> import torch, timm, fastfg
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
+    >>> fastfg.attribute(model, torch.randn(2, 3, 32, 32), target=fastfg.Target(3, minus=1)).maps.shape
+    torch.Size([2, 2, 2])
     """
-    B, n = len(logits), n_classes(logits)
-    if n == 0:
-        raise ValueError(f"model: expected logits of at least one class, got {list(logits.shape)}")
-    if logits.shape[1] == 1:
-        _log_one_logit()
-    if target is None:
-        return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-    resolved = _integers(target, B, logits.device)
-    wrong = resolved[(resolved < 0) | (resolved >= n)]
-    if wrong.numel():
-        raise ValueError(f"target: expected classes from 0 to {n - 1}, got {wrong.tolist()[:8]}")
-    return resolved
+
+    def __init__(
+        self,
+        classes: int | Sequence[int] | Tensor | None = None,
+        *,
+        minus: int | Sequence[int] | Tensor | None = None,
+        link: str | None = "auto",
+        output: Select | None = None,
+    ) -> None:
+        if link not in (None, "auto", *LINKS):
+            raise ValueError(f"link: expected 'auto', 'softmax', 'sigmoid' or None, got {link!r}")
+        if minus is not None and link == "sigmoid":
+            raise ValueError("link: expected 'auto', 'softmax' or None for a difference of two classes, got 'sigmoid'")
+        if minus is not None and classes is None:
+            raise ValueError("minus: expected None without a class to subtract from, got one")
+        if output is not None and not callable(output):
+            raise TypeError(f"output: expected a function of the model's output or None, got {type(output).__name__}")
+        self.classes = None if classes is None else _integers("target", classes)
+        self.minus = None if minus is None else _integers("minus", minus)
+        self.link, self.output = link, output
+
+    @staticmethod
+    def similarity(embedding: Tensor, scale: float = 1.0, output: Select | None = None) -> Target:
+        """The cosine similarity of the model's embedding and ``embedding``, times ``scale``.
+
+        Args:
+            embedding: [D], or [B, D] with one per image, as of a text or of another image.
+            output: where the embedding [B, D] is in the model's output, as for :class:`Target`.
+        """
+        return Similarity(embedding, scale, output)
+
+    def __repr__(self) -> str:
+        minus = "" if self.minus is None else f", minus={self.minus.tolist()}"
+        return f"Target({None if self.classes is None else self.classes.tolist()}{minus}, link={self.link!r})"
+
+    # One entry per image ---------------------------------------------------------------------------------------
+
+    def per_image(self) -> dict[str, Tensor]:
+        """{name: tensor} of the parts that have one entry per image."""
+        parts = {"target": self.classes, "minus": self.minus}
+        return {name: part for name, part in parts.items() if part is not None and part.ndim > 0}
+
+    def __getitem__(self, rows: Any) -> Target:
+        """This target for ``rows`` of the images: an index, a slice or a mask."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return part[rows] if part is not None and part.ndim > 0 else part
+
+        return self._with(classes=cut(self.classes), minus=cut(self.minus))
+
+    def for_one_image(self) -> Target:
+        """A target of the same kind for one image, whatever it is: to try a model with."""
+        return Target(link=self.link, output=self.output) if self.per_image() else self
+
+    def _with(self, **parts: Any) -> Any:
+        other = copy.copy(self)
+        other.__dict__.update(parts)
+        return other
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    needs_logits = True
+
+    def bound(self, output: Select) -> Target:
+        """This target, which finds the logits by ``output`` if it has no function of its own."""
+        return self._with(output=output) if self.output is None else self
+
+    def source(self, output: Any, n: int) -> Tensor:
+        """The logits [n, classes] in the model's output for ``n`` images."""
+        return _matrix((self.output or logits_of)(output), output, n, "logits")
+
+    def of(self, logits: Tensor) -> Target:
+        """This target for the images of ``logits`` [B, classes]: the classes are chosen, checked and one per image."""
+        B, one = logits.shape[0], logits.shape[1] == 1
+        n = 2 if one else logits.shape[1]
+        if n == 0:
+            raise ValueError(f"model: expected logits of at least one class, got {list(logits.shape)}")
+        if one and self.link == "softmax":
+            raise ValueError("link: expected 'auto', 'sigmoid' or None for a model with one logit, got 'softmax'")
+        if one and self.minus is not None:
+            raise ValueError("minus: expected None for a model with one logit, got a class")
+        if one and self.link == "auto":
+            _log_one_logit()
+        if self.classes is None:
+            classes = logits.argmax(1) if not one else (logits[:, 0] > 0).long()
+        else:
+            classes = _in_range("target", self.classes, B, n).to(logits.device)
+        minus = None if self.minus is None else _in_range("minus", self.minus, B, n).to(logits.device)
+        if minus is not None and bool((minus == classes).any()):
+            raise ValueError("minus: expected another class than the target's, got the same")
+        link = self.link if self.link != "auto" else None if minus is not None else "sigmoid" if one else "softmax"
+        return self._with(classes=classes, minus=minus, link=link)
+
+    def value(self, output: Any, n: int) -> Tensor:
+        """What is explained, per image [n]: the logit, or the difference of two. For a target from :meth:`of`."""
+        return self._logit(self.source(output, n))
+
+    def read(self, output: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Per image, each float64 [n]: the value, the probability (the value if there is none), the largest one."""
+        return self.read_kept(self.keep(output, n))
+
+    def keep(self, output: Any, n: int) -> Tensor:
+        """What :meth:`read_kept` needs of the output, [n, width]."""
+        return self.source(output, n)
+
+    def read_kept(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`read` of what :meth:`keep` has kept."""
+        logits = kept.double()
+        logit = self._logit(logits)
+        if self.minus is not None:
+            return logit, logit.sigmoid() if self.link == "softmax" else logit, torch.full_like(logit, torch.nan)
+        if self.link is None:
+            return logit, logit, torch.full_like(logit, torch.nan)
+        prob = probabilities(logits) if self.link == "softmax" else _both_sides(logits).sigmoid()
+        assert self.classes is not None  # of
+        return logit, prob.gather(1, self.classes.to(prob.device)[:, None])[:, 0], prob.amax(-1)
+
+    @property
+    def has_largest(self) -> bool:
+        """Whether :meth:`read` gives the largest probability of any class."""
+        return self.minus is None and self.link is not None
+
+    def _logit(self, logits: Tensor) -> Tensor:
+        assert self.classes is not None  # of
+        both = _both_sides(logits)
+        value = both.gather(1, self.classes.to(both.device)[:, None])[:, 0]
+        return value if self.minus is None else value - both.gather(1, self.minus.to(both.device)[:, None])[:, 0]
 
 
-def target_logit(logits: Tensor, target: Tensor) -> Tensor:
-    """The logit of the target class per image [B]. For a single logit ``z``: ``z`` (class 1) or ``-z`` (class 0)."""
-    if logits.shape[1] == 1:
-        return torch.where(target == 1, logits[:, 0], -logits[:, 0])
-    return logits.gather(1, target[:, None])[:, 0]
+class Similarity(Target):
+    """See :meth:`Target.similarity`."""
+
+    needs_logits = False
+    has_largest = False
+
+    def __init__(self, embedding: Tensor, scale: float = 1.0, output: Select | None = None) -> None:
+        super().__init__(link=None, output=output)
+        fits = isinstance(embedding, Tensor) and embedding.is_floating_point() and embedding.ndim in (1, 2)
+        if not fits or not embedding.shape[-1]:
+            got = f"{embedding.dtype} {list(embedding.shape)}" if isinstance(embedding, Tensor) else type(embedding)
+            raise ValueError(f"embedding: expected a floating tensor [D] or [B, D], got {got}")
+        if not bool(embedding.isfinite().all()) or bool((embedding == 0).all(-1).any()):
+            raise ValueError("embedding: expected finite vectors that are not zero, got one that is")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise ValueError(f"scale: expected a number > 0, got {scale!r}")
+        self.embedding, self.scale = embedding.detach(), float(scale)
+
+    def __repr__(self) -> str:
+        return f"Target.similarity({list(self.embedding.shape)}, scale={self.scale:g})"
+
+    def per_image(self) -> dict[str, Tensor]:
+        return {"embedding": self.embedding} if self.embedding.ndim == 2 else {}
+
+    def __getitem__(self, rows: Any) -> Target:
+        return self._with(embedding=self.embedding[rows]) if self.embedding.ndim == 2 else self
+
+    def for_one_image(self) -> Target:
+        return (
+            self._with(embedding=self.embedding.new_ones(1, self.embedding.shape[1]))
+            if self.embedding.ndim == 2
+            else self
+        )
+
+    def source(self, output: Any, n: int) -> Tensor:
+        found = _matrix((self.output or logits_of)(output), output, n, "embeddings")
+        if found.shape[1] != self.embedding.shape[-1]:
+            raise ValueError(
+                f"embedding: expected width {found.shape[1]}, as the model's embedding, got {self.embedding.shape[-1]}"
+            )
+        return found
+
+    def of(self, logits: Tensor) -> Target:
+        if self.embedding.ndim == 2 and len(self.embedding) != len(logits):
+            raise ValueError(f"embedding: expected one per image ({len(logits)}), got {list(self.embedding.shape)}")
+        return self
+
+    def value(self, output: Any, n: int) -> Tensor:
+        return self._cosine(self.source(output, n))
+
+    def read_kept(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = self._cosine(kept.double())
+        return value, value, torch.full_like(value, torch.nan)
+
+    def _cosine(self, found: Tensor) -> Tensor:
+        given = F.normalize(self.embedding.to(found), dim=-1)
+        return self.scale * (F.normalize(found, dim=-1) * given).sum(-1)
+
+
+class Function(Target):
+    """A target function of the user's own: the model's output -> one value per image."""
+
+    needs_logits = False
+    has_largest = False
+
+    def __init__(self, function: TargetFunction) -> None:
+        super().__init__(link=None)
+        self.function = function
+
+    def __repr__(self) -> str:
+        return f"Target function {getattr(self.function, '__name__', type(self.function).__name__)}"
+
+    def bound(self, output: Select) -> Target:
+        return self  # it gets the model's own output
+
+    def source(self, output: Any, n: int) -> Tensor:
+        """The output itself where it is a matrix, else the values [n, 1]."""
+        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
+            return output
+        return self.value(output, n)[:, None]
+
+    def of(self, logits: Tensor) -> Target:
+        return self
+
+    def value(self, output: Any, n: int) -> Tensor:
+        """``function(output)``, checked to be one value per image: floating [n]. The function may write into it."""
+        value = self.function(map_tensors(output, torch.clone))
+        if not isinstance(value, Tensor) or list(value.shape) != [n] or not value.is_floating_point():
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"target: expected a function that returns one value per image, [{n}], got {got}")
+        return value
+
+    def keep(self, output: Any, n: int) -> Tensor:
+        return self.value(output, n)[:, None]
+
+    def read_kept(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = kept[:, 0].double()
+        return value, value, torch.full_like(value, torch.nan)
+
+    def check_row_by_row(self, output: Any, n: int) -> None:
+        """Raise ValueError where the function does more than look at each of the ``n`` rows of ``output`` alone.
+
+        Evaluation calls it with rows of many images in any number and order, so it can't hold one value per image.
+        """
+        value = self.value(output, n)
+        order = [*range(n - 1, -1, -1), 0]
+        other = map_tensors(output, lambda t: t[order] if t.ndim and len(t) == n else t)
+        try:
+            again = self.value(other, len(order))
+        except Exception as error:  # whatever the user's function raises for another number of rows
+            raise ValueError(f"target: expected a function that takes any number of rows, got {error}") from error
+        if not torch.allclose(again, value[order], rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                "target: expected a function of each row of the output alone, got one whose value for an image "
+                "depends on the other rows or on their order"
+            )
+
+
+TargetLike = int | Sequence[int] | Tensor | TargetFunction | Target | None
+
+
+def as_target(given: TargetLike) -> Target:
+    """``given`` as a :class:`Target`: a class, one per image, None for the predicted one, or a function."""
+    if isinstance(given, Target):
+        return given
+    return Function(given) if callable(given) else Target(given)
+
+
+def as_given(given: TargetLike, resolved: Target) -> Any:
+    """What a result names as its target: classes [B] for classes, else the ``given`` function or the target."""
+    if isinstance(given, Target):
+        return resolved
+    return given if callable(given) else resolved.classes
 
 
 def probabilities(logits: Tensor) -> Tensor:
     """Class probabilities [B, classes]: the softmax, or ``(1 - sigmoid(z), sigmoid(z))`` for a single logit ``z``."""
-    if logits.shape[1] == 1:
-        return torch.cat([-logits, logits], dim=1).sigmoid()
-    return logits.softmax(-1)
+    return _both_sides(logits).sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
 
 
-def check_row_by_row(function: TargetFunction, output: Tensor) -> None:
-    """Raise ValueError where ``function`` does more than look at each row of ``output`` [B, n] alone.
+def logits_of(output: Any) -> Any:
+    """The logits in a model's output: the output itself, or its field or key ``logits``."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
-    Evaluation calls it with rows of many images in any number and order, so it can't hold one value per image.
-    """
-    value = target_value(function, output, len(output))
-    other = torch.cat([output.flip(0), output[:1]])
+
+def map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``output`` with ``change`` applied to each tensor in it, inside of tuples, lists, mappings and data classes."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, Mapping):
+        made = {name: map_tensors(part, change) for name, part in output.items()}
+        return made if type(output) is dict else type(output)(**made)
+    if isinstance(output, (tuple, list)):
+        parts = [map_tensors(part, change) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if hasattr(output, "__dict__") and not callable(output):
+        other = copy.copy(output)
+        for name, part in vars(output).items():
+            if isinstance(part, (Tensor, Mapping, tuple, list)):
+                object.__setattr__(other, name, map_tensors(part, change))
+        return other
+    return output
+
+
+def _matrix(found: Any, output: Any, n: int, what: str) -> Tensor:
+    """``found``, checked to be floating [n, width]."""
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != n or not found.is_floating_point():
+        seen = output if found is None else found
+        got = f"{seen.dtype} {list(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
+        hint = "" if isinstance(output, Tensor) else f" (fastfg.Target(..., output=...) says where the {what} are)"
+        raise ValueError(f"model: expected floating {what} [{n}, n] from model(images), got {got}{hint}")
+    return found
+
+
+def _both_sides(logits: Tensor) -> Tensor:
+    """The logits of all classes: ``(-z, z)`` for a single logit ``z``."""
+    return torch.cat([-logits, logits], dim=1) if logits.shape[1] == 1 else logits
+
+
+def _in_range(name: str, classes: Tensor, B: int, n: int) -> Tensor:
+    """``classes`` as one per image [B], each from 0 to n - 1."""
+    if classes.ndim and list(classes.shape) != [B]:
+        raise ValueError(f"{name}: expected one class, or one per image ({B}), got {list(classes.shape)}")
+    each = classes.expand(B).clone()
+    wrong = each[(each < 0) | (each >= n)]
+    if wrong.numel():
+        raise ValueError(f"{name}: expected classes from 0 to {n - 1}, got {wrong.tolist()[:8]}")
+    return each
+
+
+def _integers(name: str, given: Any) -> Tensor:
+    """``given`` as int64, [] or [B]."""
+    expected = f"{name}: expected an int, a sequence of ints or a LongTensor, one class per image, got"
+    if isinstance(given, bool) or (isinstance(given, Tensor) and (given.is_floating_point() or given.ndim > 1)):
+        raise TypeError(f"{expected} {given!r}")
     try:
-        again = target_value(function, other, len(other))
-    except Exception as error:  # whatever the user's function raises for another number of rows
-        raise ValueError(f"target: expected a function that takes any number of rows, got {error}") from error
-    if not torch.allclose(again, torch.cat([value.flip(0), value[:1]]), rtol=1e-4, atol=1e-6, equal_nan=True):
-        raise ValueError(
-            "target: expected a function of each row of the output alone, got one whose value for an image depends on "
-            "the other rows or on their order"
-        )
-
-
-def target_value(function: TargetFunction, output: Any, n_images: int) -> Tensor:
-    """``function(output)``, checked to be one value per image: floating [B]."""
-    value = function(output)
-    if not isinstance(value, Tensor) or list(value.shape) != [n_images] or not value.is_floating_point():
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"target: expected a function that returns one value per image, [{n_images}], got {got}")
-    return value
-
-
-def _integers(target: Any, B: int, device: torch.device) -> Tensor:
-    expected = f"target: expected None, an int, a sequence of ints, a LongTensor [{B}] or a function, got"
-    if isinstance(target, bool) or (isinstance(target, Tensor) and (target.is_floating_point() or target.ndim > 1)):
-        raise TypeError(f"{expected} {target!r}")
-    try:
-        resolved = torch.as_tensor(target, device=device)
+        classes = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{expected} {target!r}") from None
-    if resolved.dtype == torch.bool or (resolved.is_floating_point() and resolved.numel()):
-        raise TypeError(f"target: expected integers, got {resolved.dtype}")
-    if resolved.ndim == 0:
-        resolved = resolved.repeat(B)
-    if list(resolved.shape) != [B]:
-        raise ValueError(f"target: expected one class, or one per image ({B}), got {list(resolved.shape)}")
-    return resolved.long()
+        raise TypeError(f"{expected} {given!r}") from None
+    if classes.dtype == torch.bool or (classes.is_floating_point() and classes.numel()):
+        raise TypeError(f"{name}: expected integers, got {classes.dtype}")
+    if classes.ndim > 1:
+        raise ValueError(f"{name}: expected one class, or one per image, got {list(classes.shape)}")
+    return classes.long()
 
 
 def _log_one_logit() -> None:

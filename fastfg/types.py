@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -12,8 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-METHODS = ("rollout", "last_attention", "gradient_x_input")
-SCORE_KINDS = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual")
+METHODS = (
+    "random",
+    "centre",
+    "edges",
+    "rollout",
+    "last_attention",
+    "gradient_x_input",
+    "integrated_gradients",
+    "grad_cam",
+)
+Explainer = Callable[[Tensor, Any], Any]  # (images, target) -> maps [B, gh, gw]
+Methods = Iterable[str] | Mapping[str, str | Tensor | Explainer]  # names of METHODS, or {name: one of these}
+SCORE_KINDS = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual", "sae_error")
 
 
 @dataclass(frozen=True)
@@ -26,9 +37,15 @@ class Gate:
         kappa: sharpness, > 0: ``w = exp(log(c_max) * tanh(kappa * z))``.
         c_max: strength, > 1: gates lie in [1/c_max, c_max].
         score: ``combined`` (the method: each feature times its gradient), ``activation``, ``gradient`` (absolute),
-            ``gradient_signed``, or ``gradient_x_residual`` (``g . x``, the control without an SAE).
+            ``gradient_signed``, ``gradient_x_residual`` (``g . x``, the control without an SAE), or ``sae_error``
+            (``g . (x - x_hat)``, what the SAE leaves out of ``x``).
         shuffle_seed: pairs the codes with a decoder whose rows are permuted with this seed (``combined`` only).
-        rescale: multiplies the scores of a normalised SAE by each token's own scale.
+        rescale: multiplies the scores of a normalised SAE by each token's own scale. ``x_hat`` has it already.
+        permute_seed: a control for every score: the finished gates are handed to other patches, ``w[perm]`` with
+            ``perm = torch.randperm(P)`` drawn on the CPU with this seed. Every image, block and device has the same
+            permutation.
+        blurred: a control: the map is the vanilla map under a Gaussian blur that changes it as much as this gate does
+            (:func:`fastfg.attribution.blurred.blurred`).
 
     Raises ValueError or TypeError that names the argument.
 
@@ -43,6 +60,8 @@ class Gate:
     score: str = "combined"
     shuffle_seed: int | None = None
     rescale: bool = False
+    permute_seed: int | None = None
+    blurred: bool = False
 
     def __post_init__(self) -> None:
         layers = integers("layers", self.layers)
@@ -59,21 +78,37 @@ class Gate:
             raise ValueError(f"c_max: expected a number > 1, got {self.c_max}")
         if self.score not in SCORE_KINDS:
             raise ValueError(f"score: expected one of {SCORE_KINDS}, got {self.score!r}")
-        if self.shuffle_seed is not None:
-            (seed,) = integers("shuffle_seed", [self.shuffle_seed])
-            if not -(2**63) <= seed < 2**64:
-                raise ValueError(f"shuffle_seed: expected -2**63 to 2**64 - 1, got {seed}")
+        for name in ("shuffle_seed", "permute_seed"):
+            if getattr(self, name) is not None:
+                (seed,) = integers(name, [getattr(self, name)])
+                if not -(2**63) <= seed < 2**64:
+                    raise ValueError(f"{name}: expected -2**63 to 2**64 - 1, got {seed}")
         if self.shuffle_seed is not None and self.score != "combined":
             raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
-        if self.rescale not in (True, False):
-            raise TypeError(f"rescale: expected True or False, got {self.rescale!r}")
-        if self.rescale and not self.needs_sae:
-            raise ValueError(f"rescale: expected False with score={self.score!r}, which has no SAE, got True")
+        for name in ("rescale", "blurred"):
+            if getattr(self, name) not in (True, False):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.rescale and self.score in ("gradient_x_residual", "sae_error"):
+            why = "has no SAE" if not self.needs_sae else "is at the residual stream's own scale"
+            raise ValueError(f"rescale: expected False with score={self.score!r}, which {why}, got True")
 
     @property
     def needs_sae(self) -> bool:
         """Whether this gate's score needs an SAE."""
         return self.score != "gradient_x_residual"
+
+    def shuffled(self, seeds: Iterable[int], name: str = "shuffled") -> dict[str, Gate]:
+        """This gate with one shuffled decoder per seed: {"shuffled 0": Gate, ...}, for ``compare(gates=...)``.
+
+        >>> import fastfg
+        >>> list(fastfg.Gate((2, 3)).shuffled(range(3)))
+        ['shuffled 0', 'shuffled 1', 'shuffled 2']
+        """
+        return {f"{name} {seed}": replace(self, shuffle_seed=seed) for seed in integers("seeds", seeds)}
+
+    def permuted(self, seeds: Iterable[int], name: str = "permuted") -> dict[str, Gate]:
+        """This gate with its values on permuted patches, one permutation per seed: {"permuted 0": Gate, ...}."""
+        return {f"{name} {seed}": replace(self, permute_seed=seed) for seed in integers("seeds", seeds)}
 
 
 def integers(name: str, value: Any) -> tuple[int, ...]:
@@ -110,7 +145,7 @@ class Attribution:
             configuration does not gate the block.
         gates: {block: [B, P]}, the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
         features: {block: Features}, empty unless ``features=n`` was given.
-        methods: {name: [B, gh, gw]}, the other explanations named in ``methods=``, from the same pass.
+        methods: {name: [B, gh, gw]}, the other explanations of ``methods=``, in the dtype of ``maps``.
     """
 
     maps: Tensor
@@ -161,7 +196,7 @@ class Scores(Mapping[str, Tensor]):
         image_keys: the images' keys, which random draws depend on.
         forwards: {"asked": the forwards if no metric and no map shared any, "run": the forwards that were run,
             "saved": the difference}, counted in images. The forwards that compare tokens with pixels are not
-            included.
+            included. With ``explain``, "attributions" counts the images that it explained.
         path: how the model was run: ``tokens``, or ``pixels`` with the reason.
     """
 

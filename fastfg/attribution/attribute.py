@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfg.attribution.blurred import blurred
 from fastfg.attribution.capture import Capture, named_errors
+from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods, explain
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.checks import check_gates, check_images, check_saes, check_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.hold import hold
+from fastfg.perturb.masks import PatchGrid
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Target, TargetFunction, resolve_target, target_logit, target_value
-from fastfg.types import METHODS, Attribution, Features, Gate
+from fastfg.targets import TargetLike, as_given, as_target, map_tensors
+from fastfg.types import Attribution, Features, Gate, Methods
 
 
 def attribute(
@@ -30,11 +33,14 @@ def attribute(
     *,
     saes: Mapping[int, SparseAutoencoder] | None = None,
     gate: Gate | Sequence[Gate | None] | None = None,
-    target: Target = None,
+    target: TargetLike = None,
     identity: str = "transmm",
     backend: str = "auto",
     features: int = 0,
-    methods: Sequence[str] = (),
+    methods: Methods = (),
+    seed: int = 0,
+    keys: Sequence[str | int] | None = None,
+    **options: Mapping[str, Any] | None,
 ) -> Attribution:
     """Explain ``images`` by Feature-Gradient Attribution (Šula), or by TransMM (Chefer et al.) without a gate.
 
@@ -45,14 +51,28 @@ def attribute(
         gate: a :class:`Gate`, None for vanilla TransMM, or a list of both. A list also takes one forward and one
             backward pass.
         target: the class to explain: None (the predicted one), an int, or one per image. A single logit ``z`` is read
-            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a differentiable function that maps the
-            model's output to one value per image [B].
+            as a sigmoid: class 1 explains ``z``, class 0 explains ``-z``. Or a :class:`fastfg.Target`, for a
+            difference of two classes or a similarity. Or a differentiable function that maps the model's own output
+            to one value per image [B], as in ``lambda outputs: outputs.logits[:, 3]``.
         identity: ``transmm`` (default) has no identity inside ``E``; ``paper`` follows eq. 1 literally.
         backend: ``auto``, or the backend that must serve every op (see ``fastfg info``).
         features: how many of the strongest feature contributions to return per patch and gated block.
-        methods: other explanations to return with the maps: ``rollout`` (attention rollout), ``last_attention``
-            (the raw attention of the last block, or of the pooling head, averaged over heads) and
-            ``gradient_x_input`` (summed over each patch; the backward pass then goes down to the pixels).
+        methods: other explanations to return with the maps, names of ``fastfg.types.METHODS``, or {name: method}. A
+            method is one of those names, a tensor [B, gh, gw], or a callable ``(images, target) -> maps`` for maps
+            from elsewhere; ``target`` is the explained class per image [B], or the target that was given.
+
+            - Without the model: ``random`` (uniform), ``centre`` (a Gaussian in the middle of the grid with a standard
+              deviation of ``width``, 0.25, of its sides), ``edges`` (the mean magnitude of the luminance's Sobel
+              gradient).
+            - From the pass: ``rollout`` (attention rollout), ``last_attention`` (the raw attention of the last block,
+              or of the pooling head, averaged over heads), ``grad_cam`` (on the tokens of the last block whose patches
+              the target depends on, or of ``layer``), and ``gradient_x_input`` (summed over each patch; the backward
+              pass then goes down to the pixels).
+            - With passes of its own: ``integrated_gradients`` (``steps``, 50; from ``baseline``, ``"zero"``; summed
+              over each patch).
+        seed, keys: what ``random`` depends on: the seed and the image's key (None: a hash of its pixels), and the
+            method's name.
+        options: {method: its arguments}, as in ``integrated_gradients={"steps": 100}``.
 
     Returns an :class:`Attribution`. Raises ValueError or TypeError that names the argument, and RuntimeError where
     the model does not run each block once, in order, with one attention over all tokens.
@@ -63,65 +83,74 @@ def attribute(
     torch.Size([2, 2, 2])
     """
     adapter = adapt(model)
-    check_target(adapter, target)
-    methods = tuple(methods)  # it may be a generator
+    explained = check_target(adapter, as_target(target))
+    chosen = choose_methods(methods, options)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
-    _check(adapter, images, saes, configs, identity, features, methods)
+    _check(adapter, images, saes, configs, identity, features)
     single = not isinstance(gate, Sequence)
     if len(images) == 0:
-        options = {"saes": saes, "identity": identity, "backend": backend, "features": features, "methods": methods}
-        return _of_no_images(adapter, images, target, single, gate=gate, **options)
-    grid = adapter.patches(images)
-    n_tokens = adapter.num_prefix_tokens + grid[0] * grid[1]
-    relevancy = RelevancyPass(adapter, n_tokens, configs, saes or {}, identity, backend, features)
-    others = OtherMethods(adapter, n_tokens, methods)
-    callbacks = (relevancy.on_residual, [relevancy.on_attention, others.on_attention])
+        same = {"saes": saes, "identity": identity, "backend": backend, "features": features, "gate": gate}
+        return _of_no_images(adapter, images, target, single, chosen, **same)
+    grid = PatchGrid.of((images.shape[-2], images.shape[-1]), adapter.patches(images), adapter.patch_size)
+    n_tokens = adapter.num_prefix_tokens + grid.n_patches
+    relevancy = RelevancyPass(adapter, n_tokens, _with_vanilla(configs), saes or {}, identity, backend, features)
+    others = OtherMethods(adapter, n_tokens, chosen.built_in, chosen.options.get("grad_cam", {}).get("layer"))
+    layers = {*relevancy.layers, *others.layers}
+
+    def on_residual(block: int, x: Tensor, g: Tensor) -> None:
+        relevancy.on_residual(block, x, g)
+        others.on_residual(block, x, g)
 
     with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
-        root = images.detach().clone().requires_grad_() if "gradient_x_input" in methods else None
-        capture = Capture(adapter, (len(images), n_tokens), relevancy.layers, *callbacks, root)
+        root = images.detach().clone().requires_grad_() if "gradient_x_input" in chosen.built_in else None
+        on_attention = [relevancy.on_attention, others.on_attention]
+        capture = Capture(adapter, (len(images), n_tokens), layers, on_residual, on_attention, root)
         with named_errors(capture.name), capture:
             output = adapter.forward((images.detach() if root is None else root).clone())  # it may write into them
-        chosen, y = _explained(output, target, len(images))
+        if not callable(target):
+            explained = explained.of(explained.source(output, len(images)).detach())
+        y = explained.value(output, len(images))
         with named_errors(capture.name):
             gradient = capture.backward(y.sum())
 
-    found = others.maps(grid)
-    if "gradient_x_input" in methods:
-        found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid, adapter.patch_size)
-    logits = output.detach() if isinstance(output, Tensor) else output
-    return _result(relevancy, grid, chosen, logits, found, single)
+    found = others.maps((grid.gh, grid.gw))
+    if root is not None:
+        found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid)
+    named = as_given(target, explained)
+    found = explain(chosen, found, Explained(adapter, images, grid, explained, named, seed, keys))
+    seen = output if callable(target) else explained.source(output, len(images))
+    return _result(relevancy, configs, grid, named, map_tensors(seen, Tensor.detach), found, single)
 
 
-def _explained(output: Any, target: Target, n_images: int) -> tuple[Tensor | TargetFunction, Tensor]:
-    """The explained classes [B], or the given target function; and the value to differentiate per image [B]."""
-    if callable(target):
-        given = output.clone() if isinstance(output, Tensor) else output  # the function may write into it
-        return target, target_value(target, given, n_images)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: expected logits [B, n] from model(images), got {got}")
-    classes = resolve_target(target, output).clone()  # not the caller's own tensor
-    return classes, target_logit(output, classes)
+def _with_vanilla(configs: list[Gate | None]) -> list[Gate | None]:
+    """``configs``, with vanilla at the end if a blurred gate needs it and it is not among them."""
+    needed = None not in configs and any(config is not None and config.blurred for config in configs)
+    return [*configs, None] if needed else configs
 
 
 def _result(
     relevancy: RelevancyPass,
-    grid: tuple[int, int],
-    target: Tensor | TargetFunction,
+    configs: Sequence[Gate | None],
+    grid: PatchGrid,
+    target: Any,
     logits: Any,
     methods: dict[str, Tensor],
     single: bool,
 ) -> Attribution:
     """The results as an :class:`Attribution`. With ``single``, the leading dimension of configurations is dropped."""
     assert relevancy.rows is not None  # Capture.backward reached every block
-    P = grid[0] * grid[1]
+    maps = relevancy.rows[..., -grid.n_patches :].unflatten(-1, (grid.gh, grid.gw)).contiguous()
+    vanilla = maps[relevancy.configs.index(None)] if None in relevancy.configs else None
+    for c, config in enumerate(configs):
+        if config is not None and config.blurred:
+            assert vanilla is not None  # _with_vanilla
+            maps[c] = blurred(vanilla, maps[c])
 
     def pick(t: Tensor) -> Tensor:
-        return t[0] if single else t
+        return t[0] if single else t[: len(configs)]
 
     return Attribution(
-        maps=pick(relevancy.rows[..., -P:].unflatten(-1, grid)).contiguous(),
+        maps=pick(maps).contiguous(),
         target=target,
         logits=logits,
         scores={block: pick(t) for block, t in sorted(relevancy.scores.items())},
@@ -131,22 +160,24 @@ def _result(
     )
 
 
-def _of_no_images(adapter: Adapter, images: Tensor, target: Target, single: bool, **options: Any) -> Attribution:
+def _of_no_images(
+    adapter: Adapter, images: Tensor, target: TargetLike, single: bool, chosen: Chosen, **options: Any
+) -> Attribution:
     """Empty results, cut from the result for one blank image, because many models can't run an empty batch."""
-    alike = target if callable(target) or isinstance(target, int) else None
-    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=alike, **options)
+    explained = as_target(target).bound(adapter.logits)
+    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=explained.for_one_image(), **options)
 
     def cut(t: Tensor) -> Tensor:
         return t[:0] if single else t[:, :0]
 
     return Attribution(
         maps=cut(one.maps),
-        target=target if callable(target) else resolve_target(target, one.logits[:0]),
-        logits=one.logits[:0] if isinstance(one.logits, Tensor) else one.logits,
+        target=as_given(target, explained.of(one.logits[:0]) if explained.needs_logits else explained),
+        logits=map_tensors(one.logits, lambda t: t[:0]),
         scores={block: cut(t) for block, t in one.scores.items()},
         gates={block: cut(t) for block, t in one.gates.items()},
         features={block: Features(*map(cut, t)) for block, t in one.features.items()},
-        methods={name: t[:0] for name, t in one.methods.items()},
+        methods={name: one.maps.new_empty(0, *one.maps.shape[-2:]) for name in chosen.by_name},
     )
 
 
@@ -157,7 +188,6 @@ def _check(
     configs: list[Gate | None],
     identity: str,
     features: int,
-    methods: Sequence[str],
 ) -> None:
     parameter = adapter.parameter
     check_images(images, adapter.in_chans, parameter)
@@ -171,9 +201,6 @@ def _check(
     check_saes(saes, need, parameter.device)
     if identity not in IDENTITIES:
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise ValueError(f"methods: expected names among {METHODS}, got {unknown}")
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -19,10 +19,10 @@ FEATURES_AT_ONCE = 4096  # for scores that need the whole dictionary
 TOKENS_AT_ONCE = 1024  # for dense codes
 
 
-def shuffled(n_features: int, seed: int, device: torch.device) -> Tensor:
-    """The permutation of a shuffled decoder, drawn on the CPU so that every device gets the same one."""
+def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
+    """The permutation of a shuffled decoder or of permuted patches, drawn on the CPU: every device gets the same."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randperm(n_features, generator=generator, device="cpu").to(device)
+    return torch.randperm(n, generator=generator, device="cpu").to(device)
 
 
 class PatchScores:
@@ -126,6 +126,21 @@ class PatchScores:
     def _gradient_x_residual(self, gate: Gate) -> Tensor:
         return (self.g * self.x).sum(-1)
 
+    def _sae_error(self, gate: Gate) -> Tensor:
+        dtype = torch.promote_types(self.x.dtype, self.sae.W_dec.dtype)
+        left_out = self.x.to(dtype) - self._reconstructed().to(dtype)
+        return (self.g.to(dtype) * left_out).sum(-1)
+
+    def _reconstructed(self) -> Tensor:
+        """``x_hat`` [T, d] at the scale of the residual stream. No array [T, F] or [T, K, d] is stored."""
+        sae, like = self.sae, self.normalized
+        if sae.activation_name == "topk":
+            values, indices = self.codes
+            decoded = F.embedding_bag(indices, sae.W_dec, mode="sum", per_sample_weights=values.to(sae.W_dec.dtype))
+        else:
+            decoded = torch.cat([f @ sae.W_dec for f in self._dense_codes()])
+        return (decoded + sae.b_dec) * like.scale + like.shift
+
     # Features ------------------------------------------------------------------------------------------------
 
     def _dense_codes(self) -> Iterator[Tensor]:
@@ -150,6 +165,7 @@ BY_KIND: dict[str, Callable[[PatchScores, Gate], Tensor]] = {
     "gradient": PatchScores._gradient,
     "gradient_signed": PatchScores._gradient_signed,
     "gradient_x_residual": PatchScores._gradient_x_residual,
+    "sae_error": PatchScores._sae_error,
 }
 
 

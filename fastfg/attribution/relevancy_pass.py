@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg import ops
-from fastfg.attribution.patch_scores import PatchScores
+from fastfg.attribution.patch_scores import PatchScores, shuffled
 from fastfg.checks import check_width
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import pooling_row
@@ -52,6 +52,8 @@ class RelevancyPass:
 
     def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
         """Keep a gated block's residual stream and its gradient, both [B, N, d]. The block's attention comes next."""
+        if block not in self.layers:
+            return
         needed = self.n_features or any(gate is not None and gate.needs_sae for gate in self._gating(block))
         sae = self.saes[block] if needed else None
         if sae is not None:
@@ -113,7 +115,10 @@ class RelevancyPass:
             if kind not in known:
                 known[kind] = source.score(config).to(dtype)
             scores.append(known[kind])
-            gates.append(ops.gate(known[kind], config.kappa, config.c_max, backend=self.backend))
+            w = ops.gate(known[kind], config.kappa, config.c_max, backend=self.backend)
+            if config.permute_seed is not None:
+                w = w[:, shuffled(w.shape[1], config.permute_seed, w.device)]
+            gates.append(w)
             if self.n_features:
                 features.append(source.features(config, self.n_features))
         self.scores[block], self.gates[block] = torch.stack(scores), torch.stack(gates)
@@ -127,7 +132,10 @@ class RelevancyPass:
         if not source.x.is_cuda or self.n_features or sae is None or sae.activation_name != "topk":
             return False
         gates = [config for config in self._gating(block) if config is not None]
-        return all(gate.score == "combined" and gate.shuffle_seed is None and not gate.rescale for gate in gates)
+        return all(
+            gate.score == "combined" and gate.shuffle_seed is None and gate.permute_seed is None and not gate.rescale
+            for gate in gates
+        )
 
     def _gated_step(
         self, block: int, source: PatchScores, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float

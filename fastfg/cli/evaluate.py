@@ -20,7 +20,8 @@ WRITES = """Writes to --out:
                     column per metric
   score_errors.csv  one row per score that could not be computed: path, key,
                     variant, metric, message
-  table.md          mean and standard error of each metric and variant
+  table.md          mean and standard error of each metric and variant, and
+                    which differences are real
   errors.csv, windows.csv, fastfg.json: see below
 
 """
@@ -90,14 +91,14 @@ def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFr
     from rich.markdown import Markdown
 
     from fastfg.report import markdown_table
-    from fastfg.study import summarize
+    from fastfg.study import paired, summarize
 
     for name in ("scores.parquet", "score_errors.csv", "table.md"):
         (out / name).unlink(missing_ok=True)
     if not scores:
         return
     table, missing = pd.concat(scores, ignore_index=True), pd.concat(errors, ignore_index=True)
-    text = markdown_table(summarize(table))
+    text = markdown_table(summarize(table), paired=paired(table))
     table.to_parquet(out / "scores.parquet", index=False)
     (out / "table.md").write_text(text, encoding="utf-8")
     if len(missing):

@@ -7,29 +7,55 @@ from typing import Any
 
 from torch import Tensor
 
+from fastfg.metrics.aopc import AOPC
+from fastfg.metrics.deletion import Deletion
+from fastfg.metrics.efficient_parameter_randomization import EfficientParameterRandomization
 from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
+from fastfg.metrics.infidelity import Infidelity
+from fastfg.metrics.insertion import Insertion
 from fastfg.metrics.iou import IoU
+from fastfg.metrics.max_sensitivity import MaxSensitivity
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.monotonicity import Monotonicity
+from fastfg.metrics.parameter_randomization import ParameterRandomization
 from fastfg.metrics.pixel_flipping import PixelFlipping
 from fastfg.metrics.pointing_game import PointingGame
+from fastfg.metrics.random_logit import RandomLogit
 from fastfg.metrics.relevance_mass import RelevanceMass
 from fastfg.metrics.relevance_rank import RelevanceRank
 from fastfg.metrics.roc_auc import RocAuc
 from fastfg.metrics.saco import SaCo
+from fastfg.metrics.sensitivity_n import SensitivityN
+from fastfg.metrics.srg import SRG
 from fastfg.metrics.top_k_intersection import TopKIntersection
+from fastfg.metrics.top_patches import Comprehensiveness, Sufficiency
 from fastfg.perturb import Baseline
 
-RESERVED = ("index", "image", "key", "path", "variant", "target", "error")  # other columns of a table of scores
+# The other columns of a table of scores
+RESERVED = ("index", "image", "group", "key", "path", "variant", "target", "error")
 ALL: tuple[type[Metric], ...] = (
     SaCo,
     FaithfulnessCorrelation,
     PixelFlipping,
+    Deletion,
+    Insertion,
+    SRG,
+    AOPC,
+    Comprehensiveness,
+    Sufficiency,
+    Monotonicity,
+    Infidelity,
+    SensitivityN,
     PointingGame,
     RelevanceMass,
     RelevanceRank,
     TopKIntersection,
     RocAuc,
     IoU,
+    MaxSensitivity,
+    ParameterRandomization,
+    EfficientParameterRandomization,
+    RandomLogit,
 )
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in ALL}
 DEFAULT_METRICS = ("saco", "faithfulness_correlation", "pixel_flipping")
@@ -47,6 +73,8 @@ def choose_metrics(
     """
     if not isinstance(baseline, (str, float, int, Tensor)):
         raise TypeError(f"baseline: expected a name, a number or a tensor, got {type(baseline).__name__}")
+    if unknown := [name for name in options if name not in METRICS]:
+        raise TypeError(f"{unknown[0]}: expected the name of a metric, one of {tuple(METRICS)}, as an option")
     chosen: dict[str, Metric] = {}
     for given in metrics:
         metric = given if isinstance(given, Metric) else _by_name(given, options)

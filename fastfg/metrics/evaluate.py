@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from fastfg.checks import check_images, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
+from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, image_key
-from fastfg.perturb.choose import choose_path
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
+from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import check_baseline
-from fastfg.targets import Target, TargetFunction, check_row_by_row, resolve_target
+from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
@@ -28,11 +29,11 @@ BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 def evaluate(
-    model: nn.Module | Adapter | Callable[[Tensor], Tensor],
+    model: nn.Module | Adapter | Callable[[Tensor], Any],
     images: Tensor,
     maps: Tensor,
     *,
-    target: Target,
+    target: TargetLike,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
     masks: Tensor | None = None,
@@ -41,26 +42,29 @@ def evaluate(
     batch_size: int | None = None,
     path: str = "auto",
     precision: str = "auto",
+    explain: Explain | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Mapping[str, Any] | None,
 ) -> Scores:
     """Faithfulness of ``maps`` as explanations of ``model`` on ``images``.
 
     Args:
-        model: a model of a known family, or any callable ``images -> logits`` [n, classes].
+        model: a model of a known family, or any callable ``images -> logits`` [n, classes], or another output that
+            ``target`` reads.
         images: [B, C, H, W], the model's own input, after preprocessing, on the model's device.
         maps: [B, gh, gw], or [C, B, gh, gw] for several maps per image; one value per patch.
-        target: the explained classes (``result.target``): an int, one per image, None for the predicted ones, or a
-            function of the model's output that gives one value per row, from that row alone: it is called with rows
-            of many images. A single logit ``z`` has two classes: 1
-            with probability ``sigmoid(z)``, and 0 with ``1 - sigmoid(z)``.
+        target: what is explained (``result.target``): a class, one per image, None for the predicted ones, or a
+            :class:`fastfg.Target`. A single logit ``z`` has two classes: 1 with probability ``sigmoid(z)``, and 0 with
+            ``1 - sigmoid(z)``. Or a function of the model's output that gives one value per row, from that row alone:
+            it is called with rows of many images.
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
-            ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C].
-        masks: [B, H, W], bool or floating in [0, 1]: where the object is, in the geometry of the images. Required by
-            the localisation metrics (``pointing_game``, ``relevance_mass``, ``relevance_rank``,
-            ``top_k_intersection``, ``roc_auc``, ``iou``), and an error if none of them is chosen.
-            :func:`fastfg.data.read_pair` reads masks from files.
+            ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C]. ``removed``: nothing, the
+            tokens of removed patches leave the sequence (for a model of a known family that can lose tokens).
+        masks: [B, H, W], bool or floating in [0, 1]: where the object is, in the geometry of the images. The
+            localisation metrics need it (``pointing_game``, ``relevance_mass``, ``relevance_rank``,
+            ``top_k_intersection``, ``roc_auc``, ``iou``). It is an error if none of them is chosen.
+            :func:`fastfg.data.read_mask` reads masks from files.
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
         batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
             not fit into memory is run again in halves.
@@ -73,6 +77,12 @@ def evaluate(
             blocks in that dtype and the head in float32. ``float8`` runs the blocks' linear layers in 8 bits, which
             changes scores slightly (emulated on a CPU). ``auto`` is ``bfloat16`` for a float32 model of a known family
             on a CUDA device, else the model's own.
+        explain: the function that made the maps, ``(model, images, target) -> maps`` of the same shape for those
+            images, for the metrics that explain again (``max_sensitivity``, ``parameter_randomization``,
+            ``efficient_parameter_randomization``, ``random_logit``). It must explain the model and the target that it
+            is given: a copy of ``model`` with re-drawn parameters, and classes [b] or the target function. On the
+            images as they are, it must give ``maps``. It is called with at most 8 images (64 on a GPU), with gradients
+            on.
         progress: called with (images done, total images).
         options: {metric: its arguments}, as in ``saco={"n_bins": 10}``; see the class of each metric in
             :mod:`fastfg.metrics`. Each may also set its own ``baseline``.
@@ -91,60 +101,66 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
+    again = explaining(chosen, explain, as_target(target))
+    reading = [metric for metric in chosen if metric not in again]
     adapter = find_adapter(model)
-    if adapter is not None:
-        check_target(adapter, target)
+    explained = check_target(adapter, as_target(target))
     forward: Any = model if adapter is None else adapter.forward
-    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, target)
-    names = [image_key(image) for image in images] if keys is None else [_name(key) for key in keys]
+    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
+    names = image_keys(images, keys)
     subjects = Images(images, names, grid, seed, adapter)
-    fills = partial(subjects.fills, chosen)
+    fills = partial(subjects.fills, reading)
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        if path == "auto" and not any(metric.perturbs for metric in chosen):
-            path = "pixels"  # only unperturbed images are run, which are the same on both paths
-        way, way_name = choose_path(adapter, forward, grid, images, fills, path, precision)
+        how = path if any(metric.perturbs for metric in reading) or path not in PATHS else "pixels"
+        way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
         engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
-        output = engine.logits(images) if len(images) else images.new_empty(0, 2)
-        if adapter is None and len(images):
-            _check_repeats(engine, images, output)
-        targets = _targets(target, output)
-        seen = Unperturbed.of(output, targets)
+        seen = _unperturbed(engine, images, explained, check=adapter is None)
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
-            verdicts += judge(engine, chosen, subjects, seen, stacked, rows, progress)
+            verdicts += judge(engine, reading, subjects, seen, stacked, rows, None if again else progress)
+    if explain is not None:
+        explanations = Explanations(explain, model, subjects, seen, target, stacked, maps.ndim == 3, batch_size)
+        explanations.add_outcomes(again, verdicts, progress)
     scores = _collect(chosen, verdicts, names, len(stacked), single=maps.ndim == 3)
     scores.path = way_name
     asked = sum(verdict.asked for verdict in verdicts)
     scores.forwards = {"asked": asked, "run": engine.forwards, "saved": asked - engine.forwards}
+    if explain is not None:
+        scores.forwards["attributions"] = explanations.explained
     return scores
 
 
-def _targets(target: Target, output: Tensor) -> Tensor | TargetFunction:
-    """Classes [B], or the target function, which looks at each row of the output alone."""
-    if not callable(target):
-        return resolve_target(target, output)
-    if len(output):
-        check_row_by_row(target, output)
-    return target
+def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) -> Unperturbed:
+    """What the model makes of the images as they are. With ``check``, the model must repeat its output."""
+    if not len(images):
+        return Unperturbed(Readings.empty(0, images.device), target, 0.0, 0)
+    parts: list[Tensor] = []
+
+    def keep(output: Any, rows: slice) -> None:
+        if isinstance(target, Function):
+            target.check_row_by_row(output, rows.stop - rows.start)
+        parts.append(target.keep(output, rows.stop - rows.start).clone())  # the model may reuse its output buffer
+
+    engine.whole(images, keep)
+    kept = torch.cat(parts)
+    if check:
+        _check_repeats(engine, images, target, kept)
+    resolved, eps = target.of(kept), torch.finfo(kept.dtype).eps
+    return Unperturbed(Readings(*resolved.read_kept(kept)).cpu(), resolved, eps if eps < 1e-5 else 0.0, kept.shape[1])
 
 
-def _check_repeats(engine: Engine, images: Tensor, output: Tensor) -> None:
+def _check_repeats(engine: Engine, images: Tensor, target: Target, kept: Tensor) -> None:
     """Raise ValueError where the model gives other outputs for the same images in another batch."""
     n = min(len(images), engine.batches.size)
     order = [*range(n - 1, 0, -1), n - 1]  # as many as before, in another order, and one of them another image
-    again, expected = engine.path.whole(images[order]).double(), output[order].double()
+    again, expected = target.keep(engine.path.whole(images[order]), n).double(), kept[order].double()
     error = (again - expected).abs().nan_to_num(0.0).amax() / expected.abs().nan_to_num(0.0).amax().clamp(min=1e-30)
-    if float(error) > max(0.01, 8 * torch.finfo(output.dtype).eps):  # what a GPU's kernels differ by is less
+    if float(error) > max(0.01, 8 * torch.finfo(kept.dtype).eps):  # what a GPU's kernels differ by is less
         raise ValueError(
             f"model: expected the same output for an image in every batch, got a difference of {float(error):.0%} "
             "(dropout, or batch norm in training mode?)"
         )
-
-
-def _name(key: Any) -> str:
-    """An image's key as text; a number is the same as a tensor."""
-    return str(key.item() if isinstance(key, Tensor) else key)
 
 
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
@@ -196,8 +212,8 @@ def _check(
         assert metric.baseline is not None  # choose_metrics
         check_baseline(metric.baseline, B, images.shape[1], bool(adapter and adapter.pixel_mean and adapter.pixel_std))
         metric.check_images(B)
-        if callable(target) and getattr(metric, "impact", None) == "max":
-            raise ValueError(f"{metric.name}: expected impact='target' for a target function, got 'max'")
+        if not target.has_largest and getattr(metric, "impact", None) == "max":
+            raise ValueError(f"{metric.name}: expected impact='target' for a target without probabilities, got 'max'")
     stacked = maps.detach().double().cpu().flatten(-2)
     return (stacked.unsqueeze(0) if maps.ndim == 3 else stacked), grid
 

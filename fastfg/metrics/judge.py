@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
-from fastfg.perturb import Baseline, Engine, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
-from fastfg.targets import TargetFunction
+from fastfg.perturb import Baseline, Engine, Fill, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
+from fastfg.targets import Target
 
 NOT_FINITE_MAP = "the attribution is not finite"
 FLAT_MAP = "the attribution is the same for every patch"
@@ -39,13 +40,13 @@ class Images:
     def random(self, image: int, purpose: str) -> torch.Generator:
         return generator(self.seed, self.keys[image], purpose)
 
-    def fill(self, image: int, baseline: Baseline) -> Tensor:
+    def fill(self, image: int, baseline: Baseline) -> Fill:
         """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
         mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
         random = self.random(image, "baseline")
         return make_fill(baseline, self.images[image], 0, self.grid, random, mean, std)
 
-    def fills(self, metrics: Sequence[Metric], image: int) -> list[Tensor]:
+    def fills(self, metrics: Sequence[Metric], image: int) -> list[Fill]:
         """What fills the removed patches of one image, once per baseline of ``metrics``."""
         by_baseline = {id(m.baseline) if isinstance(m.baseline, Tensor) else m.baseline: m for m in metrics}
         own = [metric.for_images(slice(image, image + 1)).baseline for metric in by_baseline.values()]
@@ -62,18 +63,15 @@ class Unperturbed(NamedTuple):
     """What the model makes of the images as they are.
 
     Attributes:
-        readings: [B], on the CPU. target: [B] classes, or a target function.
+        readings: [B], on the CPU. target: of the ``B`` images, see :meth:`fastfg.Target.of`.
         eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect.
+        width: how many numbers of the output the target reads per image: all logits, for a class.
     """
 
     readings: Readings
-    target: Tensor | TargetFunction
+    target: Target
     eps: float
-
-    @classmethod
-    def of(cls, output: Tensor, target: Tensor | TargetFunction) -> Unperturbed:
-        eps = torch.finfo(output.dtype).eps
-        return cls(Readings.of(output, target).cpu(), target, eps if eps < 1e-5 else 0.0)
+    width: int
 
 
 @dataclass
@@ -114,7 +112,8 @@ def judge(
     progress: Callable[[int, int], None] | None,
 ) -> list[Verdict]:
     """One verdict per image of ``rows``, in order."""
-    planned = [_plan(metrics, subjects, maps[:, image], image) for image in range(rows.start, rows.stop)]
+    alone = engine.paths.reads_prefix_alone
+    planned = [_plan(metrics, subjects, maps[:, image], image, alone) for image in range(rows.start, rows.stop)]
     questions = _Questions(subjects)
     answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
     readings = questions.read(engine, seen.target, rows, progress)
@@ -141,9 +140,12 @@ def _is_ignored(
     baseline = planned.metrics[0].baseline
     assert baseline is not None  # choose_metrics
     view = View(subjects.images[planned.image], subjects.fill(planned.image, baseline))
-    target = seen.target if callable(seen.target) else seen.target[[planned.image]]
     everything = torch.ones(1, subjects.grid.n_patches, dtype=torch.bool, device=subjects.images.device)
-    empty = engine.read([view], torch.zeros(1, dtype=torch.long, device="cpu"), everything, target).cpu()
+    if view.kind == "removed" and not engine.paths.reads_prefix_alone:
+        everything[:, 0] = False  # the model needs a patch
+    empty = engine.read(
+        [view], torch.zeros(1, dtype=torch.long, device="cpu"), everything, seen.target[[planned.image]]
+    ).cpu()
     return _is_unchanged(Readings(*(t[None] for t in (empty.logit, empty.prob, empty.max_prob))).after(whole), seen.eps)
 
 
@@ -152,21 +154,43 @@ def _is_unchanged(readings: Readings, eps: float) -> bool:
     return all(unchanged(values, readings.logit, eps)[0] for values in (readings.logit, readings.prob))
 
 
-def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int) -> _Planned:
-    """The masks of every metric for the usable maps among ``maps`` [C, P] of one image."""
+def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int, alone: bool) -> _Planned:
+    """The masks of every metric for the usable maps among ``maps`` [C, P] of one image.
+
+    ``alone``: whether the model has an output when all tokens of the patches have left.
+    """
     blank = BLANK if subjects.blank[image] else None
-    reasons = [_unusable(one) or blank for one in maps]
+    reasons = [unusable(one) or blank for one in maps]
     planned = _Planned(image, maps[[reason is None for reason in reasons]], reasons)
     if len(planned.maps):
         for metric in metrics:
             own = metric.for_images(slice(image, image + 1))
             planned.metrics.append(own)
-            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.name))
-            planned.plans.append(_checked(metric, plan, planned.maps))
+            plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.purpose))
+            plan = _checked(metric, plan, planned.maps)
+            planned.plans.append(plan if alone or not _removes(own) else _without_everything(metric, plan))
     return planned
 
 
-def _unusable(one: Tensor) -> str | None:
+def _removes(metric: Metric) -> bool:
+    return isinstance(metric.baseline, str) and metric.baseline == "removed"
+
+
+def _without_everything(metric: Metric, plan: Plan) -> Plan:
+    """``plan`` without the masks at its end that remove every patch: the model has no output for them."""
+    everything = plan.masks.all(-1)  # [U, m]
+    m = plan.masks.shape[1]
+    while plan.order is not None and m and bool(everything[:, m - 1].all()):
+        m -= 1
+    if bool(everything[:, :m].any()):
+        raise ValueError(
+            f"{metric.name}: expected masks that leave a patch, as the model has no output without patches under "
+            "baseline='removed', got one that removes all"
+        )
+    return plan if m == plan.masks.shape[1] else dataclasses.replace(plan, masks=plan.masks[:, :m])
+
+
+def unusable(one: Tensor) -> str | None:
     """Why a map [P] is not usable, or None."""
     if not bool(one.isfinite().all()):
         return NOT_FINITE_MAP
@@ -208,7 +232,7 @@ class _Questions:
     def read(
         self,
         engine: Engine,
-        target: Tensor | TargetFunction,
+        target: Target,
         rows: slice,
         progress: Callable[[int, int], None] | None,
     ) -> Readings:
@@ -232,7 +256,7 @@ class _Questions:
             self.views,
             view[chosen],
             masks[chosen].to(images.device),
-            target if callable(target) else target[image.to(target.device)],
+            target[image],
             tell,
         )
         return readings.cpu()[row]
@@ -251,7 +275,7 @@ class _Questions:
             self._fills[key] = self._add(image, self.subjects.fill(image, baseline))
         return [self._fills[key]] * len(plan.masks)
 
-    def _add(self, image: int, fill: Tensor) -> int:
+    def _add(self, image: int, fill: Fill) -> int:
         self.views.append(View(self.subjects.images[image], fill))
         self.image_of.append(image)
         return len(self.views) - 1
@@ -277,17 +301,16 @@ def _score(
 ) -> Verdict:
     """The scores of one image from the readings [U, m] of each metric's masks."""
     whole = seen.readings[torch.full((len(planned.maps),), planned.image, device="cpu")]
-    outcomes = {metric.name: _nothing(planned) for metric in metrics}
+    outcomes = {metric.name: no_outcome(planned.reasons) for metric in metrics}
     for metric, plan, read in zip(planned.metrics, planned.plans, readings, strict=True):
         outcomes[metric.name] = _outcome(metric, planned, plan, read.after(whole), seen.eps, ignored)
     asked = sum(len(plan.masks) * (plan.masks.shape[1] + plan.n_unperturbed) for plan in planned.plans)
     return Verdict(outcomes, max(asked, 1))  # the image as it is was read in any case
 
 
-def _nothing(planned: _Planned) -> Outcome:
+def no_outcome(reasons: list[str | None]) -> Outcome:
     """The outcome for an image that has no usable map."""
-    scores = torch.full((len(planned.reasons),), torch.nan, dtype=torch.float64, device="cpu")
-    return Outcome(scores, {}, planned.reasons)
+    return Outcome(torch.full((len(reasons),), torch.nan, dtype=torch.float64, device="cpu"), {}, reasons)
 
 
 def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, eps: float, ignored: bool) -> Outcome:
@@ -303,18 +326,32 @@ def _outcome(metric: Metric, planned: _Planned, plan: Plan, readings: Readings, 
         NOT_FINITE_OUTPUT if not ok else reason or (None if good else f"{metric.name} is not defined here")
         for ok, reason, good in zip(finite, nothing, defined, strict=True)
     ]
-    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
+    return outcome_of(scores, details, found, planned.reasons)
 
-    judged = torch.tensor([reason is None for reason in planned.reasons], device="cpu")
+
+def outcome_of(
+    scores: Tensor, details: dict[str, Tensor], found: Sequence[str | None], reasons: Sequence[str | None]
+) -> Outcome:
+    """The outcome [C] from the scores and details of the U usable maps.
+
+    ``found`` says per usable map why its score is missing, and ``reasons`` per map why it is not usable.
+    """
+    scores = torch.where(torch.tensor([reason is None for reason in found], device="cpu"), scores, torch.nan)
+    judged = torch.tensor([reason is None for reason in reasons], device="cpu")
     rest = iter(found)
-    reasons = [next(rest) if reason is None else reason for reason in planned.reasons]
-    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, reasons)
+    why = [next(rest) if reason is None else reason for reason in reasons]
+    return Outcome(_spread(scores, judged), {name: _spread(t, judged) for name, t in details.items()}, why)
 
 
 def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
     """What ``metric.score`` gives, checked: float64 scores [U], and details each [U, ...]."""
-    U = len(maps)
-    scores, details = metric.score(maps.clone(), plan, readings)
+    return checked_scores(metric, len(maps), *metric.score(maps.clone(), plan, readings))
+
+
+def checked_scores(
+    metric: Metric, U: int, scores: Tensor, details: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Float64 scores [U] and details, each [U, ...]. Raises ValueError for other shapes."""
     if not isinstance(scores, Tensor) or list(scores.shape) != [U]:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{metric.name}: expected scores [{U}], one per map, got {got}")
@@ -327,9 +364,9 @@ def _scored(metric: Metric, maps: Tensor, plan: Plan, readings: Readings) -> tup
 
 def _spread(values: Tensor, used: Tensor) -> Tensor:
     """``values`` [U, ...] at the positions of the ``used`` maps: [C, ...], elsewhere NaN (-1 for integers)."""
-    spread = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
-    spread[used] = values
-    return spread
+    everywhere = torch.full((len(used), *values.shape[1:]), missing_value(values), dtype=values.dtype, device="cpu")
+    everywhere[used] = values
+    return everywhere
 
 
 def missing_value(like: Tensor) -> float:

@@ -60,7 +60,7 @@ class Metric:
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
         """The masks for ``maps`` [C, P], float64 and finite, all of one image.
 
-        ``random`` is a CPU generator that depends only on the seed, the image's key and the metric's name.
+        ``random`` is a CPU generator that depends only on the seed, the image's key and :attr:`purpose`.
         """
         raise NotImplementedError
 
@@ -79,6 +79,11 @@ class Metric:
         removed.
         """
         return None
+
+    @property
+    def purpose(self) -> str:
+        """What the metric's random draws are for. Metrics with the same purpose get the same generator."""
+        return self.name
 
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
         """Per map, why its score has no meaning, or None. ``eps`` is the rounding of the model's output."""

@@ -39,6 +39,12 @@ class PixelFlipping(Metric):
     title: ClassVar[str] = "Pixel Flipping"
     short: ClassVar[str] = "PF"
     higher_is_better: ClassVar[bool] = False
+    value_range: ClassVar[str] = "0 to the number of steps"
+    cost: ClassVar[str] = "the curve of deletion"
+    source: ClassVar[str] = "Bach et al. 2015"
+    failings: ClassVar[str] = (
+        "As deletion. Not divided by the number of steps: models with other grids, or other steps, do not compare."
+    )
 
     patches_per_step: int = 1
 

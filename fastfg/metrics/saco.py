@@ -55,6 +55,13 @@ class SaCo(Metric):
     title: ClassVar[str] = "SaCo"
     short: ClassVar[str] = "SaCo"
     higher_is_better: ClassVar[bool] = True
+    value_range: ClassVar[str] = "-1 to 1, about 0 for a random map"
+    cost: ClassVar[str] = "one per group, ceil(P / 4)"
+    source: ClassVar[str] = "Wu et al. 2024"
+    failings: ClassVar[str] = (
+        "Each group alone has a small impact on a sure model, so the order of impacts is noisy. Weights come from the "
+        "map itself: a monotone transform of the map changes the score."
+    )
 
     n_bins: int | None = None
     impact: str = "target"

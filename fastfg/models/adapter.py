@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastfg.targets import logits_of
+
 CLASS_TOKEN = slice(0, 1)
 
 
@@ -28,7 +30,7 @@ class Adapter:
 
     Args:
         model: the module that is held still while it is read.
-        forward: images [B, C, H, W] -> logits [B, n], or an embedding [B, n] if ``has_logits`` is False.
+        forward: images [B, C, H, W] -> the model's output, which target functions get.
         blocks: the transformer blocks in order, each with one self-attention over all tokens. The output of block
             ``l`` is the residual stream ``x_l`` [B, N, d] ("resid_post"), alone or first in a tuple.
         num_prefix_tokens: tokens before the patches (class token, registers).
@@ -47,12 +49,14 @@ class Adapter:
             ``capture.meet``.
         patch_size: (height, width) of one patch in pixels. The first patch starts at the top left corner; pixels to
             the right of and below the last whole patch belong to no patch. None: the patches divide the image evenly.
-        has_logits: whether ``forward`` returns one logit per class. A tower without a head returns an embedding
-            instead, and needs a target function.
+        has_logits: whether the output has one logit per class. A tower without a head returns an embedding instead,
+            and needs a target without classes.
+        logits: the output -> its logits [B, n], or its embedding [B, n] if ``has_logits`` is False. By default,
+            the output itself, or its field or key ``logits``.
     """
 
     model: nn.Module
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Any]
     blocks: Sequence[nn.Module]
     num_prefix_tokens: int
     grid: Callable[[tuple[int, int]], tuple[int, int]]
@@ -65,6 +69,7 @@ class Adapter:
     meet: Callable[[MeetsAttention], Iterable[Any]] | None = None
     patch_size: tuple[int, int] | None = None
     has_logits: bool = True
+    logits: Callable[[Any], Any] = logits_of
 
     @property
     def parameter(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfg.models.adapter import CLASS_TOKEN, Adapter, pair, patch_grid
+from fastfg.targets import logits_of
 
 POOLS = {"tok": (CLASS_TOKEN,), "avg": (slice(1, None),)}
 
@@ -72,9 +73,13 @@ def _embedding(output: Any) -> Tensor:
 
 def adapt_zero_shot(model: ZeroShot, trunk: Adapter) -> Adapter:
     """The tower's adapter, with the whole classifier as the model."""
-    tower = trunk.forward  # accepts the image sizes of the tower's family; a TimmModel adds a projection
-    forward = model if model.trunk is not model.visual else lambda images: model.classify(_embedding(tower(images)))
-    return dataclasses.replace(trunk, model=model, forward=forward, has_logits=True)
+
+    def forward(images: Tensor) -> Tensor:
+        if model.trunk is not model.visual:  # a TimmModel, which adds a projection
+            return model(images)
+        return model.classify(trunk.logits(trunk.forward(images)))  # accepts the image sizes of the tower's family
+
+    return dataclasses.replace(trunk, model=model, forward=forward, has_logits=True, logits=logits_of)
 
 
 def adapt(model: Any) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -48,10 +49,10 @@ def adapt(model: Any) -> Adapter:
         raise ValueError("model: expected its attention-pooling head, got vision_use_head=False")
     patch, native = pair(config.patch_size), pair(config.image_size)
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Any:
         other = (images.shape[-2], images.shape[-1]) != native
         options = {"interpolate_pos_encoding": True} if other and family.asks else {}
-        return getattr(model(pixel_values=images, **options), family.output)
+        return model(pixel_values=images, **options)
 
     return Adapter(
         model=model,
@@ -64,6 +65,7 @@ def adapt(model: Any) -> Adapter:
         later_attentions=len(poolers),
         flags=tuple((c, "_attn_implementation", "sdpa") for c in _configs(model)),
         patch_size=patch,
+        logits=operator.attrgetter(family.output),
         has_logits=any(is_head(getattr(model, name)) for name in HEADS if hasattr(model, name)),
     )
 

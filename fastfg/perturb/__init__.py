@@ -5,23 +5,29 @@ pixels, for any callable ``images -> logits``, or on the tokens of a known famil
 """
 
 from fastfg.perturb.batches import Batches
-from fastfg.perturb.engine import Engine, View
+from fastfg.perturb.engine import Engine
 from fastfg.perturb.fills import FILLS, Baseline, make_fill, running_mean_fill
-from fastfg.perturb.forward_path import ForwardPath
+from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.masks import PatchGrid
-from fastfg.perturb.pixels import Pixels
+from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision
 from fastfg.perturb.readings import Readings
-from fastfg.perturb.seeds import generator, image_key
+from fastfg.perturb.seeds import generator, image_key, image_keys
 from fastfg.perturb.tokens import Tokens
+from fastfg.perturb.views import REMOVED, Fill, Imputed, View
 
 __all__ = [
     "FILLS",
+    "REMOVED",
     "Baseline",
     "Batches",
     "Engine",
+    "Fill",
     "ForwardPath",
+    "Imputed",
+    "ImputedPixels",
     "PatchGrid",
+    "Paths",
     "Pixels",
     "Precision",
     "Readings",
@@ -29,6 +35,7 @@ __all__ = [
     "View",
     "generator",
     "image_key",
+    "image_keys",
     "make_fill",
     "running_mean_fill",
 ]

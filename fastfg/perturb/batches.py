@@ -16,20 +16,24 @@ class Batches:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def run(self, n: int, work: Callable[[slice], None]) -> None:
+    def run(self, n: int, work: Callable[[slice], None], share: float = 1.0) -> None:
         """Call ``work`` on slices that cover ``range(n)`` in order.
+
+        Args:
+            share: the memory of one item, relative to a full one. Smaller items run in larger batches.
 
         Raises the device's own out-of-memory error if a single item does not fit.
         """
-        start = 0
+        start, most = 0, n
         while start < n:
-            rows = slice(start, min(start + self.size, n))
+            rows = slice(start, min(start + max(1, int(self.size / share)), start + most, n))
             if self._fits(work, rows):
                 start = rows.stop
             else:  # the error is gone by now, and so are the tensors that its traceback held
-                self.size = (rows.stop - rows.start) // 2
+                most = (rows.stop - rows.start) // 2
+                self.size = max(1, int(most * share))
                 torch.cuda.empty_cache()
-                log.warning("%d images did not fit into memory: continuing with %d", rows.stop - start, self.size)
+                log.warning("%d images did not fit into memory: continuing with %d", rows.stop - start, most)
 
     def _fits(self, work: Callable[[slice], None], rows: slice) -> bool:
         try:

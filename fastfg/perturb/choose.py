@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfg.models import Adapter
 from fastfg.perturb.batches import Batches
-from fastfg.perturb.engine import View
-from fastfg.perturb.forward_path import ForwardPath
+from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.masks import PatchGrid
-from fastfg.perturb.pixels import Pixels
+from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision
+from fastfg.perturb.removal import Removal
+from fastfg.perturb.removal_check import check_removal
 from fastfg.perturb.tokens import Tokens
+from fastfg.perturb.views import Fill, View
+from fastfg.targets import Target
 
 PATHS = ("auto", "tokens", "pixels")
 TF32_EPS = 2.0**-10
@@ -30,33 +34,58 @@ class Differs(Exception):  # noqa: N818
 
 def choose_path(
     adapter: Adapter | None,
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Any],
     grid: PatchGrid,
     images: Tensor,
-    fills: Callable[[int], list[Tensor]],
+    fills: Callable[[int], list[Fill]],
     path: str,
     precision: str,
-) -> tuple[ForwardPath, str]:
-    """Return the path for these images and its name. The name of a slower path includes the reason.
+    target: Target,
+) -> tuple[Paths, str]:
+    """Return the paths for these images and their name. The name of a slower path includes the reason.
 
     Args:
         fills: what the removed patches of an image are filled with in this evaluation, by the image's index.
         path: ``auto``, ``tokens`` (raises ValueError if the tokens can't be perturbed) or ``pixels``.
         precision: ``auto`` (bfloat16 for a float32 model of a known family on a CUDA device, else the model's own), or
             a name of :class:`fastfg.perturb.Precision`.
+        target: what is read from the model's output.
 
     ``auto`` and ``tokens`` compare both paths on every image: two perturbed images per fill, each run both ways.
     """
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
     how = _precision(adapter, images, precision)
+    filled, name = _filled(adapter, forward, grid, images, fills, path, how, target)
+    paths = Paths(filled, ImputedPixels(forward, grid, how))
+    kinds = {View(images[0], fill).kind for fill in fills(0)} if len(images) else set()
+    if "removed" not in kinds:
+        return paths, name
+    if adapter is None:
+        raise ValueError("baseline: expected a fill for a model of no known family, got 'removed'")
+    alone = check_removal(adapter, images, target)
+    paths = paths._replace(removed=Removal(adapter, how), reads_prefix_alone=alone)
+    return paths, "removed" if kinds == {"removed"} else f"{name}, removed"
+
+
+def _filled(
+    adapter: Adapter | None,
+    forward: Callable[[Tensor], Any],
+    grid: PatchGrid,
+    images: Tensor,
+    fills: Callable[[int], list[Fill]],
+    path: str,
+    how: Precision,
+    target: Target,
+) -> tuple[ForwardPath, str]:
+    """The path of filled views and its name."""
     pixels = Pixels(forward, grid, how)
     if path == "pixels" or not len(images) or (path == "auto" and adapter is None):
         return pixels, "pixels"
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
     try:
-        _compare(adapter, Pixels(forward, grid), images, fills)
+        _compare(adapter, Pixels(forward, grid), images, fills, target)
     except Differs as reason:
         if path == "tokens":
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
@@ -72,7 +101,9 @@ def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
     return Precision(name, images.device)
 
 
-def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Tensor]]) -> None:
+def _compare(
+    adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[int], list[Fill]], target: Target
+) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
     The tokens before the first block tell patches that overlap. The logits tell a model that reads its input elsewhere
@@ -83,8 +114,10 @@ def _compare(adapter: Adapter, pixels: Pixels, images: Tensor, fills: Callable[[
 
     def work(rows: slice) -> None:
         views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]
-        _compare_tokens(pixels, tokens, views, masks)
-        _compare_logits(pixels, tokens, views, masks)
+        views = [view for view in views if view.kind == "filled"]
+        if views:
+            _compare_tokens(pixels, tokens, views, masks)
+            _compare_logits(pixels, tokens, views, masks, target)
 
     try:
         Batches(CHECKED_AT_ONCE).run(len(images), work)
@@ -104,11 +137,8 @@ def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
 def _perturbed(path: ForwardPath, views: Sequence[View], masks: Tensor) -> tuple[Tensor, ...]:
     """Each view under each of ``masks`` [m, P]."""
     prepared = path.prepare(torch.stack([view.image for view in views]), [view.fill for view in views])
-    m = len(masks)
-    inputs = path.buffers(prepared, len(views) * m)
-    for view in range(len(views)):
-        path.place(prepared, view, masks, tuple(t[view * m : (view + 1) * m] for t in inputs))
-    return inputs
+    of = torch.arange(len(views), device=masks.device).repeat_interleave(len(masks))
+    return path.inputs(prepared, of, masks.repeat(len(views), 1))
 
 
 def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
@@ -124,8 +154,12 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
         raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
 
 
-def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor) -> None:
-    found, expected = (path.run(_perturbed(path, views, masks)).double() for path in (tokens, pixels))
+def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor, target: Target) -> None:
+    """Compare what ``target`` reads: the logits, an embedding, or the values of a function."""
+    found, expected = (
+        target.source(path.run(_perturbed(path, views, masks)), len(views) * len(masks)).double()
+        for path in (tokens, pixels)
+    )
     m, eps = len(masks), torch.finfo(views[0].image.dtype).eps
     largest = expected.abs().unflatten(0, (-1, m)).amax((1, 2))  # per view: under one mask all logits may be near 0
     error = (found - expected).abs().unflatten(0, (-1, m)).amax((1, 2)) / largest.clamp(min=1e-30)

@@ -1,6 +1,7 @@
 """Fills: the values that replace a removed patch.
 
-A fill is a tensor that broadcasts against the image [C, H, W]: a number, a colour, or a whole filled image.
+A fill is a tensor that broadcasts against the image [C, H, W]: a number, a colour, or a whole filled image. With the
+baseline ``removed`` there is none.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.views import REMOVED, Fill
 
-FILLS = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean")
+FILLS = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean", "removed")
 Baseline = str | float | Tensor
 
 
@@ -52,7 +54,7 @@ def make_fill(
     random: torch.Generator,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
-) -> Tensor:
+) -> Fill:
     """The fill for ``image``. A tensor ``baseline`` has one entry per image; ``index`` selects the entry.
 
     - ``mean``: the mean over all channels and pixels of the normalised image, one scalar.
@@ -61,6 +63,7 @@ def make_fill(
     - ``zero``: 0 after normalisation.
     - ``noise``: Gaussian, with the image's own mean and standard deviation per channel.
     - ``blur``: the image under a Gaussian with a standard deviation of one patch.
+    - ``removed``: no fill, the tokens of removed patches leave the sequence.
     - ``running_mean``: the same as ``mean`` for a single step; for a sequence of steps, see :func:`running_mean_fill`.
     """
     if isinstance(baseline, Tensor) and baseline.ndim:
@@ -83,6 +86,8 @@ def make_fill(
         mean, std = (f(image.double(), dim=(1, 2), keepdim=True) for f in (torch.mean, torch.std))
         noise = torch.randn(image.shape, generator=random, dtype=torch.float64, device="cpu").to(image.device)
         return (mean + std * noise).to(image.dtype)
+    if baseline == "removed":
+        return REMOVED
     if baseline == "blur":
         return blur(image, max(grid.ph, grid.pw))
     raise ValueError(f"baseline: expected one of {FILLS}, got {baseline!r}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfg.targets import TargetFunction, probabilities, target_logit, target_value
+from fastfg.targets import Target
 
 
 @dataclass
@@ -16,9 +16,9 @@ class Readings:
     """Three float64 numbers per forward, as three tensors of the same shape.
 
     Attributes:
-        logit: the target class's logit; for a target function, its value.
-        prob: the target class's probability; for a target function, its value.
-        max_prob: the largest probability of any class; NaN for a target function.
+        logit: the target class's logit, or the value of a target without classes.
+        prob: the target class's probability; the value where the target has no probability.
+        max_prob: the largest probability of any class; NaN where the target has no probability.
     """
 
     logit: Tensor
@@ -31,14 +31,9 @@ class Readings:
         return cls(*(torch.full((n,), torch.nan, dtype=torch.float64, device=device) for _ in range(3)))
 
     @classmethod
-    def of(cls, output: Tensor, target: Tensor | TargetFunction) -> Readings:
-        """Readings of the model's output [n, classes], for one target class per row [n] or a target function."""
-        if callable(target):
-            value = target_value(target, output, len(output)).double()
-            return cls(value, value, torch.full_like(value, torch.nan))
-        logits, target = output.double(), target.to(output.device)
-        prob = probabilities(logits)
-        return cls(target_logit(logits, target), prob.gather(1, target[:, None])[:, 0], prob.amax(-1))
+    def of(cls, output: Any, n: int, target: Target) -> Readings:
+        """Readings of the model's output for ``n`` images. ``target``: from :meth:`Target.of`, for these images."""
+        return cls(*target.read(output, n))
 
     def __getitem__(self, rows: Any) -> Readings:
         return Readings(self.logit[rows], self.prob[rows], self.max_prob[rows])

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def image_keys(images: Tensor, keys: Sequence[Any] | None) -> list[str]:
+    """One key per image as text: the given ``keys``, where a number is the same as a tensor, or :func:`image_key`.
+
+    Raises ValueError if their number is not that of the images.
+    """
+    if keys is None:
+        return [image_key(image) for image in images]
+    if len(keys) != len(images):
+        raise ValueError(f"keys: expected {len(images)} of them, one per image, got {len(keys)}")
+    return [str(key.item() if isinstance(key, Tensor) else key) for key in keys]
 
 
 def image_key(image: Tensor) -> str:

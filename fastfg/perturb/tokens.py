@@ -11,7 +11,7 @@ with those of the perturbed pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -41,7 +41,7 @@ class Tokens:
         self.n_tokens = 0
         self._blank: Tensor  # one image, to call the model with
 
-    def prepare(self, images: Tensor, fills: list[Tensor]) -> list[Tensor]:
+    def prepare(self, images: Tensor, fills: Sequence[Tensor]) -> list[Tensor]:
         """The two states (original, filled) of the views' tokens: of the stream, then of each layer in ``early``.
 
         Each tensor is [V, 2, N, width].
@@ -67,30 +67,34 @@ class Tokens:
         self.early, self.n_tokens = seen.linears, seen.stream.shape[1]
         return [seen.stream, *seen.outputs]
 
-    def buffers(self, prepared: list[Tensor], n: int) -> tuple[Tensor, ...]:
-        return tuple(state.new_empty(n, *state.shape[2:]) for state in prepared)
+    def inputs(
+        self, prepared: list[Tensor], view: Tensor, masks: Tensor, left: int | None = None
+    ) -> tuple[Tensor, ...]:
+        N = self.n_tokens
+        removed = F.pad(masks, (N - masks.shape[-1], 0))  # prefix tokens stay
+        chosen = (2 * view[:, None] + removed) * N + torch.arange(N, device=masks.device)
+        return tuple(taken(state.flatten(0, 2), chosen) for state in prepared)
 
-    def place(self, prepared: list[Tensor], view: int, masks: Tensor, out: tuple[Tensor, ...]) -> None:
-        removed = F.pad(masks, (self.n_tokens - masks.shape[-1], 0)).unsqueeze(-1)  # prefix tokens stay
-        for state, to in zip(prepared, out, strict=True):
-            torch.where(removed, state[view, 1], state[view, 0], out=to)
-
-    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits [n, classes] from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
-        stream, *outputs = inputs
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The model's output from the chosen tokens: the stream [n, N, d], and the outputs of ``early``."""
         with ExitStack() as stack:
-            for module, output in zip(self.early, outputs, strict=True):
-                stack.enter_context(_given(module, output))
-            stack.enter_context(_enters(self.first, stream))
-            if self.n_rows is not None:
-                stack.enter_context(_RowsRead(self.last, self.n_tokens, self.n_rows))
-            return self._forward(self._blank, stack)
+            return self._from_states(inputs, stack)
 
-    def whole(self, images: Tensor) -> Tensor:
+    def _from_states(self, inputs: Sequence[Tensor], stack: ExitStack) -> Any:
+        """The forward from the first block on, for any number of tokens."""
+        stream, *outputs = inputs
+        for module, output in zip(self.early, outputs, strict=True):
+            stack.enter_context(_given(module, output))
+        stack.enter_context(_enters(self.first, stream))
+        if self.n_rows is not None:
+            stack.enter_context(_RowsRead(self.last, stream.shape[1], self.n_rows))
+        return self._forward(self._blank, stack)
+
+    def whole(self, images: Tensor) -> Any:
         with ExitStack() as stack:
             return self._forward(images, stack)
 
-    def _forward(self, images: Tensor, stack: ExitStack) -> Tensor:
+    def _forward(self, images: Tensor, stack: ExitStack) -> Any:
         """The model's forward. The precision context ends at the last block's output."""
         inner = stack.enter_context(ExitStack())
         if self.precision is not None:
@@ -104,6 +108,11 @@ class Tokens:
 
         stack.callback(self.last.register_forward_hook(in_this_thread(leave)).remove)
         return self.adapter.forward(images)
+
+
+def taken(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """The tokens [n, N, width] whose numbers among ``tokens`` [T, width] are ``chosen`` [n, N]."""
+    return tokens.index_select(0, chosen.flatten()).reshape(*chosen.shape, tokens.shape[-1])
 
 
 def _rows_read(adapter: Adapter) -> int | None:

@@ -3,6 +3,6 @@
 from fastfg.report.figure import save_figure
 from fastfg.report.overlay import displayed, save_overlay
 from fastfg.report.page import write_page
-from fastfg.report.table import markdown_table, table_cells
+from fastfg.report.table import differences, markdown_table, table_cells
 
-__all__ = ["displayed", "markdown_table", "save_figure", "save_overlay", "table_cells", "write_page"]
+__all__ = ["differences", "displayed", "markdown_table", "save_figure", "save_overlay", "table_cells", "write_page"]

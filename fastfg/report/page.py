@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastfg.report.table import FOOTNOTE, table_cells
+from fastfg.report.table import (
+    DIFFERENCE_TITLES,
+    DIFFERENCES_NOTE,
+    FOOTNOTE,
+    difference_cells,
+    differences,
+    table_cells,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +33,7 @@ def write_page(
     settings: Mapping[str, object],
     notes: Sequence[str] = (),
     against: str = "vanilla",
+    paired: pd.DataFrame | None = None,
 ) -> None:
     """Write the report to ``path``. The page needs no other file, no script and no network.
 
@@ -37,16 +45,19 @@ def write_page(
         settings: {name: value}, shown as text.
         notes: paragraphs under the comparison.
         against: the variant that the others are tested against.
+        paired: a result of :func:`fastfg.study.paired`; without it, the page does not say which differences are real.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("fastfg.report", "."), autoescape=True, undefined=StrictUndefined)
-    columns, rows = table_cells(summary)
     page = environment.get_template("page.html.jinja").render(
         title=title,
         subtitle=subtitle,
-        columns=columns,
-        rows=rows,
+        means=table_cells(summary, paired),
+        sentences=[] if paired is None else differences(paired, against),
+        differences={} if paired is None else difference_cells(paired),
+        difference_titles=DIFFERENCE_TITLES,
+        differences_note=DIFFERENCES_NOTE.format(against=against),
         footnote=FOOTNOTE.format(against=against),
         notes=notes,
         figure=base64.b64encode(figure.read_bytes()).decode(),

@@ -1,9 +1,10 @@
-"""The comparison as a table: one row per variant, one column per metric, the best mean per column in bold."""
+"""The comparison as tables and sentences. A mean is bold only if it is the best, and better than ``against``."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastfg.metrics import METRICS
 
@@ -11,48 +12,156 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FOOTNOTE = (
-    "Mean ± standard error over images. Stars: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, "
-    "*** p < .001. Bold: the best mean of its column."
+    "Mean ± standard error over images. Bold: the best mean of its column, where the paired test finds it better than "
+    "{against} (Holm p < .05). Stars, for comparison with the paper: Welch's t-test (two-sided) against {against}, "
+    "* p < .05, ** p < .01, *** p < .001."
 )
+DIFFERENCES_NOTE = (
+    "Difference to {against} on the same images, with its 95% bootstrap interval. Holm p: sign-flip test, corrected "
+    "for all comparisons. Welch p: unpaired, uncorrected. MDE: the minimum detectable effect of one comparison (80% "
+    "power); a smaller one is often missed."
+)
+DIFFERENCE_TITLES = ("", "difference", "Holm p", "Welch p", "MDE", "n", "verdict")
+DIRECTIONS = ("better", "worse", "higher", "lower")
+PER_TABLE = 3  # metrics side by side: fits a terminal of 100 columns
 MARKUP = re.compile(r"[\\`*<&|\[\]~]|(?<![^\W_])_|_(?![^\W_])")  # of Markdown; an underscore within a word is text
 
 
 class Cell(NamedTuple):
-    """One table cell: its text, and whether it is the best of its column."""
+    """One table cell: its text, and whether it is the best of its column by the paired test."""
 
     text: str
     best: bool
 
 
-def table_cells(summary: pd.DataFrame) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Column titles and {variant: cells}, from a table of :func:`fastfg.study.summarize`."""
-    metrics = list(dict.fromkeys(summary["metric"]))
-    best = {}
-    for metric in metrics:
-        means = summary.loc[summary["metric"] == metric].set_index("variant")["mean"].dropna()
-        if len(means) and metric in METRICS:  # for a user's own metric, the better direction is unknown
-            best[metric] = means.idxmax() if METRICS[metric].higher_is_better else means.idxmin()
-    rows: dict[str, list[Cell]] = {}
-    for entry in summary.sort_values("metric", key=lambda m: m.map(metrics.index), kind="stable").to_dict("records"):
-        text = f"{entry['mean']:.3f} ± {entry['se']:.3f}{entry['stars']}"
-        if entry["missing"]:  # a mean over some of the images says so
-            text += f" ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
-        rows.setdefault(entry["variant"], []).append(Cell(text, best.get(entry["metric"]) == entry["variant"]))
-    return [_title(metric) for metric in metrics], rows
+class Means(NamedTuple):
+    """A table of means: the titles of its metrics, and {variant: cells}."""
+
+    titles: list[str]
+    rows: dict[str, list[Cell]]
 
 
-def markdown_table(summary: pd.DataFrame, against: str = "vanilla") -> str:
-    """``summary`` as a Markdown table. Its footnote names ``against``, the variant that the tests compare with.
+def table_cells(summary: pd.DataFrame, paired: pd.DataFrame | None = None) -> list[Means]:
+    """The means of at most three metrics per table.
 
-    Markup in the names of variants and metrics is escaped, and their line breaks become spaces.
+    Args:
+        summary: a table of :func:`fastfg.study.summarize`.
+        paired: the table of :func:`fastfg.study.paired` for the same scores. Without it, no cell is the best.
     """
-    titles, rows = table_cells(summary)
-    lines = ["| | " + " | ".join(map(_escape, titles)) + " |", "| --- |" + " ---: |" * len(titles)]
-    for variant, cells in rows.items():
-        shown = [f"**{_escape(cell.text)}**" if cell.best else _escape(cell.text) for cell in cells]
-        lines.append(f"| {_escape(variant)} | " + " | ".join(shown) + " |")
-    footnote = FOOTNOTE.replace("*", "\\*").format(against=_escape(against))
-    return "\n".join(lines) + "\n\n" + footnote + "\n"
+    metrics = list(dict.fromkeys(summary["metric"]))
+    columns = {}
+    for metric in metrics:
+        found = summary.loc[summary["metric"] == metric]
+        show, best = _shown(found["mean"]), _best(found, paired, metric)
+        columns[metric] = {e["variant"]: Cell(_mean(e, show), e["variant"] == best) for e in found.to_dict("records")}
+    variants = list(dict.fromkeys(summary["variant"]))
+    return [
+        Means([_title(m) for m in part], {v: [columns[m][v] for m in part] for v in variants})
+        for part in (metrics[first : first + PER_TABLE] for first in range(0, len(metrics), PER_TABLE))
+    ]
+
+
+def difference_cells(paired: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """{title of a metric: one row per variant, with the cells of ``DIFFERENCE_TITLES``}."""
+    tables: dict[str, list[list[str]]] = {}
+    for metric, rows in paired.groupby("metric", sort=False):
+        show = _shown(rows["difference"])
+        tables[_title(str(metric))] = [
+            [r["variant"], _interval(r, show), _p(r["p_holm"]), _p(r["p_welch"]), show(r["mde"]), _n(r), r["verdict"]]
+            for r in rows.to_dict("records")
+        ]
+    return tables
+
+
+def differences(paired: pd.DataFrame, against: str = "vanilla") -> list[str]:
+    """Which differences are real, in plain words: one text per metric, from :func:`fastfg.study.paired`."""
+    return [_sentences(str(metric), rows, against) for metric, rows in paired.groupby("metric", sort=False)]
+
+
+def markdown_table(summary: pd.DataFrame, against: str = "vanilla", paired: pd.DataFrame | None = None) -> str:
+    """The means as Markdown tables, and with ``paired`` also the differences, in words and as tables.
+
+    ``against`` is the variant that the tests compare with. Markup in the names of variants and metrics is escaped, and
+    their line breaks become spaces.
+    """
+    parts = []
+    for titles, rows in table_cells(summary, paired):
+        cells = [
+            [variant, *(f"**{_escape(c.text)}**" if c.best else _escape(c.text) for c in row)]
+            for variant, row in rows.items()
+        ]
+        parts.append(_markdown(["", *titles], [[_escape(row[0]), *row[1:]] for row in cells]))
+    parts.append(_escape(FOOTNOTE.format(against=against)))
+    if paired is not None and len(paired):
+        parts.append("## Which differences are real")
+        parts.append("\n".join(f"- {_escape(text)}" for text in differences(paired, against)))
+        for title, lines in difference_cells(paired).items():
+            parts += [f"### {_escape(title)}", _markdown(DIFFERENCE_TITLES, [list(map(_escape, x)) for x in lines])]
+        parts.append(_escape(DIFFERENCES_NOTE.format(against=against)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(map(_escape, titles)) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str | None:
+    """The variant with the best mean of ``metric`` if it is better than the one compared with, else None."""
+    means = found.set_index("variant")["mean"].dropna()
+    if paired is None or not len(means) or metric not in METRICS:  # of a user's own metric, the direction is unknown
+        return None
+    best = str(means.idxmax() if METRICS[metric].higher_is_better else means.idxmin())
+    real = paired.loc[(paired["metric"] == metric) & (paired["verdict"] == "better"), "variant"]
+    return best if best in set(real) else None
+
+
+def _mean(entry: dict[Any, Any], show: Callable[[float], str]) -> str:
+    text = f"{show(entry['mean'])} ± {show(entry['se'])}{entry['stars']}"
+    if entry["missing"]:  # a mean over some of the images says so
+        text += f" ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
+    return text
+
+
+def _sentences(metric: str, rows: pd.DataFrame, against: str) -> str:
+    """``SaCo. Better than vanilla: gated (0.200 [0.100, 0.300], Holm p = .001, n = 12). No real difference: ...``."""
+    show, said = _shown(rows["difference"]), []
+    for verdict in dict.fromkeys(map(str, rows["verdict"])):
+        names, found = [], rows.loc[rows["verdict"] == verdict]
+        for r in found.to_dict("records"):
+            if verdict in DIRECTIONS:
+                names.append(f"{r['variant']} ({_interval(r, show)}, Holm p {_equals(r['p_holm'])}, n = {r['n']})")
+            elif r["reason"]:
+                names.append(f"{r['variant']} ({r['reason']})")
+            else:
+                names.append(f"{r['variant']} (an effect below {show(r['mde'])} is often missed)")
+        title = f"{verdict} than {against}" if verdict in DIRECTIONS else verdict
+        said.append(f"{title[0].upper()}{title[1:]}: {'; '.join(names)}.")
+    return f"{METRICS[metric].title if metric in METRICS else metric}. {' '.join(said)}"
+
+
+def _interval(row: dict[Any, Any], show: Callable[[float], str]) -> str:
+    text = show(row["difference"])
+    return text if row["low"] != row["low"] else f"{text} [{show(row['low'])}, {show(row['high'])}]"
+
+
+def _n(row: dict[Any, Any]) -> str:
+    return f"{row['n']} ({row['missing']} missing)" if row["missing"] else str(row["n"])
+
+
+def _p(p: float) -> str:
+    return "" if p != p else "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+
+
+def _equals(p: float) -> str:
+    return _p(p) if p < 0.001 else f"= {_p(p)}"
+
+
+def _shown(values: pd.Series) -> Callable[[float], str]:
+    """How the numbers of one metric are shown: three decimals, or three digits if they are very small or large."""
+    largest = values.abs().max()
+    fixed = not largest > 0 or 0.01 <= largest < 10_000
+    return lambda value: "" if value != value else f"{value:.3f}" if fixed else f"{value:.2e}"
 
 
 def _title(metric: str) -> str:

@@ -1,6 +1,8 @@
 """Compare variants on the same images, compute the statistics, and run the demo on real photographs."""
 
 from fastfg.study.comparison import Comparison, compare, compare_batch
+from fastfg.study.paired import paired
+from fastfg.study.rank import rank_test
 from fastfg.study.statistics import summarize
 
-__all__ = ["Comparison", "compare", "compare_batch", "summarize"]
+__all__ = ["Comparison", "compare", "compare_batch", "paired", "rank_test", "summarize"]

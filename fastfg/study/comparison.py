@@ -1,4 +1,4 @@
-"""Explain the same images with several gates, and score the maps side by side."""
+"""Explain the same images with several gates and methods, and score the maps side by side."""
 
 from __future__ import annotations
 
@@ -7,55 +7,66 @@ from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
+from fastfg.attribution.choose_methods import method_names
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
+from fastfg.metrics.explanations import explains_again
 from fastfg.metrics.localisation import with_masks
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline
+from fastfg.perturb.seeds import image_keys
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Target
-from fastfg.types import Attribution, Gate, Scores
+from fastfg.targets import Target, TargetLike
+from fastfg.types import METHODS as OTHER_METHODS
+from fastfg.types import Attribution, Gate, Methods, Scores
 
 if TYPE_CHECKING:
     import pandas as pd
 
 IMAGES_ON_CPU, IMAGES_ON_GPU = 8, 64  # images per attribution
+VANILLA: dict[str, Gate | None] = {"vanilla": None}
 
 
 class Comparison(NamedTuple):
-    """One batch of images under several gates.
+    """One batch of images under several gates and methods.
 
     Attributes:
         scores: one row per image and variant: ``index`` (the image's position in the batch), ``image`` (its key),
-            ``variant``, ``target``, and one column per metric.
+            ``group`` if there are groups, ``variant``, ``target``, and one column per metric.
         errors: one row per missing score: ``index``, ``image``, ``variant``, ``metric``, ``message``.
-        attribution: the attribution of all variants, with a leading dimension ``C``.
+        attribution: the attribution of all gates, with a leading dimension ``C``.
+        maps: {variant: [B, gh, gw]}, first the gates, then the methods.
     """
 
     scores: pd.DataFrame
     errors: pd.DataFrame
     attribution: Attribution
+    maps: dict[str, Tensor]
 
 
 def compare(
     model: nn.Module | Adapter,
     images: Tensor | Iterable[Tensor | Sequence[Any]],
     *,
-    gates: Mapping[str, Gate | None],
+    gates: Mapping[str, Gate | None] = VANILLA,
+    methods: Methods = (),
     saes: Mapping[int, SparseAutoencoder] | None = None,
-    target: Target = None,
+    target: TargetLike = None,
     keys: Iterable[str | int] | None = None,
+    groups: Iterable[Any] | None = None,
+    seed: int = 0,
     metrics: Sequence[str | Metric] = DEFAULT_METRICS,
     baseline: Baseline = "mean",
     masks: Tensor | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Explain images with each of ``gates`` and score every map. Work that several maps need is done once.
+    """Explain images with each of ``gates`` and ``methods`` and score every map. Work that several need is done once.
 
     One forward and one backward pass serve all gates. A perturbed forward that several maps or metrics need is run
     once. Apart from the table, memory does not grow with the number of images.
@@ -65,15 +76,22 @@ def compare(
         images: [B, C, H, W], or an iterable of batches: tensors, or tuples whose first entry is the tensor, as a
             DataLoader of (image, label) gives them; labels are not used.
         gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all gates.
-        target: None (the predicted class), an int, one per image, or a function of the model's output.
-        keys: the images' names, one per image. metrics, baseline, masks: as in :func:`fastfg.evaluate`. Per-image
-            arguments (``masks``, ``subsets``, a tensor ``baseline``) have one entry per image over all batches.
+        methods: more variants, as in :func:`fastfg.attribute`: names such as ``random`` and ``grad_cam``, or {name of
+            the variant: such a name, maps [images, gh, gw], or a callable ``(images, target) -> maps``, which is called
+            for each batch}.
+        target: None (the predicted class), an int, one per image, a :class:`fastfg.Target`, or a function of the
+            model's output.
+        keys: the images' names, one per image. groups: what images belong to, such as patients, one per image.
+        seed: what random draws of methods and metrics depend on, with the keys.
+        metrics, baseline, masks: as in :func:`fastfg.evaluate`. Per-image arguments
+            (``masks``, ``subsets``, a tensor ``baseline``) have one entry per image over all batches.
         progress: called with (images done, total images, or None if the total is not known).
-        options: more arguments of :func:`fastfg.evaluate`.
+        options: more arguments of :func:`fastfg.evaluate`, and {method: its arguments}.
 
     Returns a table with one row per image and variant: ``index`` (the image's position), ``image`` (its key),
-    ``variant``, ``target``, one column per metric, and ``error``: why a score is missing (NaN), or None. Raises
-    ValueError if the number of keys, targets or other per-image arguments differs from the number of images.
+    ``group`` (if there are groups), ``variant``, ``target``, one column per metric, and ``error``: why a score is
+    missing (NaN), or None. Raises ValueError if two variants have the same name, or if the number of keys, targets or
+    other per-image arguments differs from the number of images.
 
     >>> import torch, fastfg
     >>> model = fastfg.models.timm.import_timm().create_model("vit_tiny_patch16_224", img_size=64, num_classes=5).eval()
@@ -84,7 +102,8 @@ def compare(
     """
     import pandas as pd
 
-    keys = None if keys is None else list(keys)
+    keys, groups = (None if each is None else list(each) for each in (keys, groups))
+    methods = methods if isinstance(methods, Mapping) else list(methods)
     by_metric = {name: options.pop(name) for name in METRICS if name in options}
     chosen = with_masks(choose_metrics(metrics, by_metric, baseline), masks)
     total = len(images) if isinstance(images, Tensor) else None
@@ -95,9 +114,12 @@ def compare(
             model,
             batch,
             gates=gates,
+            methods=_methods_of(methods, rows),
             saes=saes,
-            target=_part("target", target, rows),
+            target=target[rows] if isinstance(target, Target) else _part("target", target, rows),
             keys=_part("keys", keys, rows),
+            groups=_part("groups", groups, rows),
+            seed=seed,
             metrics=[metric.for_images(rows) for metric in chosen],
             **options,
         )
@@ -105,9 +127,12 @@ def compare(
         done = rows.stop
         if progress is not None:
             progress(done, total)
-    for name, values in (("target", target), ("keys", keys)):
-        if _is_per_image(values) and len(values) != done:  # type: ignore[arg-type]
-            raise ValueError(f"{name}: expected {done} of them, one per image, got {len(values)}")  # type: ignore[arg-type]
+    per_image = target.per_image() if isinstance(target, Target) else {"target": target}
+    given = methods.items() if isinstance(methods, Mapping) else ()
+    maps = {f"methods[{name!r}]": method for name, method in given if hasattr(method, "__array__")}
+    for name, values in (per_image | maps | {"keys": keys, "groups": groups}).items():
+        if _is_per_image(values) and len(values) != done:
+            raise ValueError(f"{name}: expected {done} of them, one per image, got {len(values)}")
     for metric in chosen:
         metric.check_images(done)
     if not tables:
@@ -119,24 +144,82 @@ def compare_batch(
     model: nn.Module | Adapter,
     images: Tensor,
     *,
-    gates: Mapping[str, Gate | None],
+    gates: Mapping[str, Gate | None] = VANILLA,
+    methods: Methods = (),
     saes: Mapping[int, SparseAutoencoder] | None = None,
-    target: Target = None,
+    target: TargetLike = None,
     keys: Sequence[str | int] | None = None,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> Comparison:
     """:func:`compare` for images that fit into one attribution; also returns the maps."""
-    attribution = attribute(model, images, saes=saes, gate=list(gates.values()), target=target)
-    scores = evaluate(model, images, attribution.maps, target=attribution.target, keys=keys, **options)
-    return Comparison(*tidy(scores, list(gates), attribution.target), attribution)
+    methods = methods if isinstance(methods, Mapping) else list(methods)
+    _check_variants(gates, methods)
+    if groups is not None and len(groups) != len(images):
+        raise ValueError(f"groups: expected {len(images)} of them, one per image, got {len(groups)}")
+    own = {name: options.pop(name) for name in OTHER_METHODS if name in options}
+    attribution = attribute(
+        model, images, saes=saes, gate=list(gates.values()), target=target, methods=methods, seed=seed, keys=keys, **own
+    )
+    maps = dict(zip(gates, attribution.maps, strict=True)) | attribution.methods
+    stacked = torch.stack(list(maps.values()))
+    if explains_again(options.get("metrics", ())):
+        hashes = image_keys(images, None)
+        known = dict(zip(hashes, image_keys(images, keys), strict=True))  # an image with noise has a key of its own
+
+        def explain(given: Any, images: Tensor, target: Any) -> list[Tensor | None]:
+            others = _made_again(methods, given is model)
+            again = attribute(
+                given,
+                images,
+                saes=saes,
+                gate=list(gates.values()),
+                target=target,
+                methods=others,
+                seed=seed,
+                keys=[known.get(key, key) for key in image_keys(images, None)],
+                **own,
+            )
+            return [*again.maps, *(again.methods.get(name) for name in method_names(methods))]
+
+        options = {"explain": explain} | options
+    scores = evaluate(model, images, stacked, target=attribution.target, keys=keys, seed=seed, **options)
+    return Comparison(*tidy(scores, list(maps), attribution.target, groups), attribution, maps)
 
 
-def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _made_again(methods: Methods, same_model: bool) -> dict[str, Any]:
+    """The methods that can explain another image: not given maps, and callables only the same model."""
+    by_name = methods if isinstance(methods, Mapping) else {name: name for name in methods}
+    return {
+        name: method for name, method in by_name.items() if isinstance(method, str) or (callable(method) and same_model)
+    }
+
+
+def _check_variants(gates: Mapping[str, Gate | None], methods: Methods) -> None:
+    """Require at least one gate, and another name for each variant."""
+    if not isinstance(gates, Mapping) or not gates:
+        raise ValueError(f"gates: expected {{name: Gate or None}} with at least one of them, got {gates!r}")
+    both = [name for name in method_names(methods) if name in gates]
+    if both:
+        raise ValueError(f"methods: expected other names than those of the gates, got {both}")
+
+
+def tidy(
+    scores: Scores, variants: Sequence[str], target: Any, groups: Sequence[Any] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores [C, B] as a table with one row per image and variant, and the errors as a second table."""
     import pandas as pd
 
+    group = [] if groups is None else ["group"]
     rows = [
-        {"index": i, "image": key, "variant": variant, "target": int(target[i]) if isinstance(target, Tensor) else None}
+        {
+            "index": i,
+            "image": key,
+            "group": None if groups is None else groups[i],
+            "variant": variant,
+            "target": _class(target, i),
+        }
         | {metric: float(values[c, i]) for metric, values in scores.items()}
         for i, key in enumerate(scores.image_keys)
         for c, variant in enumerate(variants)
@@ -146,9 +229,15 @@ def tidy(scores: Scores, variants: Sequence[str], target: Any) -> tuple[pd.DataF
         for e in scores.errors
     ]
     return (
-        pd.DataFrame(rows, columns=["index", "image", "variant", "target", *scores]),
+        pd.DataFrame(rows, columns=["index", "image", *group, "variant", "target", *scores]),
         pd.DataFrame(errors, columns=["index", "image", "variant", "metric", "message"]),
     )
+
+
+def _class(target: Any, image: int) -> int | None:
+    """The explained class of one image; None for a target without classes."""
+    classes = target.classes if isinstance(target, Target) else target
+    return int(classes[image]) if isinstance(classes, Tensor) else None
 
 
 def _with_errors(found: Comparison, first: int) -> pd.DataFrame:
@@ -174,6 +263,16 @@ def _batches(images: Tensor | Iterable[Tensor | Sequence[Any]]) -> Iterator[Tens
                 f"batch {number}"
             )
         yield from batch.split(IMAGES_ON_CPU if batch.device.type == "cpu" else IMAGES_ON_GPU)
+
+
+def _methods_of(methods: Methods, rows: slice) -> Methods:
+    """``methods`` for some of the images: maps from elsewhere have one entry per image."""
+    if not isinstance(methods, Mapping):
+        return methods
+    return {
+        name: _part(f"methods[{name!r}]", method, rows) if hasattr(method, "__array__") else method
+        for name, method in methods.items()
+    }
 
 
 def _is_per_image(values: Any) -> bool:

@@ -1,4 +1,7 @@
-"""Summarise scores as in the paper's Table 1: mean and standard error over images, and Welch's t-test."""
+"""Summarise scores as in the paper's Table 1: mean and standard error over images, and Welch's t-test.
+
+What decides whether two variants differ is :func:`fastfg.study.paired`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,14 @@ STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 def stars(p: float) -> str:
     """``***`` below .001, ``**`` below .01, ``*`` below .05; nothing for NaN."""
     return next((mark for bound, mark in STARS if p < bound), "")
+
+
+def check_against(scores: pd.DataFrame, against: str) -> list[str]:
+    """The variants of ``scores``. Raises ValueError if ``against`` is not one of them."""
+    variants = list(dict.fromkeys(scores["variant"]))
+    if against not in variants:
+        raise ValueError(f"against: expected one of {variants}, got {against!r}")
+    return variants
 
 
 def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
@@ -36,9 +47,7 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     from scipy import stats
 
     rows = []
-    variants = list(dict.fromkeys(scores["variant"]))
-    if against not in variants:
-        raise ValueError(f"against: expected one of {variants}, got {against!r}")
+    variants = check_against(scores, against)
     for metric in (name for name in scores.columns if name not in RESERVED):
         base = scores.loc[scores["variant"] == against, metric].dropna()
         for variant in variants:

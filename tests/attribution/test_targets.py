@@ -80,7 +80,9 @@ def test_a_function_of_another_output(model, images):
     found = fastfg.attribute(model, images, target=lambda output: output.scores[:, 2])
     assert torch.equal(found.maps, expected)
     assert found.logits.scores.shape == (3, 5)
-    with pytest.raises(ValueError, match=r"model: expected logits \[B, n\] from model\(images\), got SimpleNamespace"):
+    with pytest.raises(
+        ValueError, match=r"model: expected floating logits \[3, n\] from model\(images\), got SimpleNamespace"
+    ):
         fastfg.attribute(model, images)
 
 

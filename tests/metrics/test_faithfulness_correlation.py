@@ -9,7 +9,7 @@ from scipy import stats
 
 import fastfg
 from fastfg.metrics import correlation
-from fastfg.metrics.faithfulness_correlation import default_subset_size, draw_subsets
+from fastfg.metrics.subsets import default_subset_size, draw_subsets
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(3, 25))

@@ -57,7 +57,9 @@ def test_a_function_of_the_output(model, images):
     torch.testing.assert_close(found["faithfulness_correlation"], expected["faithfulness_correlation"])
     curve = found.details["pixel_flipping"]["curve"]  # a curve of the value, which is not a probability
     torch.testing.assert_close(curve[:, 0], model(images)[:, 2].detach())
-    with pytest.raises(ValueError, match="saco: expected impact='target' for a target function, got 'max'"):
+    with pytest.raises(
+        ValueError, match="saco: expected impact='target' for a target without probabilities, got 'max'"
+    ):
         fastfg.evaluate(model, images, MAPS, target=lambda logits: logits[:, 2], saco={"impact": "max"})
     with pytest.raises(ValueError, match="target: expected a function that returns one value per image, \\[3\\], got"):
         fastfg.evaluate(model, images, MAPS, target=lambda logits: logits)

@@ -64,7 +64,7 @@ def record(model, adapter, images, monkeypatch):
             if type(module).__name__ == "SiglipMultiheadAttentionPoolingHead":  # asks for weights, which needs no SDPA
                 attend = module.attention.forward
                 patch.setattr(module.attention, "forward", lambda *a, attend=attend: attend(*a, need_weights=False))
-        logits = adapter.forward(images)
+        logits = adapter.logits(adapter.forward(images))
     for handle in handles:
         handle.remove()
     target = logits.argmax(1)
@@ -294,14 +294,20 @@ def test_a_tower_has_no_classes_to_explain(name):
         pytest.importorskip(library)
     model = builder().float().eval()
     images = torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match="target: expected a function of the model's output, .* got None"):
+    with pytest.raises(
+        ValueError,
+        match="target: expected fastfg.Target.similarity or a function of the model's output, .* got Target\\(None",
+    ):
         fastfg.attribute(model, images)
-    with pytest.raises(ValueError, match="target: expected a function of the model's output, .* got int"):
+    with pytest.raises(
+        ValueError,
+        match="target: expected fastfg.Target.similarity or a function of the model's output, .* got Target\\(1",
+    ):
         fastfg.evaluate(model, images, torch.rand(2, 4, 4), target=1)
     adapter = adapt(model)
-    check_target(adapter, lambda output: output[:, 0])
+    check_target(adapter, fastfg.Target.similarity(torch.ones(48)))
     width = 48 if library != "open_clip" else 24
-    assert adapter.forward(images).shape == (2, width if "projection" not in name else 512)
+    assert adapter.logits(adapter.forward(images)).shape == (2, width if "projection" not in name else 512)
     assert fastfg.residuals(model, images, [1])[1].shape == (2, 16, 48)
 
 

@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from fastfg.perturb import Batches, Engine, PatchGrid, Pixels, View, generator, image_key
+from fastfg import Target
+from fastfg.perturb import (
+    REMOVED,
+    Batches,
+    Engine,
+    Imputed,
+    ImputedPixels,
+    PatchGrid,
+    Paths,
+    Pixels,
+    View,
+    generator,
+    image_key,
+)
 
 GRID = PatchGrid(1, 4, 1, 1)
 COUNTS = [4, 1, 6, 0, 9, *[2] * 11]  # masks per view
@@ -22,7 +35,7 @@ def read_some(engine):
     view = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     masks, target, seen = torch.rand(len(view), 4, generator=random) > 0.5, view % 2, []
     views = [View(image, fill) for image, fill in zip(images, fills, strict=True)]
-    readings = engine.read(views, view, masks, target, seen.append)
+    readings = engine.read(views, view, masks, Target(target).of(torch.zeros(len(view), 2)), seen.append)
     perturbed = [torch.where(mask, fills[v], images[v]) for v, mask in zip(view.tolist(), masks, strict=True)]
     logits = halves(torch.stack(perturbed))
     torch.testing.assert_close(readings.logit, logits.gather(1, target[:, None])[:, 0])
@@ -61,7 +74,9 @@ def test_a_batch_that_does_not_fit_is_run_again_in_halves(caplog):
     assert set(sizes) == {3}
     assert engine.batches.size == 3
     assert "7 images did not fit into memory: continuing with 3" in caplog.text
-    assert len(engine.logits(torch.rand(5, 1, 1, 4))) == 5
+    rows = []
+    engine.whole(torch.rand(5, 1, 1, 4), lambda output, rows_of: rows.append(len(output)))
+    assert rows == [3, 2]
 
 
 def test_views_are_prepared_in_groups_that_fit():
@@ -99,3 +114,61 @@ def test_keys_and_generators():
 
     assert draw(0, "k", "p") == draw(0, "k", "p")
     assert len({tuple(draw(*args)) for args in [(0, "k", "p"), (1, "k", "p"), (0, "l", "p"), (0, "k", "q")]}) == 4
+
+
+def kept(images):
+    """Reads how many values are not NaN, and their sum: what is left where patches leave."""
+    left = ~images.isnan()
+    return torch.stack([left.sum((1, 2, 3)).double(), images.nansum((1, 2, 3))], 1)
+
+
+class Leaving(Pixels):
+    """A path for removed views that marks what has left with NaN, and notes the batches."""
+
+    def __init__(self, batches):
+        super().__init__(kept, GRID)
+        self.batches = batches
+
+    def prepare(self, images, fills):
+        assert all(fill is REMOVED for fill in fills)
+        return super().prepare(images, [torch.full((1, 1, 1), torch.nan, dtype=torch.float64)] * len(fills))
+
+    def run(self, inputs):
+        counts = self.whole(*inputs)[:, 0].tolist()
+        assert len(set(counts)) == 1
+        self.batches.append((int(counts[0]), len(counts)))
+        return super().run(inputs)
+
+
+def test_each_kind_of_view_has_its_path_and_readings_keep_their_order():
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 1, 1, 4, dtype=torch.float64, generator=random)
+
+    def halved(image):
+        return Imputed(lambda masks: torch.where(masks[:, None, None], image / 2, image))
+
+    fills = [torch.full((1, 1, 1), 9.0), REMOVED, halved(images[2]), REMOVED, torch.zeros(1, 1, 4), halved(images[5])]
+    views = [View(image, fill) for image, fill in zip(images, fills, strict=True)]
+    view = torch.arange(6).repeat_interleave(torch.tensor([5, 7, 3, 8, 2, 4]))
+    masks, target = torch.rand(len(view), 4, generator=random) > 0.5, view % 2
+    batches, seen = [], []
+    paths = Paths(Pixels(kept, GRID), ImputedPixels(kept, GRID), Leaving(batches))
+    engine = Engine(paths, Batches(3))
+    readings = engine.read(views, view, masks, Target(target).of(torch.zeros(len(view), 2)), seen.append)
+    for i, (v, mask) in enumerate(zip(view.tolist(), masks, strict=True)):
+        other = {1: torch.nan, 3: torch.nan, 2: images[v] / 2, 5: images[v] / 2}.get(v, fills[v])
+        expected = kept(torch.where(mask, torch.as_tensor(other), images[v])[None])[0, target[i]]
+        torch.testing.assert_close(readings.logit[i], expected)
+    assert engine.forwards == len(view) == seen[-1]
+    assert seen == sorted(seen)
+    assert [left for left, _ in batches] == sorted((left for left, _ in batches), reverse=True)
+    assert max(n for left, n in batches if left <= 1) > 3  # short sequences run in larger batches
+
+
+def test_a_fill_that_makes_other_images_is_an_error():
+    image = torch.rand(1, 1, 4)
+    views = [View(image, Imputed(lambda masks: image))]
+    engine = Engine(Paths(Pixels(kept, GRID), ImputedPixels(kept, GRID)), Batches(3))
+    masks = torch.zeros(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"images: expected \[2, 1, 1, 4\] from the fill, got \[1, 1, 4\]"):
+        engine.read(views, torch.zeros(2, dtype=torch.long), masks, Target(0).of(torch.zeros(2, 2)))

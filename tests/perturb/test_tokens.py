@@ -12,6 +12,7 @@ from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.perturb import PatchGrid, Pixels, Tokens
 from fastfg.perturb.choose import choose_path
+from fastfg.targets import logits_of
 from tests.models.families import FAMILIES, build
 from tests.tools import tiny_vit
 
@@ -28,11 +29,9 @@ def size_of(name):
 
 def run(path, images, fills, view, masks):
     prepared = path.prepare(images, fills)
-    inputs = path.buffers(prepared, len(masks))
-    for i, v in enumerate(view):
-        path.place(prepared, v, masks[i : i + 1], tuple(t[i : i + 1] for t in inputs))
+    inputs = path.inputs(prepared, torch.tensor(view), masks)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-        logits = path.run(inputs)
+        logits = logits_of(path.run(inputs))
     return logits, counter.get_total_flops()
 
 
@@ -49,7 +48,9 @@ def test_the_logits_are_those_of_the_pixels(name):
     masks[1], masks[2] = False, True
     with hold(model, adapter.flags), torch.no_grad():
         pixels, tokens = Pixels(adapter.forward, grid), Tokens(adapter)
-        assert choose_path(adapter, adapter.forward, grid, images, lambda i: fills, "tokens", "float32")[1] == "tokens"
+        target = fastfg.Target(0).bound(adapter.logits)
+        found = choose_path(adapter, adapter.forward, grid, images, lambda i: fills, "tokens", "float32", target)
+        assert found[1] == "tokens"
         expected, whole = run(pixels, images, fills, view, masks)
         found, less = run(tokens, images, fills, view, masks)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))

@@ -7,7 +7,7 @@ from PIL import Image
 from fastfg.report import save_figure, save_overlay, write_page
 from fastfg.report.figure import FigureRow
 from fastfg.report.overlay import displayed
-from fastfg.study import summarize
+from fastfg.study import paired, summarize
 
 EVIL = "<script>alert(1)</script>"
 
@@ -22,6 +22,7 @@ def test_names_are_escaped(tmp_path):
     scores = pd.DataFrame(
         [{"image": EVIL, "variant": v, EVIL: 0, "saco": s} for v in ("vanilla", EVIL) for s in (0.1, 0.25)]
     )
+    table = pd.DataFrame([{"index": i % 2, "variant": v, EVIL: i} for i, v in enumerate(["a", "a", EVIL, EVIL])])
     write_page(
         tmp_path / "report.html",
         title=EVIL,
@@ -34,12 +35,14 @@ def test_names_are_escaped(tmp_path):
         settings={EVIL: EVIL},
         notes=[EVIL],
         against=EVIL,
+        paired=paired(table, against=EVIL),
     )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "0.2500" in page
     assert 'src="data:image/png;base64,' in page
+    assert "Which differences are real" in page
     assert "http" not in page  # it needs no network
 
 

@@ -119,3 +119,52 @@ def test_images_that_share_a_key_keep_their_own_errors(model, images):
     assert table["error"].isna().tolist() == [True, False, True]
     assert table["error"][1] == "saco: the image is blank: all its pixels are the same"
     assert table["saco"].isna().tolist() == [False, True, False]
+
+
+def test_gates_methods_and_maps_from_elsewhere_in_one_table(model, images, saes, monkeypatch):
+    given = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    broken = given.clone()
+    broken[2, 0, 0] = torch.nan
+    methods = {
+        "noise": "random",
+        "centre": "centre",
+        "given": given,
+        "broken": broken,
+        "own": lambda x, t: x[:, 0, ::8, ::8],
+    }
+    options = {"saes": saes, "gates": GATES, "keys": ["a", "b", "c"], "metrics": ["saco"], "seed": 5, "target": 1}
+    options |= {"saco": {"n_bins": 5}, "centre": {"width": 0.5}}
+    found = compare_batch(model, images, methods=methods, **options)
+    variants = [*GATES, *methods]
+    assert list(found.maps) == variants
+    assert list(found.scores["variant"][: len(variants)]) == variants
+    assert found.attribution.maps.shape == (3, 3, 4, 6)
+    assert torch.equal(found.maps["given"], given)
+    alone = fastfg.evaluate(model, images, given, target=1, metrics=["saco"], saco={"n_bins": 5}, seed=5)["saco"]
+    table = found.scores.set_index(["variant", "index"])["saco"]
+    assert table["given"].tolist() == pytest.approx(alone.tolist(), rel=1e-9)
+    assert found.errors[["variant", "index", "message"]].to_numpy().tolist() == [
+        ["broken", 2, "the attribution is not finite"]
+    ]
+    monkeypatch.setattr("fastfg.study.comparison.IMAGES_ON_CPU", 2)
+    parts = fastfg.compare(model, images, methods=methods, **options)
+    assert parts["saco"].tolist() == pytest.approx(found.scores["saco"].tolist(), rel=1e-9, nan_ok=True)
+    only = fastfg.compare(model, images, methods=(name for name in ["random"]), metrics=["saco"])
+    assert list(only["variant"]) == ["vanilla", "random"] * 3
+    with pytest.raises(ValueError, match=r"methods\['given'\]: expected 3 of them, one per image, got 4"):
+        fastfg.compare(model, images, methods={"given": given[[0, 1, 2, 0]]}, metrics=["saco"])
+    with pytest.raises(ValueError, match=r"methods: expected other names than those of the gates, got \['real'\]"):
+        fastfg.compare(model, images, methods={"real": "random"}, **options | {"centre": None})
+    with pytest.raises(ValueError, match="gates: expected {name: Gate or None} with at least one of them, got {}"):
+        fastfg.compare(model, images, gates={}, methods=["random"])
+
+
+def test_groups_are_a_column(model, images, monkeypatch):
+    monkeypatch.setattr("fastfg.study.comparison.IMAGES_ON_CPU", 2)
+    table = fastfg.compare(model, images, groups=(g for g in ("p", "q", "p")), metrics=["saco"])
+    assert list(table.columns) == ["index", "image", "group", "variant", "target", "saco", "error"]
+    assert list(table["group"]) == ["p", "q", "p"]
+    with pytest.raises(ValueError, match="groups: expected 3 of them, one per image, got 4"):
+        fastfg.compare(model, images, groups=[1, 2, 3, 4], metrics=["saco"])
+    with pytest.raises(ValueError, match="groups: expected 3 of them, one per image, got 2"):
+        compare_batch(model, images, groups=[1, 2], metrics=["saco"])

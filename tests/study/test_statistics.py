@@ -1,15 +1,19 @@
 """The statistics of Table 1 against hand-computed values and SciPy, and the table that shows them."""
 
+import io
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
+from rich.console import Console
+from rich.markdown import Markdown
 from scipy import stats
 
+from fastfg.report import differences as report_differences
 from fastfg.report import markdown_table
-from fastfg.study import summarize
+from fastfg.study import paired, summarize
 from fastfg.study.statistics import stars
 
 
@@ -117,14 +121,64 @@ def test_ordinary_names_are_unchanged():
 
 
 def test_a_control_that_wins_is_shown_winning():
-    summary = summarize(
-        scores(**{"vanilla": [0.1, 0.2, 0.15], "gated": [0.3, 0.4, 0.35], "con|trol": [0.9, 0.8, 0.85]})
-    )
-    table = markdown_table(summary)
+    vanilla = np.array([0.1, 0.2, 0.15] * 3)
+    found = scores(**{"vanilla": vanilla, "gated": vanilla + 0.2, "con|trol": vanilla[::-1] + 0.7})
+    table = markdown_table(summarize(found), paired=paired(found))
+    assert "**" not in markdown_table(summarize(found)).replace("\\*", "")  # bold needs the paired test
     line = next(line for line in table.splitlines() if "con" in line)
-    assert line.startswith("| con\\|trol | **0.850 ± 0.029\\*\\*\\***")
+    assert line.startswith("| con\\|trol | **0.850 ± 0.014\\*\\*\\***")
     assert line.count("**0.850") == 1
     assert "SaCo ↑" in table
     assert "Pixel Flipping ↓" in table
     best_of_flipping = line.split("|")[-2]
     assert best_of_flipping.strip().startswith("**-0.850")
+
+
+def test_the_best_mean_is_bold_only_where_the_difference_is_real():
+    vanilla = np.linspace(0, 1, 10)
+    found = scores(vanilla=vanilla, chance=vanilla[::-1] + 0.05, gated=vanilla + np.linspace(0.01, 0.02, 10))
+    summary, differences = summarize(found), paired(found)
+    assert summary.set_index(["metric", "variant"])["mean"]["saco"].idxmax() == "chance"
+    assert "**" not in markdown_table(summary, paired=differences).replace("\\*", "")
+    real = found[found["variant"] != "chance"]
+    assert markdown_table(summarize(real), paired=paired(real)).count("**0.515") == 1
+
+
+def test_differences_in_plain_words():
+    vanilla = np.linspace(0.2, 0.5, 12)
+    noise = np.array([0.01, -0.01] * 6)
+    found = scores(vanilla=vanilla, gated=vanilla + 0.2 + noise, chance=vanilla + 2 * noise, blank=[math.nan] * 12)
+    table = paired(found)
+    saco, flipping = report_differences(table)
+    gated, chance = (table.set_index(["metric", "variant"]).loc[("saco", name)] for name in ("gated", "chance"))
+    assert saco == (
+        f"SaCo. Better than vanilla: gated (0.200 [{gated['low']:.3f}, {gated['high']:.3f}], Holm p = .002, n = 12). "
+        f"No real difference: chance (an effect below {chance['mde']:.3f} is often missed). "
+        "Not tested: blank (no image has both scores)."
+    )
+    assert flipping.startswith("Pixel Flipping. Better than vanilla: gated (-0.200")
+    text = markdown_table(summarize(found), paired=table)
+    assert f"- {saco}".replace("[", "\\[").replace("]", "\\]") in text
+    assert "| gated | 0.200 \\[" in text
+    few = report_differences(paired(scores(vanilla=[0.0] * 4, gated=[1.0, 2.0, 1.5, 1.2])))
+    assert few[0].startswith("SaCo. Cannot tell: gated (4 pairs give no p below 0.12 before Holm's correction")
+
+
+def test_many_metrics_and_variants_fit_a_terminal():
+    """Eight variants and fifteen metrics: tables of three metrics, and one of differences per metric."""
+    random = np.random.default_rng(0)
+    names = ["vanilla", *(f"shuffled decoder {n}" for n in range(7))]
+    found = scores(**{name: random.normal(0.5, 0.2, 40) for name in names}).drop(columns=["saco", "pixel_flipping"])
+    found = found.assign(**{f"metric {n}": random.normal(0.5, 0.2 * 10 ** (-n), len(found)) for n in range(15)})
+    text = markdown_table(summarize(found), paired=paired(found, n_permutations=9_999, n_resamples=999))
+    terminal = Console(width=100, file=io.StringIO())
+    terminal.print(Markdown(text))
+    rows = [line for line in terminal.file.getvalue().splitlines() if line.startswith(" shuffled decoder")]
+    assert len(rows) == 7 * (5 + 15)  # no row is broken
+    assert sum("no real difference" in row for row in rows) > 90
+    assert text.count("| --- |") == 5 + 15
+
+
+def test_very_small_and_large_numbers_keep_their_digits():
+    table = markdown_table(summarize(scores(vanilla=[1e-6, 2e-6], gated=[3e-6, 4e-6])))
+    assert "1.50e-06 ± 5.00e-07" in table

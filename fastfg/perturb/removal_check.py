@@ -1,0 +1,70 @@
+"""Check that a model can lose tokens, before anything is scored with ``baseline="removed"``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastfg.models import Adapter
+from fastfg.perturb.batches import Batches
+from fastfg.perturb.removal import Removal
+from fastfg.targets import Target
+
+CHECKED_AT_ONCE = 8
+
+
+def check_removal(adapter: Adapter, images: Tensor, target: Target) -> bool:
+    """Raise ValueError where tokens of ``images`` [B, C, H, W] can't leave the sequence.
+
+    For every image, the model must give the same with no patch removed as it gives for the image itself. For the first
+    ones, a batch with patches removed must agree with one image at a time. The order of the kept tokens must not
+    matter: it does where a block knows a token's position by its place in the sequence (windows, convolutions, relative
+    positions).
+
+    Returns whether the model has an output with all patches removed.
+    """
+    path = Removal(adapter)
+
+    def work(rows: slice) -> None:
+        some = images[rows]
+        whole = target.source(path.whole(some.clone()), len(some))
+        prepared = path.prepare(some, [])
+        nothing = torch.zeros(len(some), path.n_patches, dtype=torch.bool, device=some.device)
+        of = torch.arange(len(some), device=some.device)
+        found = target.source(path.run(path.inputs(prepared, of, nothing)), len(some))
+        _same(found, whole, "with no patch removed its tokens give another output than the image")
+        if rows.start == 0:
+            _check_kept(path, prepared, some, target)
+
+    try:
+        Batches(CHECKED_AT_ONCE).run(len(images), work)
+        return path.reads_prefix_alone(images[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"baseline: expected a fill for this model, got 'removed': {error}") from error
+
+
+def _check_kept(path: Removal, prepared: list[Tensor], images: Tensor, target: Target) -> None:
+    """Compare a batch of ``images`` that lose patches with one image at a time, and with tokens in another order."""
+    P, n = path.n_patches, len(images)
+    random = torch.Generator().manual_seed(0)
+    orders = torch.stack([torch.randperm(P, generator=random) for _ in range(n)]).to(images.device)
+    kept = orders[:, : max(1, P // 2)]
+    masks = torch.ones(n, P, dtype=torch.bool, device=images.device).scatter_(1, kept, False)
+    of = torch.arange(n, device=images.device)
+    batch = target.source(path.run(path.inputs(prepared, of, masks)), n)
+    one = target.for_one_image()
+    for i in range(n):
+        ordered, shuffled = (one.source(path.one(images[i : i + 1], k), 1) for k in (kept[i].sort().values, kept[i]))
+        _same(shuffled, ordered, "a token's place in the sequence changes its output")
+        _same(batch[i : i + 1], ordered, "a batch of images that lose tokens differs from one image at a time")
+
+
+def _same(found: Tensor, expected: Tensor, otherwise: str) -> None:
+    """Raise ValueError where the outputs differ by more than rounding, which grows through the blocks."""
+    eps = torch.finfo(expected.dtype).eps
+    largest = expected.double().abs().amax(1).clamp(min=1e-30)
+    error = float(((found.double() - expected.double()).abs().amax(1) / largest).max())
+    if not error <= eps ** (0.5 if eps < 1e-5 else 0.6):
+        raise ValueError(f"{otherwise}, by {error:.1e}")

@@ -1,0 +1,140 @@
+"""Removed patches leave the sequence: equal to a loop over single images, for every family."""
+
+import pytest
+import torch
+
+import fastfg
+from fastfg.checks import check_target
+from fastfg.models import adapt
+from fastfg.models.hold import hold
+from fastfg.perturb.removal import Removal
+from tests.models.families import FAMILIES, build, timm_eva
+from tests.perturb.test_tokens import size_of
+
+
+def looped(adapter, image, mask):
+    """The model's output for one image [C, H, W] when its blocks see the tokens of the patches left alone."""
+    prefix, left = adapter.num_prefix_tokens, [i for i, removed in enumerate(mask.tolist()) if not removed]
+
+    def first(module, args, kwargs):
+        name = None if args else next(iter(kwargs))
+        x = args[0] if args else kwargs[name]
+        x = torch.stack([x[0, i] for i in [*range(prefix), *(prefix + i for i in left)]])[None]
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {name: x})
+
+    def rotary(module, args, kwargs):
+        rope = kwargs.get("rope")
+        return None if rope is None else (args, kwargs | {"rope": rope[..., left, :]})
+
+    handles = [adapter.blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
+    handles += [block.register_forward_pre_hook(rotary, with_kwargs=True) for block in adapter.blocks]
+    output = check_target(adapter, fastfg.Target(1)).source(adapter.forward(image[None]), 1)[0]
+    for handle in handles:
+        handle.remove()
+    return output
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_removed_is_a_loop_over_single_images_for_every_family(name):
+    model = build(name)
+    adapter = adapt(model)
+    size = size_of(name)
+    gh, gw = adapter.grid(size)
+    random = torch.Generator().manual_seed(2)
+    images = torch.randn(2, adapter.in_chans, *size, dtype=torch.float64, generator=random)
+    maps = torch.rand(2, gh, gw, generator=random)
+    target = fastfg.Target(1, link=None)
+    scores = fastfg.evaluate(
+        model, images, maps, target=target, metrics=["pixel_flipping"], baseline="removed", batch_size=3
+    )
+    assert scores.path == "removed"
+    curve = scores.details["pixel_flipping"]["curve"]
+    alone = FAMILIES[name][3] != "pool" and all(s.stop is not None for s in FAMILIES[name][3])
+    alone |= name.startswith("open_clip") and FAMILIES[name][3] == "pool"  # its pooling sees the class token
+    P = gh * gw
+    assert curve.shape == (2, P + 1 if alone else P)
+    with hold(model, adapter.flags), torch.no_grad():
+        for image, one, found in zip(images, maps.flatten(1), curve, strict=True):
+            order = one.argsort(descending=True)
+            masks = torch.zeros(len(found), P, dtype=torch.bool)
+            for step in range(len(found)):
+                masks[step, order[:step]] = True
+            expected = torch.stack([looped(adapter, image, mask)[1] for mask in masks])
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_type": "rope", "rope_type": "mixed"}])
+def test_rotary_positions_are_those_of_the_kept_patches(options):
+    torch.manual_seed(0)
+    model = timm_eva(**options).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    adapter = adapt(model)
+    images, masks = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.zeros(3, 16, dtype=torch.bool)
+    for row in masks:
+        row[torch.randperm(16)[:9]] = True
+    with hold(model, adapter.flags), torch.no_grad():
+        path = Removal(adapter)
+        found = path.run(path.inputs(path.prepare(images, []), torch.arange(3), masks))
+        expected = torch.stack([looped(adapter, image, mask) for image, mask in zip(images, masks, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_one_metric_may_remove_while_others_fill(model, images):
+    maps = torch.rand(3, 4, 6)
+    both = fastfg.evaluate(model, images, maps, target=1, pixel_flipping={"baseline": "removed"})
+    filled = fastfg.evaluate(model, images, maps, target=1)
+    removed = fastfg.evaluate(model, images, maps, target=1, baseline="removed", metrics=["pixel_flipping"])
+    assert (both.path, filled.path, removed.path) == ("tokens, removed", "tokens", "removed")
+    torch.testing.assert_close(both["saco"], filled["saco"])
+    torch.testing.assert_close(both["pixel_flipping"], removed["pixel_flipping"])
+    assert (both["pixel_flipping"] - filled["pixel_flipping"]).abs().min() > 1e-6
+    assert removed.forwards["run"] == 3 * 25
+
+
+def test_all_metrics_may_remove(model, images):
+    scores = fastfg.evaluate(model, images, torch.rand(2, 3, 4, 6), target=1, baseline="removed")
+    assert not scores.errors
+    assert scores.path == "removed"
+
+
+def test_a_callable_can_not_lose_tokens(model, images):
+    with pytest.raises(ValueError, match="baseline: expected a fill for a model of no known family, got 'removed'"):
+        fastfg.evaluate(lambda x: model(x), images, torch.rand(3, 4, 6), target=1, baseline="removed")
+
+
+class Shift(torch.nn.Module):
+    """Mixes each token with the next one: the place in the sequence matters."""
+
+    def forward(self, x):
+        return x + 0.3 * x.roll(1, dims=1)
+
+
+class FixedSize(torch.nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(n, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [(Shift(), "a token's place in the sequence changes its output"), (FixedSize(25), "must match the size")],
+)
+def test_models_that_can_not_lose_tokens_say_so(model, images, part, reason):
+    model.blocks[1].norm2 = torch.nn.Sequential(model.blocks[1].norm2, part)
+    with pytest.raises(ValueError, match=f"baseline: expected a fill for this model, got 'removed': .*{reason}"):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, baseline="removed")
+
+
+def test_a_path_around_the_tokens_is_found(model, images):
+    class Side(type(model)):
+        def forward(self, x):
+            return super().forward(x) + x.mean((1, 2, 3))[:, None] * torch.arange(5)
+
+    model.__class__ = Side
+    with pytest.raises(ValueError, match="with no patch removed its tokens give another output than the image"):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, baseline="removed")
