@@ -4,6 +4,7 @@
     python -m bench.engine --loop              compare the scores with a loop over single perturbed images
     python -m bench.engine --srg 3             the three default metrics with SRG beside them, relative to the three
     python -m bench.engine --quantus 9         compare with Quantus: one map, and nine gates
+    python -m bench.engine --removed 3         one curve with removed tokens, relative to the filled one
     python -m bench.engine --memory 200        resident memory over that many images, three variants each
 
 Work is counted in multiply-adds of matrix products. Time is compared with the model's own forwards at the same batch
@@ -38,6 +39,7 @@ from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
 from fastfg.perturb import Precision
+from fastfg.perturb.removal import Removal
 from fastfg.perturb.tokens import Tokens
 
 
@@ -195,6 +197,36 @@ def srg_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any]:
     }
 
 
+def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any]:
+    """A Pixel Flipping curve with removed tokens and one with filled patches, run alternately: time and work."""
+    adapter = adapt(model)
+    grid = adapter.grid(tuple(images.shape[-2:]))
+    P = torch.Size(grid).numel()
+    maps = torch.rand(len(images), *grid, generator=torch.Generator().manual_seed(0))
+
+    def curve(baseline: str) -> None:
+        fastfg.evaluate(model, images, maps, target=1, metrics=["pixel_flipping"], baseline=baseline)
+
+    seconds: dict[str, list[float]] = {"mean": [], "removed": []}
+    for _ in range(rounds):
+        for baseline, times in seconds.items():
+            times.append(seconds_of(partial(curve, baseline), images))
+    filled, _, operations = counted(model, images)
+    with hold(model, adapter.flags):
+        removal = Removal(adapter)
+        prepared = removal.prepare(images[:1], [])
+        view, masks = torch.zeros(1, dtype=torch.long, device=images.device), torch.arange(P, device=images.device)
+        left = range(P, 0, -max(1, P // 7))  # a quadratic in the length: a few are enough
+        work = [flops(removal.run, removal.inputs(prepared, view, (masks >= n)[None], n)) for n in left]
+    median = {baseline: statistics.median(times) for baseline, times in seconds.items()}
+    return {
+        "filled": median["mean"],
+        "ours": median["removed"],
+        "time": statistics.median(r / f for r, f in zip(seconds["removed"], seconds["mean"], strict=True)),
+        "work": statistics.mean(work) / (filled * operations),
+    }
+
+
 def seconds_of(run: Any, like: Tensor) -> float:
     start = now(like)
     run()
@@ -225,6 +257,7 @@ def main() -> None:
     parser.add_argument("--loop", action="store_true", help="compare the scores with a loop over single images")
     parser.add_argument("--quantus", type=int, metavar="GATES", help="compare with Quantus, with this number of gates")
     parser.add_argument("--srg", type=int, metavar="ROUNDS", help="the cost of SRG beside the default metrics")
+    parser.add_argument("--removed", type=int, metavar="ROUNDS", help="compare removed with filled, alternately")
     parser.add_argument("--memory", type=int, metavar="IMAGES")
     parser.add_argument("--results", type=Path, metavar="DIR", help="append lines to DIR/<device>/engine.jsonl")
     arguments = parser.parse_args()
@@ -253,6 +286,9 @@ def main() -> None:
             return
         if arguments.quantus:
             tell("quantus", quantus_cost(model, images, arguments.quantus))
+            return
+        if arguments.removed:
+            tell("removed", removed_cost(model, images, arguments.removed))
             return
         tell("evaluate", evaluate_cost(model, images))
         for n in arguments.gates:

@@ -22,6 +22,11 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--images", type=at_least_one, default=12, metavar="N", help="held-out defective cells to explain and judge"
     )
+    command.add_argument(
+        "--thorough",
+        action="store_true",
+        help="judge eight explanations by all metrics that need no masks (40 images: about half an hour on two cores)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,9 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     from fastfg.data.output import claim
     from fastfg.study.demo import Settings, run_demo
 
-    claim(arguments.out, "demo", {"images": arguments.images})
+    claim(arguments.out, "demo", {"images": arguments.images, "thorough": arguments.thorough})
     with tracker() as track:
-        page = run_demo(arguments.out, Settings(explained=arguments.images), say, track)
+        page = run_demo(arguments.out, Settings(explained=arguments.images, thorough=arguments.thorough), say, track)
     console.print(Markdown((page.parent / "table.md").read_text(encoding="utf-8")))
     names = ("table.md", "scores.parquet", "figure.png", "report.html")
     say(f"Wrote {', '.join(str(page.parent / name) for name in names)}")

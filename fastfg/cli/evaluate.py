@@ -29,14 +29,14 @@ WRITES = """Writes to --out:
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NOTES, add_input_arguments
-    from fastfg.perturb.fills import FILLS
+    from fastfg.perturb.fills import BASELINES
 
     command = add_command(
         commands, "evaluate", run, "Judge the maps of images by three faithfulness metrics.", WRITES + NOTES
     )
     add_input_arguments(command)
     add = command.add_argument_group("metrics").add_argument
-    add("--baseline", choices=FILLS, default="mean", help="what removed patches are filled with")
+    add("--baseline", choices=BASELINES, default="mean", help="what removed patches are filled with")
     steps = "patches removed per step of Pixel Flipping"
     add("--patches-per-step", type=at_least_one, default=1, metavar="N", help=steps)
     add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")

@@ -20,6 +20,7 @@ from fastfg.metrics.pointing_game import PointingGame
 from fastfg.metrics.random_logit import RandomLogit
 from fastfg.metrics.relevance_mass import RelevanceMass, mass_accuracy
 from fastfg.metrics.relevance_rank import RelevanceRank
+from fastfg.metrics.road import ROAD
 from fastfg.metrics.roc_auc import RocAuc, area_under_roc
 from fastfg.metrics.saco import SaCo, saco_score
 from fastfg.metrics.sensitivity_n import SensitivityN
@@ -31,6 +32,7 @@ __all__ = [
     "AOPC",
     "DEFAULT_METRICS",
     "METRICS",
+    "ROAD",
     "SRG",
     "Change",
     "Comprehensiveness",

@@ -23,6 +23,7 @@ from fastfg.metrics.pointing_game import PointingGame
 from fastfg.metrics.random_logit import RandomLogit
 from fastfg.metrics.relevance_mass import RelevanceMass
 from fastfg.metrics.relevance_rank import RelevanceRank
+from fastfg.metrics.road import ROAD
 from fastfg.metrics.roc_auc import RocAuc
 from fastfg.metrics.saco import SaCo
 from fastfg.metrics.sensitivity_n import SensitivityN
@@ -46,6 +47,7 @@ ALL: tuple[type[Metric], ...] = (
     Monotonicity,
     Infidelity,
     SensitivityN,
+    ROAD,
     PointingGame,
     RelevanceMass,
     RelevanceRank,

@@ -20,7 +20,7 @@ from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
 from fastfg.perturb.choose import PATHS, choose_path
-from fastfg.perturb.fills import check_baseline
+from fastfg.perturb.fills import BASELINES, check_baseline
 from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
@@ -60,14 +60,15 @@ def evaluate(
         metrics: names in :data:`fastfg.metrics.METRICS`, or instances of :class:`fastfg.metrics.Metric`.
         baseline: what a removed patch is filled with: ``mean``, ``channel_mean``, ``black``, ``white``, ``zero``,
             ``noise``, ``blur``, ``running_mean``, a number, or a tensor [B] or [B, C]. ``removed``: nothing, the
-            tokens of removed patches leave the sequence (for a model of a known family that can lose tokens).
+            tokens of removed patches leave the sequence, for a model of a known family that can lose them. ``imputed``:
+            noisy linear imputation from the pixels that are left, always run from the pixels.
         masks: [B, H, W], bool or floating in [0, 1]: where the object is, in the geometry of the images. The
             localisation metrics need it (``pointing_game``, ``relevance_mass``, ``relevance_rank``,
             ``top_k_intersection``, ``roc_auc``, ``iou``). It is an error if none of them is chosen.
             :func:`fastfg.data.read_mask` reads masks from files.
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
-        batch_size: the most perturbed images per forward. None is 16 on the CPU and 256 on a GPU. A batch that does
-            not fit into memory is run again in halves.
+        batch_size: the most perturbed images per forward; more of those that have lost tokens. None is 16 on the CPU
+            and 256 on a GPU. A batch that does not fit into memory is run again in halves.
         path: ``tokens`` perturbs before the first block, embeds each image's patches once, and computes the last
             block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
             for a model of a known family if both give the same logits for these images; the check takes four forwards
@@ -210,7 +211,8 @@ def _check(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     for metric in metrics:
         assert metric.baseline is not None  # choose_metrics
-        check_baseline(metric.baseline, B, images.shape[1], bool(adapter and adapter.pixel_mean and adapter.pixel_std))
+        colours = bool(adapter and adapter.pixel_mean and adapter.pixel_std)
+        check_baseline(metric.baseline, B, images.shape[1], colours, BASELINES)
         metric.check_images(B)
         if not target.has_largest and getattr(metric, "impact", None) == "max":
             raise ValueError(f"{metric.name}: expected impact='target' for a target without probabilities, got 'max'")

@@ -14,7 +14,20 @@ from torch import Tensor
 
 from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
 from fastfg.models import Adapter
-from fastfg.perturb import Baseline, Engine, Fill, PatchGrid, Readings, View, generator, make_fill, running_mean_fill
+from fastfg.perturb import (
+    REMOVED,
+    Baseline,
+    Engine,
+    Fill,
+    Imputed,
+    PatchGrid,
+    Readings,
+    View,
+    generator,
+    make_fill,
+    running_mean_fill,
+)
+from fastfg.perturb.imputation import impute
 from fastfg.targets import Target
 
 NOT_FINITE_MAP = "the attribution is not finite"
@@ -42,6 +55,11 @@ class Images:
 
     def fill(self, image: int, baseline: Baseline) -> Fill:
         """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
+        if isinstance(baseline, str) and baseline == "removed":
+            return REMOVED
+        if isinstance(baseline, str) and baseline == "imputed":
+            noise = self.random(image, "baseline")
+            return Imputed(lambda masks: impute(self.images[image], masks, self.grid, noise))
         mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
         random = self.random(image, "baseline")
         return make_fill(baseline, self.images[image], 0, self.grid, random, mean, std)
@@ -283,17 +301,15 @@ class _Questions:
 
 def _each_once(view: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct masks, ordered by view; and for each requested mask, its row among the distinct ones."""
-    packed = np.packbits(masks.numpy(), axis=1)
-    known: dict[tuple[int, bytes], int] = {}
-    chosen: list[int] = []
-    views, rows = view.tolist(), [0] * len(view)
-    for question in view.argsort(stable=True).tolist():
-        key = (views[question], packed[question].tobytes())
-        row = known.setdefault(key, len(known))
-        if row == len(chosen):
-            chosen.append(question)
-        rows[question] = row
-    return torch.tensor(chosen, dtype=torch.long, device="cpu"), torch.tensor(rows, dtype=torch.long, device="cpu")
+    order = view.argsort(stable=True).numpy()
+    keys = np.concatenate([view.numpy()[:, None].view(np.uint8), np.packbits(masks.numpy(), axis=1)], axis=1)[order]
+    whole = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.shape[1])))[:, 0]
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    as_asked = first.argsort()  # unique sorts by content
+    place, rows = np.empty_like(as_asked), np.empty_like(order)
+    place[as_asked] = np.arange(len(as_asked))
+    rows[order] = place[inverse]
+    return torch.from_numpy(order[first[as_asked]]), torch.from_numpy(rows)
 
 
 def _score(

@@ -1,7 +1,7 @@
 """Fills: the values that replace a removed patch.
 
-A fill is a tensor that broadcasts against the image [C, H, W]: a number, a colour, or a whole filled image. With the
-baseline ``removed`` there is none.
+A fill is a tensor that broadcasts against the image [C, H, W]: a number, a colour, or a whole filled image. The
+baseline ``removed`` has none: tokens leave (``fastfg.perturb.removal``). That of ``imputed`` depends on the mask.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg.perturb.masks import PatchGrid
-from fastfg.perturb.views import REMOVED, Fill
 
-FILLS = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean", "removed")
+FILLS = ("mean", "channel_mean", "black", "white", "zero", "noise", "blur", "running_mean")
+BASELINES = (*FILLS, "imputed", "removed")  # all names of what takes the place of removed patches
 Baseline = str | float | Tensor
 
 
@@ -25,11 +25,13 @@ def is_per_image(baseline: Baseline | None) -> bool:
     return isinstance(baseline, Tensor) and baseline.ndim > 0
 
 
-def check_baseline(baseline: Baseline, n_images: int, in_chans: int, normalised: bool) -> None:
-    """Raise ValueError if ``baseline`` is unknown or does not fit these images."""
+def check_baseline(
+    baseline: Baseline, n_images: int, in_chans: int, normalised: bool, names: tuple[str, ...] = FILLS
+) -> None:
+    """Raise ValueError if ``baseline`` is not among ``names`` or does not fit these images."""
     if isinstance(baseline, str):
-        if baseline not in FILLS:
-            raise ValueError(f"baseline: expected one of {FILLS}, a number or a tensor, got {baseline!r}")
+        if baseline not in names:
+            raise ValueError(f"baseline: expected one of {names}, a number or a tensor, got {baseline!r}")
         if baseline in ("black", "white") and not normalised:
             raise ValueError(
                 f"baseline: {baseline!r} is a colour in pixel space, and the normalisation of this model is not known; "
@@ -54,7 +56,7 @@ def make_fill(
     random: torch.Generator,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
-) -> Fill:
+) -> Tensor:
     """The fill for ``image``. A tensor ``baseline`` has one entry per image; ``index`` selects the entry.
 
     - ``mean``: the mean over all channels and pixels of the normalised image, one scalar.
@@ -63,7 +65,6 @@ def make_fill(
     - ``zero``: 0 after normalisation.
     - ``noise``: Gaussian, with the image's own mean and standard deviation per channel.
     - ``blur``: the image under a Gaussian with a standard deviation of one patch.
-    - ``removed``: no fill, the tokens of removed patches leave the sequence.
     - ``running_mean``: the same as ``mean`` for a single step; for a sequence of steps, see :func:`running_mean_fill`.
     """
     if isinstance(baseline, Tensor) and baseline.ndim:
@@ -86,8 +87,6 @@ def make_fill(
         mean, std = (f(image.double(), dim=(1, 2), keepdim=True) for f in (torch.mean, torch.std))
         noise = torch.randn(image.shape, generator=random, dtype=torch.float64, device="cpu").to(image.device)
         return (mean + std * noise).to(image.dtype)
-    if baseline == "removed":
-        return REMOVED
     if baseline == "blur":
         return blur(image, max(grid.ph, grid.pw))
     raise ValueError(f"baseline: expected one of {FILLS}, got {baseline!r}")

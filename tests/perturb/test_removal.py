@@ -138,3 +138,38 @@ def test_a_path_around_the_tokens_is_found(model, images):
     model.__class__ = Side
     with pytest.raises(ValueError, match="with no patch removed its tokens give another output than the image"):
         fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=1, baseline="removed")
+
+
+class Corners(fastfg.metrics.Metric):
+    """Removes everything first: a mask without meaning for a model that has no prefix tokens."""
+
+    name = title = short = "corners"
+    higher_is_better = True
+
+    def plan(self, maps, grid, random):
+        masks = torch.zeros(len(maps), 3, grid.n_patches, dtype=torch.bool)
+        masks[:, 0], masks[:, 1, 0], masks[:, 2, -1] = True, True, True
+        return fastfg.metrics.Plan(masks)
+
+    def score(self, maps, plan, readings):
+        return readings.logit.mean(1), {}
+
+
+def test_a_model_without_prefix_has_no_reading_without_patches():
+    model, random = build("transformers SigLIP"), torch.Generator().manual_seed(0)
+    images, maps = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=random), torch.rand(2, 4, 4)
+    options = {"target": 1, "baseline": "removed"}
+    curve = fastfg.evaluate(model, images, maps, metrics=["pixel_flipping"], **options).details["pixel_flipping"][
+        "curve"
+    ]
+    assert curve.shape == (2, 16)
+    with pytest.raises(ValueError, match="corners: expected masks that leave a patch, .* got one that removes all"):
+        fastfg.evaluate(model, images, maps, metrics=[Corners()], **options)
+
+
+def test_a_batch_size_of_one_and_large_batches_agree(model, images):
+    maps, options = torch.rand(2, 3, 4, 6), {"target": 1, "baseline": "removed", "metrics": ["saco", "pixel_flipping"]}
+    one, many = (fastfg.evaluate(model, images, maps, batch_size=size, **options) for size in (1, 64))
+    assert one.forwards == many.forwards
+    for metric in one:
+        torch.testing.assert_close(one[metric], many[metric], rtol=1e-9, atol=1e-12)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import fastfg
 from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
+from fastfg.metrics import DEFAULT_METRICS, METRICS, Localisation
 from fastfg.models.timm import preprocessing
 from fastfg.report import markdown_table, save_figure, write_page
 from fastfg.report.figure import FigureRow
@@ -64,6 +65,7 @@ class Settings:
     n_trials: int = 1
     weight_decay: float = 1e-2
     seed: int = 0
+    thorough: bool = False  # more methods beside the gates, and all metrics that need no masks
 
     def gates(self) -> dict[str, Gate | None]:
         """The variants to compare."""
@@ -75,14 +77,26 @@ class Settings:
             "no SAE (g·x)": Gate(**common, score="gradient_x_residual"),
         }
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Explanations that do not come from a gate, compared beside the gates."""
+        return ("random", "centre", "rollout", "grad_cam") if self.thorough else ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        if not self.thorough:
+            return DEFAULT_METRICS
+        return tuple(name for name, metric in METRICS.items() if not issubclass(metric, Localisation))
+
     def metric_options(self) -> dict[str, Any]:
         """Options for :func:`fastfg.evaluate`. They are coarser than the defaults, to save time."""
-        return {
-            "saco": {"n_bins": self.n_bins},
-            "pixel_flipping": {"patches_per_step": self.patches_per_step},
-            "faithfulness_correlation": {"n_trials": self.n_trials},
-            "seed": self.seed,
-        }
+        subsets, steps = {"n_trials": self.n_trials}, {"patches_per_step": self.patches_per_step}
+        options = {"saco": {"n_bins": self.n_bins}}
+        options |= dict.fromkeys(("faithfulness_correlation", "infidelity", "sensitivity_n"), subsets)
+        options |= dict.fromkeys(("pixel_flipping", "deletion", "insertion", "srg", "aopc", "monotonicity"), steps)
+        chosen = {name: given for name, given in options.items() if name in self.metrics}
+        return {"metrics": self.metrics, "seed": self.seed, **chosen}
 
 
 def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
@@ -161,7 +175,7 @@ def _well_called(model: Any, features: Tensor, labels: Tensor, chosen: list[int]
 
 
 def _fingerprint(settings: Settings) -> str:
-    built = {k: v for k, v in asdict(settings).items() if k not in ("explained", "shown", "kappa", "c_max")}
+    built = {k: v for k, v in asdict(settings).items() if k not in ("explained", "shown", "kappa", "c_max", "thorough")}
     text = json.dumps(built | {"version": fastfg.__version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -230,7 +244,8 @@ def _compare(
         saes=saes,
         target=CLASSES.index("defective"),
         keys=[path.stem for path in batch.paths],
-        progress=track(f"{len(settings.gates())} variants on {len(chosen)} defective cells"),
+        methods=settings.methods,
+        progress=track(f"{len(settings.gates()) + len(settings.methods)} variants on {len(chosen)} defective cells"),
         **settings.metric_options(),
     )
     return comparison, batch.images
