@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from fastfg.data.image import (
     read_image,
     readable_suffixes,
 )
+from fastfg.data.mask import read_mask
 from fastfg.data.output import MARKER, is_output
 
 Transform = Callable[[Image.Image], Tensor]
@@ -44,13 +45,15 @@ class Found(NamedTuple):
 class Batch(NamedTuple):
     """Images [b, C, H, W] with one path and one window per image, and the errors of unreadable files between them.
 
-    A window is (low, high) for an image with more than 8 bits, and None for other images.
+    A window is (low, high) for an image with more than 8 bits, and None for other images. ``masks`` [b, H, W] are
+    there if they were asked for.
     """
 
     paths: list[Path]
     images: Tensor
     errors: list[FileError]
     windows: list[Window | None]
+    masks: Tensor | None = None
 
 
 def find_images(paths: Iterable[Path]) -> Found:
@@ -89,6 +92,8 @@ def batches(
     window: Window | None = None,
     max_pixels: int = MAX_PIXELS,
     max_aspect: float = MAX_ASPECT,
+    masks: Mapping[Path, Path] | None = None,
+    label: int | Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Read the images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
 
@@ -97,6 +102,8 @@ def batches(
         batch_size: images per batch. All batches but the last are full. The last one has no images if only errors
             remained.
         window, max_pixels, max_aspect: see :func:`read_image`.
+        masks: {image file: file of its mask}, read by :func:`read_mask` with ``label``. An image without a mask that
+            can be read is among the errors.
 
     Raises ValueError for arguments that are out of range.
     """
@@ -105,20 +112,40 @@ def batches(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     batch = Batch([], torch.empty(0), [], [])
     images: list[Tensor] = []
+    read_masks: list[Tensor] = []
     for path in paths:
         try:
             picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
-            images.append(transform(picture.image))
+            image = transform(picture.image)
+            if masks is not None:
+                limits = {"max_pixels": max_pixels, "max_aspect": max_aspect}
+                read_masks.append(
+                    read_mask(_mask_of(path, masks), transform, picture.image.size, label=label, **limits)
+                )
+            images.append(image)
         except Exception as error:  # for damaged files, decoders can raise anything; the error is reported
             batch.errors.append(FileError(path, f"{type(error).__name__}: {error}"))
         else:
             batch.paths.append(path)
             batch.windows.append(picture.window)
         if len(images) == batch_size:
-            yield batch._replace(images=torch.stack(images))
-            batch, images = Batch([], torch.empty(0), [], []), []
+            yield _stacked(batch, images, read_masks)
+            batch, images, read_masks = Batch([], torch.empty(0), [], []), [], []
     if images or batch.errors:
-        yield batch._replace(images=torch.stack(images)) if images else batch
+        yield _stacked(batch, images, read_masks)
+
+
+def _stacked(batch: Batch, images: Sequence[Tensor], masks: Sequence[Tensor]) -> Batch:
+    """``batch`` with its images, if there are any, and their masks."""
+    if images:
+        batch = batch._replace(images=torch.stack(list(images)))
+    return batch._replace(masks=torch.stack(list(masks))) if masks else batch
+
+
+def _mask_of(path: Path, masks: Mapping[Path, Path]) -> Path:
+    if path not in masks:
+        raise ValueError("masks: expected a file for this image, got none")
+    return masks[path]
 
 
 def path_text(path: Path) -> str:

@@ -64,9 +64,9 @@ def read_image(
     check_limits(window, max_pixels, max_aspect)
     if is_dicom(path):
         raise ValueError(DICOM)
-    with path.open("rb") as file, _opened(path, file) as image:
-        _check_size(image.size, max_pixels, max_aspect)
-        _check_frames(image)
+    with path.open("rb") as file, opened(path, file) as image:
+        check_size(image.size, max_pixels, max_aspect)
+        check_frames(image)
         deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
         if not deep:
             _check_depth(image)
@@ -78,7 +78,7 @@ def read_image(
         return Picture(_opaque(image), None)
 
 
-def _opened(path: Path, file: BinaryIO) -> Image.Image:
+def opened(path: Path, file: BinaryIO) -> Image.Image:
     """The image in ``file``, not decoded yet.
 
     Pillow gets the open file. If it got the path, it would map an uncompressed TIFF into memory with the size that the
@@ -120,7 +120,8 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, max_aspect: float) -> None:
+def check_size(size: tuple[int, int], max_pixels: int, max_aspect: float) -> None:
+    """Raise ValueError for a (width, height) beyond the limits of :func:`read_image`."""
     width, height = size
     if min(size) < 1:
         raise ValueError(f"expected at least 1 x 1 pixel, got {width} x {height}")
@@ -130,7 +131,8 @@ def _check_size(size: tuple[int, int], max_pixels: int, max_aspect: float) -> No
         raise ValueError(f"expected sides of at most {max_aspect:g} to 1 (max_aspect), got {width} x {height} pixels")
 
 
-def _check_frames(image: Image.Image) -> None:
+def check_frames(image: Image.Image) -> None:
+    """Raise ValueError for a file with several frames or pages."""
     if getattr(image, "is_animated", False) and image.format not in MANY_FRAMES_READ:
         raise ValueError("expected one frame or page, got several; save each as a file of its own")
 
