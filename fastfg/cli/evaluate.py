@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from fastfg.study.comparison import Comparison
 
 WRITES = """Writes to --out:
-  scores.parquet    one row per image and variant (vanilla, and gated where
-                    --layers is given): path, key, variant, target, and one
-                    column per metric
+  scores.parquet    one row per image and variant (vanilla, gated where
+                    --layers is given, and --methods): path, key, variant,
+                    target, and one column per metric
   score_errors.csv  one row per score that could not be computed: path, key,
                     variant, metric, message
   table.md          mean and standard error of each metric and variant, and
@@ -29,15 +29,23 @@ WRITES = """Writes to --out:
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NOTES, add_input_arguments
+    from fastfg.metrics import DEFAULT_METRICS, METRICS, Localisation
     from fastfg.perturb.fills import BASELINES
+    from fastfg.types import METHODS
 
     command = add_command(
-        commands, "evaluate", run, "Judge the maps of images by three faithfulness metrics.", WRITES + NOTES
+        commands, "evaluate", run, "Judge the maps of images by faithfulness metrics.", WRITES + NOTES
     )
     add_input_arguments(command)
     add = command.add_argument_group("metrics").add_argument
+    names = [name for name, metric in METRICS.items() if not issubclass(metric, Localisation)]  # these need masks
+    default = list(DEFAULT_METRICS)
+    judged = f"what the maps are judged by: {', '.join(names)}"
+    add("--metrics", nargs="+", choices=names, default=default, metavar="NAME", help=judged)
+    others = f"explanations to judge beside vanilla and the gate: {', '.join(METHODS)}"
+    add("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help=others)
     add("--baseline", choices=BASELINES, default="mean", help="what removed patches are filled with")
-    steps = "patches removed per step of Pixel Flipping"
+    steps = "patches removed per step of Pixel Flipping and the other curves"
     add("--patches-per-step", type=at_least_one, default=1, metavar="N", help=steps)
     add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
 
@@ -60,17 +68,27 @@ def run(arguments: argparse.Namespace) -> None:
                         inputs.model,
                         batch.images,
                         gates=gates,
+                        methods=arguments.methods,
+                        metrics=arguments.metrics,
                         saes=inputs.saes,
                         target=inputs.target,
                         baseline=arguments.baseline,
                         seed=arguments.seed,
-                        pixel_flipping={"patches_per_step": arguments.patches_per_step},
+                        **_steps(arguments.metrics, arguments.patches_per_step),
                     )
                     named = _with_paths(found, batch.paths)
                     scores.append(named[0])
                     errors.append(named[1])
         finally:  # also after Ctrl-C or an error, so that finished scores are kept
             _write(inputs.out, scores, errors)
+
+
+def _steps(metrics: Sequence[str], patches_per_step: int) -> dict[str, Any]:
+    """The option ``patches_per_step`` of each of the metrics that has it."""
+    from fastfg.metrics import METRICS
+
+    having = [name for name in metrics if hasattr(METRICS[name], "patches_per_step")]
+    return {name: {"patches_per_step": patches_per_step} for name in having}
 
 
 def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:

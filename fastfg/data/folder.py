@@ -118,9 +118,9 @@ def batches(
             picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
             image = transform(picture.image)
             if masks is not None:
-                limits = {"max_pixels": max_pixels, "max_aspect": max_aspect}
+                mask, own = _mask_of(path, masks), picture.image.size
                 read_masks.append(
-                    read_mask(_mask_of(path, masks), transform, picture.image.size, label=label, **limits)
+                    read_mask(mask, transform, own, label=label, max_pixels=max_pixels, max_aspect=max_aspect)
                 )
             images.append(image)
         except Exception as error:  # for damaged files, decoders can raise anything; the error is reported

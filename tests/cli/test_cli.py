@@ -120,6 +120,15 @@ def test_evaluate(files, tmp_path, capsys):
             np.testing.assert_allclose(rows[metric], scores[metric][:, 0], rtol=1e-3, atol=1e-4)
 
 
+def test_metrics_and_methods(files, tmp_path, capsys):
+    more = ["--metrics", "srg", "random_logit", "--methods", "random", "grad_cam", "--baseline", "removed"]
+    table = evaluated([files / "images" / "a.png"], tmp_path / "out", *model_arguments(files), *more)
+    assert list(table.columns) == ["path", "key", "variant", "target", "srg", "random_logit"]
+    assert list(table["variant"]) == ["vanilla", "random", "grad_cam"]
+    assert table[["srg", "random_logit"]].notna().all(axis=None)
+    assert "Which differences are real" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
 def all_maps(files, out):
     assert main(["attribute", str(files / "images"), *model_arguments(files), "--out", str(out)]) == 0
     return out
