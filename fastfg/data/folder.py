@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -118,10 +118,9 @@ def batches(
             picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
             image = transform(picture.image)
             if masks is not None:
-                limits = {"max_pixels": max_pixels, "max_aspect": max_aspect}
-                read_masks.append(
-                    read_mask(_mask_of(path, masks), transform, picture.image.size, label=label, **limits)
-                )
+                mask, size = _mask_of(path, masks), picture.image.size
+                limits: dict[str, Any] = {"max_pixels": max_pixels, "max_aspect": max_aspect}
+                read_masks.append(read_mask(mask, transform, size, label=label, **limits))
             images.append(image)
         except Exception as error:  # for damaged files, decoders can raise anything; the error is reported
             batch.errors.append(FileError(path, f"{type(error).__name__}: {error}"))
