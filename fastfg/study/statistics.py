@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fastfg.metrics.choose import RESERVED
 
 if TYPE_CHECKING:
     import pandas as pd
 
+ROUNDING = 1e-12  # scores that differ by less than this share of the largest are the same
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
@@ -44,7 +47,6 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
     Raises ValueError if ``against`` is not among the variants.
     """
     import pandas as pd
-    from scipy import stats
 
     rows = []
     variants = check_against(scores, against)
@@ -53,10 +55,7 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
         for variant in variants:
             column = scores.loc[scores["variant"] == variant, metric]
             values = column.dropna()
-            p = float("nan")
-            constant = values.nunique() <= 1 and base.nunique() <= 1  # a computed variance is above 0 by rounding
-            if variant != against and min(len(values), len(base)) > 1 and not constant:
-                p = float(stats.ttest_ind(values, base, equal_var=False).pvalue)
+            p = _welch(values, base) if variant != against else float("nan")
             se = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
             mean = float(values.mean()) if len(values) else float("nan")
             rows.append(
@@ -64,3 +63,17 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
                 | {"missing": len(column) - len(values), "p": p, "stars": stars(p)}
             )
     return pd.DataFrame(rows)
+
+
+def _welch(values: pd.Series, base: pd.Series) -> float:
+    """The p of Welch's t-test, two-sided. Values that differ by rounding alone have no variance."""
+    from scipy import stats
+
+    if min(len(values), len(base)) < 2:
+        return float("nan")
+    spread = [0.0 if np.ptp(v) <= ROUNDING * abs(v).max() else float(v.std(ddof=1)) for v in (values, base)]
+    if not any(spread):
+        return float("nan")
+    sizes, means = (len(values), len(base)), (float(values.mean()), float(base.mean()))
+    test = stats.ttest_ind_from_stats(means[0], spread[0], sizes[0], means[1], spread[1], sizes[1], equal_var=False)
+    return float(test.pvalue)

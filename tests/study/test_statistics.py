@@ -182,3 +182,18 @@ def test_many_metrics_and_variants_fit_a_terminal():
 def test_very_small_and_large_numbers_keep_their_digits():
     table = markdown_table(summarize(scores(vanilla=[1e-6, 2e-6], gated=[3e-6, 4e-6])))
     assert "1.50e-06 ± 5.00e-07" in table
+
+
+@pytest.mark.filterwarnings("error")
+def test_scores_that_differ_by_rounding_have_no_variance():
+    """SciPy warns of such samples: a control such as a centred prior has the same score on every image."""
+    scores = pd.DataFrame(
+        {
+            "variant": ["vanilla"] * 3 + ["constant"] * 3 + ["other"] * 3,
+            "saco": [1.0, 1.0 - 1e-16, 1.0 - 2e-16, 0.5, 0.5, 0.5, 0.2, 0.4, 0.6],
+        }
+    )
+    found = summarize(scores).set_index("variant")["p"]
+    assert found["constant"] != found["constant"]  # NaN: neither varies
+    expected = stats.ttest_1samp([0.2, 0.4, 0.6], 1.0).pvalue
+    assert found["other"] == pytest.approx(expected)
