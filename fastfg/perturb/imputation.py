@@ -45,6 +45,7 @@ def impute(image: Tensor, masks: Tensor, grid: PatchGrid, random: torch.Generato
     >>> impute(row, mask, PatchGrid(1, 3, 1, 1), torch.Generator(), noise=0.0)
     tensor([[[[0.0000, 1.5000, 3.0000]]]])
     """
+    _check_scipy()
     C, H, W = image.shape
     pixels = grid.to_pixels(masks).cpu()  # [m, H, W]
     values = image.detach().double().cpu().reshape(C, H * W).numpy().T
@@ -58,6 +59,15 @@ def impute(image: Tensor, masks: Tensor, grid: PatchGrid, random: torch.Generato
         filled[row] = torch.from_numpy(found.T).reshape(C, H, W)
     filled = (filled + drawn).to(image)
     return torch.where(pixels.unsqueeze(1).to(image.device), filled, image)
+
+
+def _check_scipy() -> None:
+    try:
+        import scipy  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "baseline: 'imputed' needs SciPy; install fastfg with its report extra: pip install 'fastfg[report]'"
+        ) from None
 
 
 def _solve(values: np.ndarray, removed: np.ndarray, H: int, W: int) -> np.ndarray:
