@@ -28,7 +28,9 @@ def test_quick_start(tmp_path, monkeypatch):
     assert page["scores"]["saco"].shape == (1,)
     assert page["gated"].maps.shape == page["result"].maps.shape == (1, 14, 14)
     assert not torch.equal(page["gated"].maps, page["result"].maps)
-    assert list(page["table"]["variant"]) == ["vanilla", "gated", "shuffled decoder", "no SAE"]
+    variants = ["vanilla", "gated", "shuffled decoder", "no SAE", "random", "grad_cam"]
+    assert list(page["table"]["variant"]) == variants * 4
+    assert page["table"][["srg", "saco"]].notna().all(axis=None)
     assert list(fastfg.load_saes("saes/", layers=[2, 3, 4])) == [2, 3, 4]
 
 
