@@ -54,21 +54,20 @@ class Explained(NamedTuple):
     keys: Sequence[Any] | None
 
 
-def method_names(methods: Methods) -> list[str]:
-    """The names of the methods. Raises TypeError or ValueError if they are not distinct texts."""
+def methods_by_name(methods: Methods) -> dict[str, Any]:
+    """{name: method}. Raises TypeError or ValueError if the names are not distinct texts."""
     names = list(methods)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"methods: expected names, or {{name: method}}, got {wrong[0]!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"methods: expected each name once, got {names}")
-    return names
+    return dict(methods) if isinstance(methods, Mapping) else dict(zip(names, names, strict=True))
 
 
 def choose_methods(methods: Methods, options: Mapping[str, Any]) -> Chosen:
     """The methods by name, checked. ``options`` is {name in ``METHODS``: its arguments}."""
-    names = method_names(methods)
-    by_name = dict(methods) if isinstance(methods, Mapping) else dict(zip(names, names, strict=True))
+    by_name = methods_by_name(methods)
     for name, method in by_name.items():
         if isinstance(method, str) and method not in METHODS:
             unknown = [m for m in by_name.values() if isinstance(m, str) and m not in METHODS]

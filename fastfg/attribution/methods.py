@@ -121,5 +121,4 @@ def gradient_x_input(images: Tensor, gradient: Tensor, grid: PatchGrid) -> Tenso
 
 def over_patches(pixels: Tensor, grid: PatchGrid) -> Tensor:
     """The sums of ``pixels`` [B, H, W] over each patch: [B, gh, gw]."""
-    covered = pixels[:, : grid.gh * grid.ph, : grid.gw * grid.pw]
-    return covered.unflatten(-1, (grid.gw, grid.pw)).unflatten(1, (grid.gh, grid.ph)).sum((2, 4))
+    return grid.split(pixels).sum((2, 4))

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--thorough",
         action="store_true",
-        help="judge eight explanations by all metrics that need no masks (40 images: about half an hour on two cores)",
+        help="judge eight explanations by all metrics that need no masks (40 images: more than an hour on two cores)",
     )
 
 

@@ -29,7 +29,7 @@ WRITES = """Writes to --out:
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NOTES, add_input_arguments
-    from fastfg.metrics import DEFAULT_METRICS, METRICS, Localisation
+    from fastfg.metrics.choose import DEFAULT_METRICS, WITHOUT_MASKS
     from fastfg.perturb.fills import BASELINES
     from fastfg.types import METHODS
 
@@ -38,10 +38,9 @@ def add(commands: Any) -> None:
     )
     add_input_arguments(command)
     add = command.add_argument_group("metrics").add_argument
-    names = [name for name, metric in METRICS.items() if not issubclass(metric, Localisation)]  # these need masks
     default = list(DEFAULT_METRICS)
-    judged = f"what the maps are judged by: {', '.join(names)}"
-    add("--metrics", nargs="+", choices=names, default=default, metavar="NAME", help=judged)
+    judged = f"what the maps are judged by: {', '.join(WITHOUT_MASKS)}"
+    add("--metrics", nargs="+", choices=WITHOUT_MASKS, default=default, metavar="NAME", help=judged)
     others = f"explanations to judge beside vanilla and the gate: {', '.join(METHODS)}"
     add("--methods", nargs="+", choices=METHODS, default=[], metavar="NAME", help=others)
     add("--baseline", choices=BASELINES, default="mean", help="what removed patches are filled with")
@@ -52,6 +51,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from fastfg.cli.inputs import Inputs
+    from fastfg.metrics.choose import taking
     from fastfg.study import compare_batch
     from fastfg.types import Gate
 
@@ -74,21 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
                         target=inputs.target,
                         baseline=arguments.baseline,
                         seed=arguments.seed,
-                        **_steps(arguments.metrics, arguments.patches_per_step),
+                        **taking(arguments.metrics, patches_per_step=arguments.patches_per_step),
                     )
                     named = _with_paths(found, batch.paths)
                     scores.append(named[0])
                     errors.append(named[1])
         finally:  # also after Ctrl-C or an error, so that finished scores are kept
             _write(inputs.out, scores, errors)
-
-
-def _steps(metrics: Sequence[str], patches_per_step: int) -> dict[str, Any]:
-    """The option ``patches_per_step`` of each of the metrics that has it."""
-    from fastfg.metrics import METRICS
-
-    having = [name for name in metrics if hasattr(METRICS[name], "patches_per_step")]
-    return {name: {"patches_per_step": patches_per_step} for name in having}
 
 
 def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:

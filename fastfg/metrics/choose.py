@@ -14,6 +14,7 @@ from fastfg.metrics.faithfulness_correlation import FaithfulnessCorrelation
 from fastfg.metrics.infidelity import Infidelity
 from fastfg.metrics.insertion import Insertion
 from fastfg.metrics.iou import IoU
+from fastfg.metrics.localisation import Localisation
 from fastfg.metrics.max_sensitivity import MaxSensitivity
 from fastfg.metrics.metric import Metric
 from fastfg.metrics.monotonicity import Monotonicity
@@ -60,6 +61,7 @@ ALL: tuple[type[Metric], ...] = (
     RandomLogit,
 )
 METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in ALL}
+WITHOUT_MASKS = tuple(name for name, metric in METRICS.items() if not issubclass(metric, Localisation))
 DEFAULT_METRICS = ("saco", "faithfulness_correlation", "pixel_flipping")
 
 
@@ -95,6 +97,12 @@ def choose_metrics(
     if unused := [name for name, given in options.items() if given and name not in chosen]:
         raise ValueError(f"{unused[0]}: expected no options, as it is not among the metrics {tuple(chosen)}")
     return list(chosen.values())
+
+
+def taking(metrics: Sequence[str], **option: Any) -> dict[str, Any]:
+    """{metric: option} for those of ``metrics`` that have this one option, such as ``patches_per_step=4``."""
+    (name,) = option
+    return {metric: dict(option) for metric in metrics if hasattr(METRICS[metric], name)}
 
 
 def _by_name(name: Any, options: Mapping[str, Mapping[str, Any] | None]) -> Metric:

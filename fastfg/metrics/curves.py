@@ -11,7 +11,9 @@ one step earlier. An area is divided by the length of its axis, so it is the mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +124,19 @@ class AreaMetric(CurveMetric):
         """The normalised curve [C, n]; NaN where the curve does not end without any patch."""
         ends = plan.masks[:, -1:].all(-1)  # [C, 1]
         return torch.where(ends, normalised(readings.prob), torch.nan)
+
+
+def check_parts(metric: str, name: str, given: Any) -> tuple[float, ...]:
+    """``given`` parts of the patches, one or several, as floats. Raises ValueError unless each is between 0 and 1."""
+    parts = [given] if isinstance(given, (int, float)) else list(given)
+    if not parts or not all(isinstance(part, (int, float)) and 0 < part < 1 for part in parts):
+        raise ValueError(f"{metric}: expected {name} between 0 and 1, one or several, got {given!r}")
+    return tuple(float(part) for part in parts)
+
+
+def patches_of(parts: Sequence[float], P: int) -> Tensor:
+    """The numbers of patches [n] nearest to ``parts`` of ``P`` patches, from one patch to all but one."""
+    return torch.tensor([min(max(round(part * P), 1), P - 1) for part in parts], device="cpu")
 
 
 def most_important_first(maps: Tensor) -> Tensor:

@@ -102,10 +102,11 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
-    again = explaining(chosen, explain, as_target(target))
+    wanted = as_target(target)
+    again = explaining(chosen, explain, wanted)
     reading = [metric for metric in chosen if metric not in again]
     adapter = find_adapter(model)
-    explained = check_target(adapter, as_target(target))
+    explained = check_target(adapter, wanted)
     forward: Any = model if adapter is None else adapter.forward
     stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
     names = image_keys(images, keys)

@@ -58,6 +58,12 @@ def ranks(values: Tensor) -> Tensor:
     return (this > others).sum(-1) + ((this == others).sum(-1).double() + 1) / 2
 
 
+def check_correlation(metric: str, kind: str) -> None:
+    """Raise ValueError where the option ``correlation`` of a metric is not one of :data:`KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"{metric}: expected correlation in {KINDS}, got {kind!r}")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FaithfulnessCorrelation(SubsetMetric):
     """Correlation between the summed attribution of random subsets and the drop of the target's logit without them.
@@ -87,8 +93,7 @@ class FaithfulnessCorrelation(SubsetMetric):
     correlation: str = "spearman"
 
     def __post_init__(self) -> None:
-        if self.correlation not in KINDS:
-            raise ValueError(f"{self.name}: expected correlation in {KINDS}, got {self.correlation!r}")
+        check_correlation(self.name, self.correlation)
         super().__post_init__()
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:

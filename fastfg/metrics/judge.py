@@ -27,6 +27,7 @@ from fastfg.perturb import (
     make_fill,
     running_mean_fill,
 )
+from fastfg.perturb.fills import is_named
 from fastfg.perturb.imputation import impute
 from fastfg.targets import Target
 
@@ -55,9 +56,9 @@ class Images:
 
     def fill(self, image: int, baseline: Baseline) -> Fill:
         """What fills the removed patches of one image; a tensor ``baseline`` is that of this image alone."""
-        if isinstance(baseline, str) and baseline == "removed":
+        if is_named(baseline, "removed"):
             return REMOVED
-        if isinstance(baseline, str) and baseline == "imputed":
+        if is_named(baseline, "imputed"):
             noise = self.random(image, "baseline")
             return Imputed(lambda masks: impute(self.images[image], masks, self.grid, noise))
         mean, std = (self.adapter.pixel_mean, self.adapter.pixel_std) if self.adapter is not None else (None, None)
@@ -186,12 +187,10 @@ def _plan(metrics: Sequence[Metric], subjects: Images, maps: Tensor, image: int,
             planned.metrics.append(own)
             plan = own.plan(planned.maps.clone(), subjects.grid, subjects.random(image, metric.purpose))
             plan = _checked(metric, plan, planned.maps)
-            planned.plans.append(plan if alone or not _removes(own) else _without_everything(metric, plan))
+            planned.plans.append(
+                plan if alone or not is_named(own.baseline, "removed") else _without_everything(metric, plan)
+            )
     return planned
-
-
-def _removes(metric: Metric) -> bool:
-    return isinstance(metric.baseline, str) and metric.baseline == "removed"
 
 
 def _without_everything(metric: Metric, plan: Plan) -> Plan:
@@ -282,7 +281,7 @@ class _Questions:
     def _views_of(self, image: int, metric: Metric, plan: Plan) -> list[int]:
         """One view per map of the plan."""
         baseline = metric.baseline
-        if isinstance(baseline, str) and baseline == "running_mean" and plan.order is not None:
+        if is_named(baseline, "running_mean") and plan.order is not None:
             subject, grid = self.subjects.images[image], self.subjects.grid
             orders = plan.order.to(subject.device)
             fills = [running_mean_fill(subject, order, plan.patches_per_step, grid) for order in orders]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject, under
 from fastfg.metrics.judge import NOT_FINITE_MAP
-from fastfg.metrics.metric import as_float64, check_integer
+from fastfg.metrics.metric import as_float64, check_integer, check_positive
 
 
 def relative_change(maps: Any, again: Any) -> Tensor:
@@ -80,9 +78,3 @@ class MaxSensitivity(ExplanationMetric):
     def undefined(self, again: Tensor, changes: Sequence[Change], subject: Subject) -> list[str | None]:
         finite = again.isfinite().flatten(1).all(1).tolist()  # a constant map is far from the given one, and no error
         return [None if ok else f"{NOT_FINITE_MAP} {under(changes[0], subject)}" for ok in finite]
-
-
-def check_positive(metric: str, name: str, value: Any) -> None:
-    """Raise ValueError where ``value`` is not a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{metric}: expected {name} > 0, a finite number, got {value!r}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -139,6 +140,12 @@ def check_integer(metric: str, name: str, value: Any, low: int) -> None:
     """Raise ValueError where ``value`` is not an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(f"{metric}: expected {name} >= {low}, an integer, got {value!r}")
+
+
+def check_positive(metric: str, name: str, value: Any) -> None:
+    """Raise ValueError where ``value`` is not a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{metric}: expected {name} > 0, a finite number, got {value!r}")
 
 
 def descending(maps: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject, similarity
-from fastfg.metrics.faithfulness_correlation import KINDS
-from fastfg.metrics.max_sensitivity import check_positive
-from fastfg.metrics.metric import check_integer
+from fastfg.metrics.faithfulness_correlation import check_correlation
+from fastfg.metrics.metric import check_integer, check_positive
 
 ORDERS = ("top_down", "bottom_up")
 
@@ -64,8 +63,7 @@ class ParameterRandomization(ExplanationMetric):
         super().__post_init__()
         if self.order not in ORDERS:
             raise ValueError(f"{self.name}: expected order in {ORDERS}, got {self.order!r}")
-        if self.correlation not in KINDS:
-            raise ValueError(f"{self.name}: expected correlation in {KINDS}, got {self.correlation!r}")
+        check_correlation(self.name, self.correlation)
         if self.absolute not in (True, False):
             raise ValueError(f"{self.name}: expected absolute to be True or False, got {self.absolute!r}")
         check_integer(self.name, "n_samples", self.n_samples, 1)

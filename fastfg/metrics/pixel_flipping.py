@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer, descending
+from fastfg.metrics.curves import CurveMetric, most_important_first, removal_masks
+from fastfg.metrics.metric import Plan, as_float64
 from fastfg.perturb import PatchGrid, Readings
 
 
@@ -26,7 +27,7 @@ def area(curve: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PixelFlipping(Metric):
+class PixelFlipping(CurveMetric):
     """Remove patches in descending order of attribution until none is left; lower is better.
 
     Details: ``curve`` [steps + 1], the target's probability for the unperturbed image and after each step.
@@ -46,19 +47,10 @@ class PixelFlipping(Metric):
         "As deletion. Not divided by the number of steps: models with other grids, or other steps, do not compare."
     )
 
-    patches_per_step: int = 1
-
-    def __post_init__(self) -> None:
-        check_integer(self.name, "patches_per_step", self.patches_per_step, 1)
-
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
-        order, step = descending(maps), self.patches_per_step
-        removed = torch.arange(step, maps.shape[1] + step, step, device="cpu")  # after each step, P or more at the end
-        masks = order.argsort(dim=-1)[:, None, :] < removed[:, None]
-        return Plan(masks, order=order, patches_per_step=step)
-
-    def reading(self, readings: Readings) -> Tensor:
-        return readings.prob
+        order = most_important_first(maps)
+        masks = removal_masks(order, self.patches_per_step)
+        return Plan(masks, order=order, patches_per_step=self.patches_per_step)
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         return area(readings.prob), {"curve": readings.prob}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject, similarity
-from fastfg.metrics.faithfulness_correlation import KINDS
+from fastfg.metrics.faithfulness_correlation import check_correlation
 from fastfg.metrics.metric import check_integer
 
 
@@ -46,8 +46,7 @@ class RandomLogit(ExplanationMetric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.correlation not in KINDS:
-            raise ValueError(f"{self.name}: expected correlation in {KINDS}, got {self.correlation!r}")
+        check_correlation(self.name, self.correlation)
         check_integer(self.name, "n_classes", self.n_classes, 1)
 
     def changes(self, subject: Subject, random: torch.Generator) -> list[Change]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.curves import least_important_first, most_important_first
+from fastfg.metrics.curves import check_parts, least_important_first, most_important_first, patches_of
 from fastfg.metrics.metric import Metric, Plan
 from fastfg.perturb import Baseline, PatchGrid, Readings
 
@@ -50,15 +50,12 @@ class ROAD(Metric):
     def __post_init__(self) -> None:
         if self.baseline != "imputed":
             raise ValueError(f"road: expected baseline='imputed', which defines it, got {self.baseline!r}")
-        given = [self.shares] if isinstance(self.shares, (int, float)) else list(self.shares)
-        if not given or not all(isinstance(share, (int, float)) and 0 < share < 1 for share in given):
-            raise ValueError(f"road: expected shares between 0 and 1, one or several, got {self.shares!r}")
-        object.__setattr__(self, "shares", tuple(float(share) for share in given))
+        object.__setattr__(self, "shares", check_parts(self.name, "shares", self.shares))
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
         P = maps.shape[1]
         assert isinstance(self.shares, tuple)  # __post_init__
-        counts = torch.tensor([min(max(round(share * P), 1), P - 1) for share in self.shares], device="cpu")
+        counts = patches_of(self.shares, P)
         ranks = (order(maps).argsort(dim=-1) for order in (most_important_first, least_important_first))
         masks = torch.cat([rank[:, None, :] < counts[:, None] for rank in ranks], dim=1)
         return Plan(masks, details={"share": (counts / P).double().expand(len(maps), -1)})

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastfg.metrics.curves import CurveMetric, least_important_first, mean_height, most_important_first, removal_masks
 from fastfg.metrics.metric import Plan
 from fastfg.perturb import PatchGrid, Readings
+from fastfg.perturb.fills import is_named
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +37,7 @@ class SRG(CurveMetric):
     )
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
-        if isinstance(self.baseline, str) and self.baseline == "running_mean":
+        if is_named(self.baseline, "running_mean"):
             raise ValueError("srg: expected a baseline that does not depend on the order, got 'running_mean'")
         self._check_steps(maps.shape[1])
         orders = (most_important_first(maps), least_important_first(maps))

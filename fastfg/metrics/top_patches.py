@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.curves import most_important_first
+from fastfg.metrics.curves import check_parts, most_important_first, patches_of
 from fastfg.metrics.metric import Metric, Plan
 from fastfg.perturb import PatchGrid, Readings
 
@@ -28,10 +28,7 @@ class TopPatches(Metric):
     k: float | Sequence[float] = PUBLISHED
 
     def __post_init__(self) -> None:
-        given = [self.k] if isinstance(self.k, (int, float)) else list(self.k)
-        if not given or not all(isinstance(k, (int, float)) and 0 < k < 1 for k in given):
-            raise ValueError(f"{self.name}: expected k between 0 and 1, one or several, got {self.k!r}")
-        object.__setattr__(self, "k", tuple(float(k) for k in given))
+        object.__setattr__(self, "k", check_parts(self.name, "k", self.k))
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         drop = readings.prob[:, :1] - readings.prob[:, 1:]
@@ -41,7 +38,7 @@ class TopPatches(Metric):
         """The masks [C, n_k, P] of the top patches, and their numbers [C, n_k]."""
         C, P = maps.shape
         assert isinstance(self.k, tuple)  # __post_init__
-        counts = torch.tensor([min(max(round(k * P), 1), P - 1) for k in self.k], device="cpu")
+        counts = patches_of(self.k, P)
         rank = most_important_first(maps).argsort(dim=-1)
         return rank[:, None, :] < counts[:, None], counts.expand(C, -1)
 

@@ -14,16 +14,15 @@ from fastfg.perturb.batches import Batches
 from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import ImputedPixels, Pixels
-from fastfg.perturb.precision import Precision
+from fastfg.perturb.precision import Precision, grown_rounding
 from fastfg.perturb.removal import Removal
-from fastfg.perturb.removal_check import check_removal
+from fastfg.perturb.removal_check import CHECKED_AT_ONCE, check_removal
 from fastfg.perturb.tokens import Tokens
 from fastfg.perturb.views import Fill, View
 from fastfg.targets import Target
 
 PATHS = ("auto", "tokens", "pixels")
 TF32_EPS = 2.0**-10
-CHECKED_AT_ONCE = 8
 
 log = logging.getLogger("fastfg")
 
@@ -160,10 +159,10 @@ def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
         target.source(path.run(_perturbed(path, views, masks)), len(views) * len(masks)).double()
         for path in (tokens, pixels)
     )
-    m, eps = len(masks), torch.finfo(views[0].image.dtype).eps
+    m = len(masks)
     largest = expected.abs().unflatten(0, (-1, m)).amax((1, 2))  # per view: under one mask all logits may be near 0
     error = (found - expected).abs().unflatten(0, (-1, m)).amax((1, 2)) / largest.clamp(min=1e-30)
-    if not float(error.max()) <= eps ** (0.5 if eps < 1e-5 else 0.6):  # rounding grows through the blocks
+    if not float(error.max()) <= grown_rounding(views[0].image.dtype):
         raise Differs(
             f"perturbing its tokens gives logits that differ from those of the pixels by {float(error.max()):.1e}"
         )

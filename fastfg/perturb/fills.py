@@ -25,6 +25,11 @@ def is_per_image(baseline: Baseline | None) -> bool:
     return isinstance(baseline, Tensor) and baseline.ndim > 0
 
 
+def is_named(baseline: Baseline | None, name: str) -> bool:
+    """Whether ``baseline`` is given by this name; a tensor is not."""
+    return isinstance(baseline, str) and baseline == name
+
+
 def check_baseline(
     baseline: Baseline, n_images: int, in_chans: int, normalised: bool, names: tuple[str, ...] = FILLS
 ) -> None:

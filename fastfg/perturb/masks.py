@@ -51,5 +51,9 @@ class PatchGrid:
 
     def sum_pixels(self, image: Tensor) -> Tensor:
         """Sums over the pixels and channels of each patch: ``image`` [C, H, W] -> [P]."""
-        covered = image[..., : self.gh * self.ph, : self.gw * self.pw]
-        return covered.unflatten(-1, (self.gw, self.pw)).unflatten(-3, (self.gh, self.ph)).sum((0, 2, 4)).flatten()
+        return self.split(image).sum((0, 2, 4)).flatten()
+
+    def split(self, pixels: Tensor) -> Tensor:
+        """The pixels of each patch: ``pixels`` [..., H, W] -> [..., gh, ph, gw, pw], without those of no patch."""
+        covered = pixels[..., : self.gh * self.ph, : self.gw * self.pw]
+        return covered.unflatten(-1, (self.gw, self.pw)).unflatten(-3, (self.gh, self.ph))

@@ -17,6 +17,12 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 
 
+def grown_rounding(dtype: torch.dtype) -> float:
+    """The largest relative difference that rounding makes in a model's output: it grows through the blocks."""
+    eps = torch.finfo(dtype).eps
+    return eps ** (0.5 if eps < 1e-5 else 0.6)
+
+
 class Precision:
     """``float32`` (the model's own), ``bfloat16``, ``float16`` (both by autocast) or ``float8`` (linear layers).
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastfg.models import Adapter
 from fastfg.perturb.batches import Batches
+from fastfg.perturb.precision import grown_rounding
 from fastfg.perturb.removal import Removal
 from fastfg.targets import Target
 
@@ -62,9 +63,8 @@ def _check_kept(path: Removal, prepared: list[Tensor], images: Tensor, target: T
 
 
 def _same(found: Tensor, expected: Tensor, otherwise: str) -> None:
-    """Raise ValueError where the outputs differ by more than rounding, which grows through the blocks."""
-    eps = torch.finfo(expected.dtype).eps
+    """Raise ValueError where the outputs differ by more than rounding."""
     largest = expected.double().abs().amax(1).clamp(min=1e-30)
     error = float(((found.double() - expected.double()).abs().amax(1) / largest).max())
-    if not error <= eps ** (0.5 if eps < 1e-5 else 0.6):
+    if not error <= grown_rounding(expected.dtype):
         raise ValueError(f"{otherwise}, by {error:.1e}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
-from fastfg.attribution.choose_methods import method_names
+from fastfg.attribution.choose_methods import methods_by_name
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
@@ -105,7 +106,7 @@ def compare(
 
     keys = None if keys is None else list(keys)
     groups = None if groups is None else group_entries(groups)
-    methods = methods if isinstance(methods, Mapping) else list(methods)
+    by_name = methods_by_name(methods)
     by_metric = {name: options.pop(name) for name in METRICS if name in options}
     chosen = with_masks(choose_metrics(metrics, by_metric, baseline), masks)
     total = len(images) if isinstance(images, Tensor) else None
@@ -116,7 +117,7 @@ def compare(
             model,
             batch,
             gates=gates,
-            methods=_methods_of(methods, rows),
+            methods=_methods_of(by_name, rows),
             saes=saes,
             target=target[rows] if isinstance(target, Target) else _part("target", target, rows),
             keys=_part("keys", keys, rows),
@@ -130,8 +131,7 @@ def compare(
         if progress is not None:
             progress(done, total)
     per_image = target.per_image() if isinstance(target, Target) else {"target": target}
-    given = methods.items() if isinstance(methods, Mapping) else ()
-    maps = {f"methods[{name!r}]": method for name, method in given if hasattr(method, "__array__")}
+    maps = {f"methods[{name!r}]": method for name, method in by_name.items() if hasattr(method, "__array__")}
     for name, values in (per_image | maps | {"keys": keys, "groups": groups}).items():
         if _is_per_image(values) and len(values) != done:
             raise ValueError(f"{name}: expected {done} of them, one per image, got {len(values)}")
@@ -156,14 +156,13 @@ def compare_batch(
     **options: Any,
 ) -> Comparison:
     """:func:`compare` for images that fit into one attribution; also returns the maps."""
-    methods = methods if isinstance(methods, Mapping) else list(methods)
+    methods = methods_by_name(methods)
     _check_variants(gates, methods)
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"groups: expected {len(images)} of them, one per image, got {len(groups)}")
     own = {name: options.pop(name) for name in OTHER_METHODS if name in options}
-    attribution = attribute(
-        model, images, saes=saes, gate=list(gates.values()), target=target, methods=methods, seed=seed, keys=keys, **own
-    )
+    explained: Callable[..., Attribution] = partial(attribute, saes=saes, gate=list(gates.values()), seed=seed, **own)
+    attribution = explained(model, images, target=target, methods=methods, keys=keys)
     maps = dict(zip(gates, attribution.maps, strict=True)) | attribution.methods
     stacked = torch.stack(list(maps.values()))
     if explains_again(options.get("metrics", ())):
@@ -171,38 +170,28 @@ def compare_batch(
         known = dict(zip(hashes, image_keys(images, keys), strict=True))  # an image with noise has a key of its own
 
         def explain(given: Any, images: Tensor, target: Any) -> list[Tensor | None]:
+            own_keys = [known.get(key, key) for key in image_keys(images, None)]
             others = _made_again(methods, given is model)
-            again = attribute(
-                given,
-                images,
-                saes=saes,
-                gate=list(gates.values()),
-                target=target,
-                methods=others,
-                seed=seed,
-                keys=[known.get(key, key) for key in image_keys(images, None)],
-                **own,
-            )
-            return [*again.maps, *(again.methods.get(name) for name in method_names(methods))]
+            again = explained(given, images, target=target, methods=others, keys=own_keys)
+            return [*again.maps, *(again.methods.get(name) for name in methods)]
 
         options = {"explain": explain} | options
     scores = evaluate(model, images, stacked, target=attribution.target, keys=keys, seed=seed, **options)
     return Comparison(*tidy(scores, list(maps), attribution.target, groups), attribution, maps)
 
 
-def _made_again(methods: Methods, same_model: bool) -> dict[str, Any]:
+def _made_again(methods: Mapping[str, Any], same_model: bool) -> dict[str, Any]:
     """The methods that can explain another image: not given maps, and callables only the same model."""
-    by_name = methods if isinstance(methods, Mapping) else {name: name for name in methods}
     return {
-        name: method for name, method in by_name.items() if isinstance(method, str) or (callable(method) and same_model)
+        name: method for name, method in methods.items() if isinstance(method, str) or (callable(method) and same_model)
     }
 
 
-def _check_variants(gates: Mapping[str, Gate | None], methods: Methods) -> None:
+def _check_variants(gates: Mapping[str, Gate | None], methods: Iterable[str]) -> None:
     """Require at least one gate, and another name for each variant."""
     if not isinstance(gates, Mapping) or not gates:
         raise ValueError(f"gates: expected {{name: Gate or None}} with at least one of them, got {gates!r}")
-    both = [name for name in method_names(methods) if name in gates]
+    both = [name for name in methods if name in gates]
     if both:
         raise ValueError(f"methods: expected other names than those of the gates, got {both}")
 
@@ -267,10 +256,8 @@ def _batches(images: Tensor | Iterable[Tensor | Sequence[Any]]) -> Iterator[Tens
         yield from batch.split(IMAGES_ON_CPU if batch.device.type == "cpu" else IMAGES_ON_GPU)
 
 
-def _methods_of(methods: Methods, rows: slice) -> Methods:
+def _methods_of(methods: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     """``methods`` for some of the images: maps from elsewhere have one entry per image."""
-    if not isinstance(methods, Mapping):
-        return methods
     return {
         name: _part(f"methods[{name!r}]", method, rows) if hasattr(method, "__array__") else method
         for name, method in methods.items()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastfg.metrics.choose import RESERVED
+from fastfg.study.resampling import ROUNDING
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUNDING = 1e-12  # scores that differ by less than this share of the largest are the same
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fastfg
 from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
-from fastfg.metrics import DEFAULT_METRICS, METRICS, Localisation
+from fastfg.metrics.choose import DEFAULT_METRICS, WITHOUT_MASKS, taking
 from fastfg.models.timm import preprocessing
 from fastfg.report import markdown_table, save_figure, write_page
 from fastfg.report.figure import FigureRow
@@ -85,18 +85,14 @@ class Settings:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics."""
-        if not self.thorough:
-            return DEFAULT_METRICS
-        return tuple(name for name, metric in METRICS.items() if not issubclass(metric, Localisation))
+        return WITHOUT_MASKS if self.thorough else DEFAULT_METRICS
 
     def metric_options(self) -> dict[str, Any]:
         """Options for :func:`fastfg.evaluate`. They are coarser than the defaults, to save time."""
-        subsets, steps = {"n_trials": self.n_trials}, {"patches_per_step": self.patches_per_step}
-        options = {"saco": {"n_bins": self.n_bins}}
-        options |= dict.fromkeys(("faithfulness_correlation", "infidelity", "sensitivity_n"), subsets)
-        options |= dict.fromkeys(("pixel_flipping", "deletion", "insertion", "srg", "aopc", "monotonicity"), steps)
-        chosen = {name: given for name, given in options.items() if name in self.metrics}
-        return {"metrics": self.metrics, "seed": self.seed, **chosen}
+        coarser = {"saco": {"n_bins": self.n_bins}}
+        coarser |= taking(self.metrics, n_trials=self.n_trials)
+        coarser |= taking(self.metrics, patches_per_step=self.patches_per_step)
+        return {"metrics": self.metrics, "seed": self.seed, **coarser}
 
 
 def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
