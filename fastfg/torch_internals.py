@@ -32,6 +32,11 @@ def hooks_of(model: nn.Module) -> list[Any]:
     return found + [hook for kind in kinds for hook in getattr(nn.modules.module, f"_global{kind}").values()]
 
 
+def saves_elsewhere() -> bool:
+    """Whether tensors that autograd saves are being packed by someone, as inside ``torch.utils.checkpoint``."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward`` with ``attention`` in place of ``F.scaled_dot_product_attention``.
 

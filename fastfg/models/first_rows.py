@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastfg.models.adapter import Adapter
 from fastfg.models.hooks import in_this_thread, is_ours
-from fastfg.torch_internals import hooks_of
+from fastfg.torch_internals import hooks_of, saves_elsewhere
 
 _unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that have raised Unsuited
 
@@ -97,7 +97,7 @@ class FirstRows(TorchFunctionMode):
         return tensor
 
     def _attention(self, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
-        if query.ndim != 4 or query.shape[-2] != self.n_tokens:
+        if query.ndim != 4 or query.shape[-2] != self.n_tokens or saves_elsewhere():  # a checkpoint runs twice
             return F.scaled_dot_product_attention(query, key, *args, **options)
         return self._hold(F.scaled_dot_product_attention(query[..., : self.n_rows, :], key, *args, **options), -2)
 
