@@ -62,15 +62,11 @@ def _starts(
     """The baseline images [B, C, H, W]."""
     mean, std = adapter.pixel_mean, adapter.pixel_std
     check_baseline(baseline, len(images), images.shape[1], bool(mean and std))
-    starts = []
-    for i, (image, key) in enumerate(zip(images.detach(), keys, strict=True)):
-        fill = make_fill(baseline, image, i, grid, generator(seed, key, "integrated_gradients"), mean, std)
-        if not isinstance(fill, Tensor):
-            raise ValueError(
-                f"integrated_gradients.baseline: expected a baseline image, got {baseline!r}, which is none"
-            )
-        starts.append(fill.expand_as(image))
-    return torch.stack(starts)
+    fills = [
+        make_fill(baseline, image, i, grid, generator(seed, key, "integrated_gradients"), mean, std)
+        for i, (image, key) in enumerate(zip(images.detach(), keys, strict=True))
+    ]
+    return torch.stack([fill.expand_as(image) for fill, image in zip(fills, images, strict=True)])
 
 
 def _gauss_legendre(steps: int) -> tuple[list[float], list[float]]:

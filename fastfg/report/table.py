@@ -74,8 +74,15 @@ def difference_cells(paired: pd.DataFrame) -> dict[str, list[list[str]]]:
 
 
 def differences(paired: pd.DataFrame, against: str = "vanilla") -> list[str]:
-    """Which differences are real, in plain words: one text per metric, from :func:`fastfg.study.paired`."""
-    return [_sentences(str(metric), rows, against) for metric, rows in paired.groupby("metric", sort=False)]
+    """Which differences are real, in plain words, from :func:`fastfg.study.paired`: one text per metric.
+
+    Metrics of which the same is said share one text.
+    """
+    titles: dict[str, list[str]] = {}
+    for metric, rows in paired.groupby("metric", sort=False):
+        title = METRICS[str(metric)].title if metric in METRICS else str(metric)
+        titles.setdefault(_sentences(rows, against), []).append(title)
+    return [f"{', '.join(named)}. {text}" for text, named in titles.items()]
 
 
 def markdown_table(summary: pd.DataFrame, against: str = "vanilla", paired: pd.DataFrame | None = None) -> str:
@@ -123,21 +130,21 @@ def _mean(entry: dict[Any, Any], show: Callable[[float], str]) -> str:
     return text
 
 
-def _sentences(metric: str, rows: pd.DataFrame, against: str) -> str:
-    """``SaCo. Better than vanilla: gated (0.200 [0.100, 0.300], Holm p = .001, n = 12). No real difference: ...``."""
+def _sentences(rows: pd.DataFrame, against: str) -> str:
+    """For one metric: ``Better than vanilla: gated (0.200 [0.100, 0.300], Holm p = .001, n = 12). No real ...``."""
     show, said = _shown(rows["difference"]), []
     for verdict in dict.fromkeys(map(str, rows["verdict"])):
-        names, found = [], rows.loc[rows["verdict"] == verdict]
-        for r in found.to_dict("records"):
+        names: dict[str, list[str]] = {}  # the variants by what is said of them
+        for r in rows.loc[rows["verdict"] == verdict].to_dict("records"):
             if verdict in DIRECTIONS:
-                names.append(f"{r['variant']} ({_interval(r, show)}, Holm p {_equals(r['p_holm'])}, n = {r['n']})")
-            elif r["reason"]:
-                names.append(f"{r['variant']} ({r['reason']})")
+                detail = f"{_interval(r, show)}, Holm p {_equals(r['p_holm'])}, n = {r['n']}"
             else:
-                names.append(f"{r['variant']} (an effect below {show(r['mde'])} is often missed)")
+                detail = r["reason"] or f"an effect below {show(r['mde'])} is often missed"
+            names.setdefault(detail, []).append(r["variant"])
+        described = [f"{', '.join(variants)} ({detail})" for detail, variants in names.items()]
         title = f"{verdict} than {against}" if verdict in DIRECTIONS else verdict
-        said.append(f"{title[0].upper()}{title[1:]}: {'; '.join(names)}.")
-    return f"{METRICS[metric].title if metric in METRICS else metric}. {' '.join(said)}"
+        said.append(f"{title[0].upper()}{title[1:]}: {'; '.join(described)}.")
+    return " ".join(said)
 
 
 def _interval(row: dict[Any, Any], show: Callable[[float], str]) -> str:

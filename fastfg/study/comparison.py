@@ -21,6 +21,7 @@ from fastfg.models import Adapter
 from fastfg.perturb import Baseline
 from fastfg.perturb.seeds import image_keys
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.study.pairs import group_entries
 from fastfg.targets import Target, TargetLike
 from fastfg.types import METHODS as OTHER_METHODS
 from fastfg.types import Attribution, Gate, Methods, Scores
@@ -102,7 +103,8 @@ def compare(
     """
     import pandas as pd
 
-    keys, groups = (None if each is None else list(each) for each in (keys, groups))
+    keys = None if keys is None else list(keys)
+    groups = None if groups is None else group_entries(groups)
     methods = methods if isinstance(methods, Mapping) else list(methods)
     by_metric = {name: options.pop(name) for name in METRICS if name in options}
     chosen = with_masks(choose_metrics(metrics, by_metric, baseline), masks)

@@ -52,7 +52,8 @@ def paired(
     Args:
         scores: a table of :func:`fastfg.compare`.
         against: the variant to compare with.
-        groups: a column of ``scores``, or one entry per image, in the order in which the images first appear.
+        groups: a column of ``scores``, or one entry per image, in the order in which the images first appear. None:
+            the column ``group`` if there is one, as ``compare(groups=)`` makes it.
         metrics: the metrics to test; None: all. A smaller family needs less correction.
         family: the comparisons that Holm's correction counts together: ``all`` of the call (the probability of a wrong
             ``better`` or ``worse`` anywhere in the table is at most 5%), or those of each ``metric``.
@@ -89,6 +90,8 @@ def paired(
     for name, number in (("n_permutations", n_permutations), ("n_resamples", n_resamples)):
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
+    if groups is None and "group" in scores.columns:
+        groups = "group"
     chosen = metric_columns(scores, metrics, groups)
     found = pairs(scores, chosen, against, groups)
     table = _estimates(found, "pair" if groups is None else "group", n_permutations, n_resamples, seed)
@@ -158,8 +161,8 @@ def _decide(rows: pd.DataFrame, higher_is_better: Mapping[str, bool] | None) -> 
         elif reason != "all differences are 0" and not _within_reach(p, k, row["smallest_p"]):
             verdict = "cannot tell"
             what = f"{row['groups']} {row['unit']}s" if row["groups"] <= EXACT else "so few random sign patterns"
-            few = f"{what} give no p below {row['smallest_p']:.2g} before Holm's correction "
-            few += f"(comparisons: {np.isfinite(p).sum()})"
+            few = f"{what} give no p below {row['smallest_p']:.2g}, and Holm corrects for {np.isfinite(p).sum()}"
+            few += " comparison(s)"
             reason = f"{reason}; {few}" if reason else few
         verdicts.append(verdict)
         reasons.append(reason)

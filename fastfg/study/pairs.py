@@ -89,6 +89,13 @@ def image_column(scores: pd.DataFrame) -> str:
     image = next((name for name in IMAGE if name in scores.columns), None)
     if image is None:
         raise ValueError(f"scores: expected one of the columns {IMAGE}, got {list(scores.columns)}")
+    if image == "index" and "image" in scores.columns:
+        several = scores.groupby("index", sort=False)["image"].nunique() > 1
+        if several.any():
+            raise ValueError(
+                f"scores: expected one image per index, got several for index {several.idxmax()!s} (tables of "
+                "different images that were put together?)"
+            )
     twice = scores.loc[scores.duplicated([image, "variant"]), [image, "variant"]]
     if len(twice):
         name, variant = twice.iloc[0]
@@ -96,6 +103,17 @@ def image_column(scores: pd.DataFrame) -> str:
             f"scores: expected one row per {image} and variant, got two for {image} {name!r} and variant {variant!r}"
         )
     return image
+
+
+def group_entries(groups: Any) -> list[Any]:
+    """``groups`` as a list with one entry per image; a tensor or an array gives its values.
+
+    Raises TypeError for a mapping or a pandas Series, whose entries belong to keys and not to places.
+    """
+    if isinstance(groups, (str, Mapping)) or (hasattr(groups, "index") and hasattr(groups, "to_numpy")):
+        got = type(groups).__name__
+        raise TypeError(f"groups: expected a list, an array or a tensor, one entry per image in their order, got {got}")
+    return list(groups.tolist() if hasattr(groups, "tolist") else groups)
 
 
 def _group_numbers(
@@ -112,7 +130,7 @@ def _group_numbers(
             raise ValueError(f"groups: expected one {groups} per image, got several for {several.idxmax()!s}")
         given = scores.drop_duplicates(image)[groups].tolist()
     else:
-        given = list(groups)
+        given = group_entries(groups)
         if len(given) != len(images):
             raise ValueError(f"groups: expected {len(images)} entries, one per image, got {len(given)}")
     numbers, _ = pd.factorize(pd.Series(given, dtype=object))

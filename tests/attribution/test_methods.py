@@ -354,7 +354,7 @@ def test_methods_that_do_not_fit(model, images, methods, error, message):
 
 
 def test_integrated_gradients_start_at_an_image(model, images):
-    with pytest.raises(ValueError, match=r"integrated_gradients.baseline: expected a baseline image, got 'removed'"):
+    with pytest.raises(ValueError, match="baseline: expected one of .* got 'removed'"):
         fastfg.attribute(model, images, methods=["integrated_gradients"], integrated_gradients={"baseline": "removed"})
 
 

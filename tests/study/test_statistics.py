@@ -161,7 +161,9 @@ def test_differences_in_plain_words():
     assert f"- {saco}".replace("[", "\\[").replace("]", "\\]") in text
     assert "| gated | 0.200 \\[" in text
     few = report_differences(paired(scores(vanilla=[0.0] * 4, gated=[1.0, 2.0, 1.5, 1.2])))
-    assert few[0].startswith("SaCo. Cannot tell: gated (4 pairs give no p below 0.12 before Holm's correction")
+    assert few[0].startswith(
+        "SaCo, Pixel Flipping. Cannot tell: gated (4 pairs give no p below 0.12, and Holm corrects for 2 comp"
+    )
 
 
 def test_many_metrics_and_variants_fit_a_terminal():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 from fastfg.study import paired, rank_test, summarize
@@ -165,7 +166,7 @@ def test_the_family_is_all_comparisons_or_those_of_a_metric():
     assert both["p"].tolist() == [1 / 32, 1 / 32]
     assert both["p_holm"].tolist() == [1 / 16, 1 / 16]
     assert both["verdict"].tolist() == ["cannot tell", "cannot tell"]
-    assert both["reason"][0] == "6 pairs give no p below 0.031 before Holm's correction (comparisons: 2)"
+    assert both["reason"][0] == "6 pairs give no p below 0.031, and Holm corrects for 2 comparison(s)"
     each = paired(table, family="metric")
     assert each["p_holm"].tolist() == [1 / 32, 1 / 32]
     assert each["verdict"].tolist() == ["better", "worse"]
@@ -313,3 +314,35 @@ def test_wrong_ranks_are_named(variant, shuffled, message):
         rank_test(scores(real=[0.1], a=[0.2]), variant, shuffled)
     with pytest.raises(ValueError, match="higher_is_better: expected an entry for 'own', got none"):
         rank_test(scores("own", real=[0.1], a=[0.2]), "real", ["a"])
+
+
+def grouped():
+    """Scores of 8 images of 2 patients, and their groups."""
+    rows = [
+        {"index": i, "image": f"k{i}", "group": i % 2, "variant": variant, "saco": (variant == "b") + i / 100}
+        for i in range(8)
+        for variant in ("vanilla", "b")
+    ]
+    return pd.DataFrame(rows), [i % 2 for i in range(8)]
+
+
+def test_groups_of_every_form():
+    table, groups = grouped()
+    plain = table.drop(columns="group")
+    for given in (groups, np.array(groups), torch.tensor(groups)):
+        assert paired(plain, groups=given)["groups"].tolist() == [2]
+    assert paired(plain)["groups"].tolist() == [8]
+    for given in (dict.fromkeys(range(8), 0), pd.Series(groups)):
+        with pytest.raises(TypeError, match="groups: expected a list, an array or a tensor, one entry per image"):
+            paired(plain, groups=given)
+
+
+def test_the_groups_of_compare_are_used():
+    assert paired(grouped()[0])["groups"].tolist() == [2]
+
+
+def test_tables_of_different_images_are_no_pairs():
+    table, _ = grouped()
+    table.loc[table["variant"] == "b", "image"] += "x"
+    with pytest.raises(ValueError, match="scores: expected one image per index, got several for index 0"):
+        paired(table)
