@@ -25,6 +25,18 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def hooks_of(model: nn.Module) -> list[Any]:
+    """All hooks on calls of ``model`` and of its parts, those registered for every module included."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = [hook for m in model.modules() for kind in kinds for hook in getattr(m, kind).values()]
+    return found + [hook for kind in kinds for hook in getattr(nn.modules.module, f"_global{kind}").values()]
+
+
+def saves_elsewhere() -> bool:
+    """Whether tensors that autograd saves are being packed by someone, as inside ``torch.utils.checkpoint``."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward`` with ``attention`` in place of ``F.scaled_dot_product_attention``.
 

@@ -72,3 +72,29 @@ def test_a_marked_function_runs_once_and_its_result_is_a_constant():
     for _ in range(2):
         assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
     assert len(calls) == 1
+
+
+def test_all_kinds_of_hooks_are_found():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert torch_internals.hooks_of(model) == []
+    part, everywhere = model[0], torch.nn.modules.module
+    for register in (
+        part.register_forward_hook,
+        part.register_forward_pre_hook,
+        part.register_full_backward_hook,
+        part.register_full_backward_pre_hook,
+        everywhere.register_module_forward_hook,
+        everywhere.register_module_forward_pre_hook,
+        everywhere.register_module_full_backward_hook,
+        everywhere.register_module_full_backward_pre_hook,
+    ):
+        handle = register(print)
+        assert torch_internals.hooks_of(model) == [print]
+        handle.remove()
+    assert torch_internals.hooks_of(model) == []
+
+
+def test_tensors_that_are_saved_elsewhere():
+    assert not torch_internals.saves_elsewhere()
+    with torch.autograd.graph.save_on_cpu():
+        assert torch_internals.saves_elsewhere()

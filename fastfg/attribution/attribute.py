@@ -7,6 +7,7 @@ same order, so the maps are finished when the backward pass is. No attention map
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.checks import check_gates, check_images, check_saes, check_target
 from fastfg.models import Adapter, adapt
+from fastfg.models.first_rows import FirstRows, Unsuited, first_rows
 from fastfg.models.hold import hold
 from fastfg.perturb.masks import PatchGrid
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import TargetLike, as_given, as_target, map_tensors
+from fastfg.targets import Function, Target, TargetLike, as_given, as_target, map_tensors
 from fastfg.types import Attribution, Features, Gate, Methods
 
 
@@ -104,12 +106,12 @@ def attribute(
     with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
         root = images.detach().clone().requires_grad_() if "gradient_x_input" in chosen.built_in else None
         on_attention = [relevancy.on_attention, others.on_attention]
-        capture = Capture(adapter, (len(images), n_tokens), layers, on_residual, on_attention, root)
-        with named_errors(capture.name), capture:
-            output = adapter.forward((images.detach() if root is None else root).clone())  # it may write into them
-        if not callable(target):
-            explained = explained.of(explained.source(output, len(images)).detach())
-        y = explained.value(output, len(images))
+        captured = (adapter, (len(images), n_tokens), layers, on_residual, on_attention, root)
+        rows = None if callable(target) else first_rows(adapter, n_tokens, layers)
+        try:
+            capture, explained, y, seen = _forward(Capture(*captured), images.detach(), explained, rows)
+        except Unsuited:
+            capture, explained, y, seen = _forward(Capture(*captured), images.detach(), explained, None)
         with named_errors(capture.name):
             gradient = capture.backward(y.sum())
 
@@ -118,8 +120,23 @@ def attribute(
         found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid)
     named = as_given(target, explained)
     found = explain(chosen, found, Explained(adapter, images, grid, explained, named, seed, keys))
-    seen = output if callable(target) else explained.source(output, len(images))
     return _result(relevancy, configs, grid, named, map_tensors(seen, Tensor.detach), found, single)
+
+
+def _forward(
+    capture: Capture, images: Tensor, target: Target, rows: FirstRows | None
+) -> tuple[Capture, Target, Tensor, Any]:
+    """The captured forward pass, the resolved target, its value per image [B], and the logits (or the output)."""
+    B = len(images)
+    given = images if capture.root is None else capture.root
+    with rows or nullcontext():
+        with named_errors(capture.name), capture:
+            output = capture.adapter.forward(given.clone())  # it may write into them
+        if isinstance(target, Function):
+            return capture, target, target.value(output, B), output
+        logits = target.source(output, B)
+        target = target.of(logits.detach())
+        return capture, target, target.value(output, B), logits
 
 
 def _with_vanilla(configs: list[Gate | None]) -> list[Gate | None]:

@@ -79,6 +79,14 @@ class Adapter:
             raise ValueError(f"model: expected floating-point parameters in {type(self.model).__name__}, got none")
         return found
 
+    @property
+    def n_rows(self) -> int | None:
+        """How many tokens from the start contain all that the head reads; None if it also reads patches."""
+        bounds = [(s.start or 0, s.stop or 0) for s in self.pooled]  # no stop: up to the last token
+        if not bounds or any(start < 0 or not 0 < stop <= self.num_prefix_tokens for start, stop in bounds):
+            return None
+        return max(stop for _, stop in bounds)
+
     def patches(self, images: Tensor) -> tuple[int, int]:
         """The grid (gh, gw) of ``images`` [B, C, H, W]. Raises ValueError for a grid that does not fit them."""
         size = (images.shape[-2], images.shape[-1])

@@ -26,7 +26,21 @@ def reader() -> tuple[int, object]:
     return threading.get_ident(), (getattr(_local, "readers", None) or [None])[-1]
 
 
+class OfOneReader:
+    """``hook`` for the current reader only. For any other reader it does nothing and returns None."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook, self.owner = hook, reader()
+
+    def __call__(self, *given: Any) -> Any:
+        return self.hook(*given) if reader() == self.owner else None
+
+
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook`` for the current reader only. For any other reader it does nothing and returns None."""
-    owner = reader()
-    return lambda *given: hook(*given) if reader() == owner else None
+    return OfOneReader(hook)
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether ``hook`` was made by :func:`in_this_thread`."""
+    return isinstance(hook, OfOneReader)

@@ -36,7 +36,7 @@ class Tokens:
     def __init__(self, adapter: Adapter, precision: Any = None) -> None:
         self.adapter, self.precision = adapter, precision
         self.first, self.last = adapter.blocks[0], adapter.blocks[-1]
-        self.n_rows = _rows_read(adapter)
+        self.n_rows = adapter.n_rows
         self.early: list[nn.Module] = []  # linear layers before the first attention
         self.n_tokens = 0
         self._blank: Tensor  # one image, to call the model with
@@ -113,14 +113,6 @@ class Tokens:
 def taken(tokens: Tensor, chosen: Tensor) -> Tensor:
     """The tokens [n, N, width] whose numbers among ``tokens`` [T, width] are ``chosen`` [n, N]."""
     return tokens.index_select(0, chosen.flatten()).reshape(*chosen.shape, tokens.shape[-1])
-
-
-def _rows_read(adapter: Adapter) -> int | None:
-    """How many tokens from the start contain all that the head reads; None if it also reads patches."""
-    prefix = adapter.num_prefix_tokens
-    if not adapter.pooled or any(s.stop is None or s.start < 0 or s.stop > prefix for s in adapter.pooled):
-        return None
-    return max(s.stop for s in adapter.pooled)
 
 
 class _Enough(Exception):  # noqa: N818
