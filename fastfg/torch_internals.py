@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -35,6 +35,17 @@ def hooks_of(model: nn.Module) -> list[Any]:
 def saves_elsewhere() -> bool:
     """Whether tensors that autograd saves are being packed by someone, as inside ``torch.utils.checkpoint``."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def made_since(start: Any, end: Any) -> Iterator[Any]:
+    """The nodes of autograd's graph from ``end`` back to those made before ``start``."""
+    waiting, seen = [end], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen and node._sequence_nr() > start._sequence_nr():
+            seen.add(node)
+            yield node
+            waiting.extend(earlier for earlier, _ in node.next_functions)
 
 
 def multi_head_attention_forward(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

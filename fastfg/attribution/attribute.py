@@ -135,6 +135,8 @@ def _forward(
         if isinstance(target, Function):
             return capture, target, target.value(output, B), output
         logits = target.source(output, B)
+        if rows is not None:
+            rows.check(logits)
         target = target.of(logits.detach())
         return capture, target, target.value(output, B), logits
 

@@ -17,11 +17,12 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from fastfg.models.adapter import Adapter
 from fastfg.models.hooks import in_this_thread, is_ours
-from fastfg.torch_internals import hooks_of, saves_elsewhere
+from fastfg.torch_internals import hooks_of, made_since, saves_elsewhere
 
 _unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that have raised Unsuited
 
@@ -99,7 +100,14 @@ class FirstRows(TorchFunctionMode):
     def _attention(self, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
         if query.ndim != 4 or query.shape[-2] != self.n_tokens or saves_elsewhere():  # a checkpoint runs twice
             return F.scaled_dot_product_attention(query, key, *args, **options)
-        return self._hold(F.scaled_dot_product_attention(query[..., : self.n_rows, :], key, *args, **options), -2)
+        out = F.scaled_dot_product_attention(query[..., : self.n_rows, :], key, *args, **options)
+        self.attended = out.grad_fn
+        return self._hold(out, -2)
+
+    def check(self, output: Tensor) -> None:
+        """Raise :class:`Unsuited` where ``output`` was made by an ``autograd.Function``, which no mode sees."""
+        if self.held and any(isinstance(node, BackwardCFunction) for node in made_since(self.attended, output.grad_fn)):
+            raise self.unsuited(BackwardCFunction)
 
     def _pass_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = RULES.get(func)
@@ -130,6 +138,8 @@ class FirstRows(TorchFunctionMode):
         """The first rows of ``t``, or ``t`` itself where it is the same for all tokens."""
         if not isinstance(t, Tensor) or self._holds(t) or t.ndim < -dim or t.shape[dim] == 1:
             return t
+        if t.shape[dim] != self.n_tokens:
+            raise self.unsuited("broadcasting")
         return t.narrow(dim, 0, self.n_rows)
 
     def _of_each_token(self, func: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
