@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import time
@@ -34,11 +35,11 @@ from bench.ceilings import measure
 from bench.photographs import photographs
 from bench.results import append
 from fastfg import metrics
-from fastfg.metrics.evaluate import BATCH_ON_CPU, BATCH_ON_GPU
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
 from fastfg.perturb import Precision
+from fastfg.perturb.batches import default_size
 from fastfg.perturb.removal import Removal
 from fastfg.perturb.tokens import Tokens
 
@@ -63,17 +64,18 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
         tokens, fill = Tokens(adapter), images.mean().reshape(1, 1, 1)
         once = flops(tokens.prepare, images[:1], [fill])
         prepared = tokens.prepare(images[:1], [fill])
-        masks = torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device)
-        inputs = tokens.inputs(prepared, torch.zeros(BATCH_ON_CPU, dtype=torch.long, device=images.device), masks)
+        n = 16
+        masks = torch.zeros(n, P, dtype=torch.bool, device=images.device)
+        inputs = tokens.inputs(prepared, torch.zeros(n, dtype=torch.long, device=images.device), masks)
         one = flops(model, images[:1])
-        return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one, one
+        return flops(tokens.run, inputs) / n / one, once / one, one
 
 
 class Pace:
     """The time of the model's own forward per image, measured between other work."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        n = BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU
+        n = default_size(images.device, math.prod(adapt(model).patches(images)))
         self.model, self.batch = model, images[:1].repeat(n, 1, 1, 1)
         self.precision = Precision("bfloat16" if images.is_cuda else "float32", images.device)
         self.seconds: list[float] = []
@@ -208,9 +210,12 @@ def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any
         fastfg.evaluate(model, images, maps, target=1, metrics=["pixel_flipping"], baseline=baseline)
 
     seconds: dict[str, list[float]] = {"mean": [], "removed": []}
+    busy: dict[str, list[float]] = {"mean": [], "removed": []}  # processor time: other programs change it less
     for _ in range(rounds):
         for baseline, times in seconds.items():
+            start = time.process_time()
             times.append(seconds_of(partial(curve, baseline), images))
+            busy[baseline].append(time.process_time() - start)
     filled, _, operations = counted(model, images)
     with hold(model, adapter.flags):
         removal = Removal(adapter)
@@ -222,9 +227,14 @@ def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any
     return {
         "filled": median["mean"],
         "ours": median["removed"],
-        "time": statistics.median(r / f for r, f in zip(seconds["removed"], seconds["mean"], strict=True)),
+        "time": median_ratio(seconds["removed"], seconds["mean"]),
+        "processor_time": median_ratio(busy["removed"], busy["mean"]),
         "work": statistics.mean(work) / (filled * operations),
     }
+
+
+def median_ratio(some: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
 def seconds_of(run: Any, like: Tensor) -> float:
