@@ -279,3 +279,10 @@ def test_impact_max_needs_probabilities(model, images):
     for target in (fastfg.Target(3, minus=1), fastfg.Target(3, link=None), fastfg.Target.similarity(torch.ones(5))):
         with pytest.raises(ValueError, match="saco: expected impact='target' for a target without probabilities"):
             fastfg.evaluate(model, images, MAPS, target=target, saco={"impact": "max"})
+
+
+def test_a_function_of_other_rows_is_refused_for_one_image_too(model, images):
+    with pytest.raises(ValueError, match="target: expected a function of each row of the output alone"):
+        fastfg.evaluate(model, images[:1], MAPS[:1], target=lambda o: o[:, 2] - o[:, 2].mean(), **FLIP)
+    fine = fastfg.evaluate(model, images[:1], MAPS[:1], target=lambda o: o[:, 2] - o.mean(1), **FLIP)
+    assert fine.errors == []

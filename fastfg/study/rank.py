@@ -66,7 +66,7 @@ def rank_test(
         row |= {"n_shuffled": len(others), "p": float("nan"), "reason": None}
         if n:
             ahead = others - means[variant] if direction else means[variant] - others
-            as_good = ahead >= -ROUNDING * abs(means[variant])
+            as_good = ahead >= -ROUNDING * wide.dropna().abs().to_numpy().mean()
             row["rank"] = 1.0 + as_good.sum()
             row["p"] = row["rank"] / len(names)
         else:

@@ -290,6 +290,14 @@ def test_the_rank_by_hand():
     assert (lower["rank"], lower["p"], lower["best_shuffled"]) == (3, 3 / 4, pytest.approx(0.3))
 
 
+def test_equal_means_around_zero_are_ties_whatever_their_rounding():
+    """The same values in another order: their means differ by rounding, which is large beside a mean of 0."""
+    values = np.random.default_rng(3).normal(size=40)
+    values -= values.mean()
+    orders = {f"shuffled {seed}": np.random.default_rng(seed).permutation(values).tolist() for seed in range(19)}
+    assert rank_test(scores(real=values.tolist(), **orders), "real", list(orders))["p"].tolist() == [1.0]
+
+
 def test_nineteen_seeds_give_a_p_of_5_percent():
     names = {f"shuffled {seed}": [0.1 * seed / 19, 0.2] for seed in range(19)}
     assert rank_test(scores(real=[0.9, 0.9], **names), "real", list(names))["p"].tolist() == [0.05]
