@@ -106,6 +106,11 @@ class Target:
 
     needs_logits = True
 
+    @property
+    def may_read_patches(self) -> bool:
+        """Whether it finds its numbers in the model's output by a function, which may read any token."""
+        return self.output is not None
+
     def bound(self, output: Select) -> Target:
         """This target, which finds the logits by ``output`` if it has no function of its own."""
         return self._with(output=output) if self.output is None else self
@@ -236,6 +241,7 @@ class Function(Target):
 
     needs_logits = False
     has_largest = False
+    may_read_patches = True
 
     def __init__(self, function: TargetFunction) -> None:
         super().__init__(link=None)
