@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastfg.study.pairs import direction_of, image_column, metric_columns
+from fastfg.study.pairs import direction_of, image_column
 from fastfg.study.resampling import ROUNDING
+from fastfg.study.statistics import metric_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,7 @@ def rank_test(
     if len(set(names)) < len(names):
         raise ValueError(f"shuffled: expected different variants, none of them {variant!r}, got {list(shuffled)}")
     image, rows = image_column(scores), []
-    for metric in metric_columns(scores, metrics):
+    for metric in metric_columns(scores, metrics, own=higher_is_better or ()):
         direction = direction_of(metric, higher_is_better)
         if direction is None:
             raise ValueError(f"higher_is_better: expected an entry for {metric!r}, got none")

@@ -39,6 +39,27 @@ def test_mean_error_and_welch():
     assert math.isnan(summary.loc[("vanilla", "saco")]["p"])
 
 
+def test_a_column_that_may_be_no_metric_is_not_judged():
+    """A column of a user's own is judged where it is named, where compare made it, or where no other metric is there."""
+    table = scores(vanilla=[0.1, 0.2, 0.4], gated=[0.3, 0.4, 0.35])
+    for judged in (summarize, paired):
+        with pytest.raises(ValueError, match=r"metrics: expected the names .* as \['age'\] may be no metrics beside"):
+            judged(table.assign(age=[50, 60, 70] * 2))
+        with pytest.raises(ValueError, match=r"scores: expected numbers in the column 'patient', got .*metrics= names"):
+            judged(table.assign(patient="a"))
+        with pytest.raises(TypeError, match="metrics: expected a list of names among .* got the text 'saco'"):
+            judged(table, metrics="saco")
+        named = judged(table.assign(age=[50, 60, 70] * 2, patient="a"), metrics=["saco"])
+        assert set(named["metric"]) == {"saco"}
+        made = table.assign(own=table["saco"])
+        made.attrs["metrics"] = ["saco", "pixel_flipping", "own"]
+        assert set(judged(made)["metric"]) == {"saco", "pixel_flipping", "own"}
+        alone = table.rename(columns={"saco": "own"}).drop(columns="pixel_flipping")
+        assert set(judged(alone)["metric"]) == {"own"}
+    directed = paired(table.assign(own=table["saco"]), higher_is_better={"own": True})
+    assert set(directed["metric"]) == {"saco", "pixel_flipping", "own"}
+
+
 def test_stars():
     assert [stars(p) for p in (0.0005, 0.005, 0.03, 0.05, math.nan)] == ["***", "**", "*", "", ""]
 
@@ -93,7 +114,7 @@ def test_the_variant_to_test_against_must_be_there():
 )
 def test_names_are_shown_as_they_are(name):
     table = scores(**{name: [0.1, 0.2, 0.15], "gated": [0.3, 0.4, 0.35]}).rename(columns={"pixel_flipping": name})
-    text = markdown_table(summarize(table, against=name), against=name)
+    text = markdown_table(summarize(table, against=name, metrics=["saco", name]), against=name)
     lines, shown = text.splitlines(), " ".join(name.split())
     assert len(lines) == 6
     (table_tokens, footnote) = cells(text)
