@@ -71,6 +71,8 @@ def test_gate(options, parts):
         ({"layers": True}, ("layers: expected integers", "got True")),
         ({"layers": (1, True)}, ("layers: expected integers", "got (1, True)")),
         ({"layers": "23"}, ("layers: expected integers", "got '23'")),
+        ({"blurred": 1}, ("blurred: expected True or False", "got 1")),
+        ({"rescale": 1}, ("rescale: expected True or False", "got 1")),
         ({"shuffle_seed": 1.5}, ("shuffle_seed: expected integers", "got [1.5]")),
     ],
 )
