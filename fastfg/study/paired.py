@@ -79,6 +79,8 @@ def paired(
     - ``p_welch``: Welch's t-test as in :func:`summarize`, for comparison with the paper,
     - ``reason``: why a value is NaN or the verdict is ``cannot tell``, else None.
 
+    Its ``attrs`` have ``against``, ``family`` and ``higher_is_better``, which :mod:`fastfg.report` reads.
+
     Raises ValueError if ``against`` or a metric is not in the table, if a column may be no metric, if an image has two
     rows of the same variant, if a score is infinite, and if ``groups`` does not give one group per image.
     docs/statistics.md explains the choices.
@@ -108,7 +110,9 @@ def paired(
     table["p_welch"] = [float(welch[name]) for name in found.names]
     families = [table] if family == "all" else [part for _, part in table.groupby("metric", sort=False)]
     decided = [_decide(part, higher_is_better) for part in families if len(part)]
-    return pd.concat([table[:0], *decided]).sort_index().reindex(columns=COLUMNS)
+    table = pd.concat([table[:0], *decided]).sort_index().reindex(columns=COLUMNS)
+    table.attrs |= {"against": against, "family": family, "higher_is_better": dict(higher_is_better or {})}
+    return table
 
 
 def _estimates(found: Pairs, unit: str, n_permutations: int, n_resamples: int, seed: int) -> pd.DataFrame:
