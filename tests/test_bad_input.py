@@ -81,6 +81,14 @@ def test_gate_arguments_of_the_wrong_type(options, parts):
         fastfg.Gate(**({"layers": (2, 3)} | options))
 
 
+@pytest.mark.parametrize("seed", [1.0, True, "1", None])
+def test_seeds(model, images, seed):
+    with refuses(TypeError, "seed: expected an int", f"got {seed!r}"):
+        fastfg.attribute(model, images, seed=seed)
+    with refuses(TypeError, "seed: expected an int", f"got {seed!r}"):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=0, seed=seed)
+
+
 def test_missing_layers(model, images, saes):
     with refuses(ValueError, "gate.layers: expected blocks from 0 to 3", "got [9]"):
         fastfg.attribute(model, images, saes=saes, gate=fastfg.Gate((1, 9)))

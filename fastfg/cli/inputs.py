@@ -174,9 +174,10 @@ class Inputs:
 
     def leave_out(self, folder: Path, reason: str) -> None:
         """Do not read images in ``folder``."""
-        inside = [path for path in self.paths if folder.resolve() in path.resolve().parents]
+        root = folder.resolve()
+        inside = {path for path in self.paths if root in path.resolve().parents}
+        self._skip(FileError(path, reason) for path in self.paths if path in inside)
         self.paths = [path for path in self.paths if path not in inside]
-        self._skip(FileError(path, reason) for path in inside)
 
     def _skip(self, errors: Iterable[FileError]) -> None:
         self.errors.add((path_text(error.path), error.message) for error in errors)

@@ -109,7 +109,8 @@ def _transformed(transform: Callable[[Image.Image], Tensor], drawn: Image.Image)
 
 def _random_states() -> tuple[Any, ...]:
     """The states of the generators that transforms draw from."""
-    name, keys, *rest = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = state
     return random.getstate(), name, keys.tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
 
 

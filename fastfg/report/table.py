@@ -182,7 +182,11 @@ def _interval(row: dict[Any, Any], show: Callable[[float], str]) -> str:
 
 
 def _n(row: dict[Any, Any]) -> str:
-    text = str(row["n"]) if row["groups"] == row["n"] else f"{row['n']} in {row['groups']} group{'s' * (row['groups'] > 1)}"
+    text = (
+        str(row["n"])
+        if row["groups"] == row["n"]
+        else f"{row['n']} in {row['groups']} group{'s' * (row['groups'] > 1)}"
+    )
     return f"{text} ({row['missing']} missing)" if row["missing"] else text
 
 

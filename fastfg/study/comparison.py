@@ -87,7 +87,9 @@ def compare(
             for each batch}.
         target: None (the predicted class), an int, one per image, a :class:`fastfg.Target`, or a function of the
             model's output.
-        keys: the images' names, one per image. groups: what images belong to, such as patients, one per image.
+        keys: the images' names, one per image; None: a hash of the pixels. Images with the same key count as one
+            image in the statistics (:func:`fastfg.study.paired`). groups: what images belong to, such as patients, one
+            per image.
         seed: what random draws of methods and metrics depend on, with the keys.
         metrics, baseline, masks: as in :func:`fastfg.evaluate`. Per-image arguments
             (``masks``, ``subsets``, a tensor ``baseline``) have one entry per image over all batches.

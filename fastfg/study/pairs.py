@@ -77,7 +77,8 @@ def pairs(
 
 def _rounding(column: pd.Series) -> float:
     """The largest relative difference of two scores in ``column`` that is rounding."""
-    return max(SAME, 4 * float(np.finfo(column.dtype).eps)) if column.dtype.kind == "f" else SAME
+    dtype = getattr(column.dtype, "numpy_dtype", column.dtype)  # of pandas' own types, such as Float32
+    return max(SAME, 4 * float(np.finfo(dtype).eps)) if dtype.kind == "f" else SAME
 
 
 def _differences(values: Array, base: Array, rounding: Array) -> Array:

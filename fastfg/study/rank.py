@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastfg.study.pairs import direction_of, image_column
-from fastfg.study.resampling import ROUNDING
+from fastfg.study.pairs import SAME, direction_of, image_column
 from fastfg.study.statistics import metric_columns
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def rank_test(
         row |= {"n_shuffled": len(others), "p": float("nan"), "reason": None}
         if n:
             ahead = others - means[variant] if direction else means[variant] - others
-            as_good = ahead >= -ROUNDING * abs(means[variant])
+            as_good = ahead >= -SAME * wide.dropna().abs().stack().median()  # means that differ by rounding are tied
             row["rank"] = 1.0 + as_good.sum()
             row["p"] = row["rank"] / len(names)
         else:

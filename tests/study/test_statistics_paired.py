@@ -366,6 +366,18 @@ def test_the_rank_by_hand():
     assert (lower["rank"], lower["p"], lower["best_shuffled"]) == (3, 3 / 4, pytest.approx(0.3))
 
 
+def test_means_that_differ_by_rounding_are_tied():
+    table = scores(real=[1.0, -1.0], a=[1.0, -1.0 - 3e-16], b=[1.0, -1.5])
+    row = rank_test(table, "real", ["a", "b"]).iloc[0]
+    assert (row["mean"], row["rank"]) == (0.0, 2)  # its size is not that of the scores
+
+
+def test_pandas_own_types_have_their_rounding():
+    table = scores(vanilla=np.linspace(0.1, 1, 12), gated=np.linspace(0.1, 1, 12) * (1 + 1e-7))
+    verdicts = [one(table.astype({"saco": kind}))["verdict"] for kind in ("Float32", "Float64")]
+    assert verdicts == ["no real difference", "better"]
+
+
 def test_nineteen_seeds_give_a_p_of_5_percent():
     names = {f"shuffled {seed}": [0.1 * seed / 19, 0.2] for seed in range(19)}
     assert rank_test(scores(real=[0.9, 0.9], **names), "real", list(names))["p"].tolist() == [0.05]
