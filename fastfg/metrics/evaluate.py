@@ -19,13 +19,13 @@ from fastfg.metrics.metric import Metric
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
+from fastfg.perturb.batches import default_size
 from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import BASELINES, check_baseline
 from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
-BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 def evaluate(
@@ -67,8 +67,9 @@ def evaluate(
             ``top_k_intersection``, ``roc_auc``, ``iou``). It is an error if none of them is chosen.
             :func:`fastfg.data.read_mask` reads masks from files.
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
-        batch_size: the most perturbed images per forward; more of those that have lost tokens. None is 16 on the CPU
-            and 256 on a GPU. A batch that does not fit into memory is run again in halves.
+        batch_size: the most perturbed images per forward; more of those that have lost tokens. None is 16 on the CPU,
+            and on a GPU as many as have 256 x 196 patches (256 images of 224 pixels in patches of 16). A batch that
+            does not fit into memory is run again in halves.
         path: ``tokens`` perturbs before the first block, embeds each image's patches once, and computes the last
             block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
             for a model of a known family if both give the same logits for these images; the check takes four forwards
@@ -116,7 +117,7 @@ def evaluate(
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         how = path if any(metric.perturbs for metric in reading) or path not in PATHS else "pixels"
         way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
-        engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
+        engine = Engine(way, Batches(batch_size or default_size(images.device, grid.n_patches)))
         seen = _unperturbed(engine, images, explained, check=adapter is None)
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):

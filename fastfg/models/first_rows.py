@@ -25,6 +25,7 @@ from fastfg.models.hooks import in_this_thread, is_ours
 from fastfg.torch_internals import hooks_of, made_since, saves_elsewhere
 
 _unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that have raised Unsuited
+_stores_nothing: WeakSet[nn.Module] = WeakSet()  # those of models that were searched for stored tokens
 
 
 class Unsuited(Exception):  # noqa: N818
@@ -45,7 +46,7 @@ def first_rows(adapter: Adapter, n_tokens: int, layers: Collection[int]) -> Firs
         return None
     if not all(is_ours(hook) for hook in hooks_of(adapter.model)):
         return None
-    return FirstRows(last, n_tokens, adapter.n_rows)
+    return FirstRows(adapter.model, last, n_tokens, adapter.n_rows)
 
 
 class FirstRows(TorchFunctionMode):
@@ -55,9 +56,9 @@ class FirstRows(TorchFunctionMode):
     gradient gets zeros for the other tokens. Raises :class:`Unsuited` where a function needs the other tokens.
     """
 
-    def __init__(self, block: nn.Module, n_tokens: int, n_rows: int) -> None:
+    def __init__(self, model: nn.Module, block: nn.Module, n_tokens: int, n_rows: int) -> None:
         super().__init__()
-        self.block, self.n_tokens, self.n_rows = block, n_tokens, n_rows
+        self.model, self.block, self.n_tokens, self.n_rows = model, block, n_tokens, n_rows
         self.inside = False
         self.held: dict[int, tuple[Tensor, int]] = {}  # by id: the tensor, and its dimension of tokens from the end
 
@@ -89,6 +90,8 @@ class FirstRows(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _holds(self, value: Any) -> bool:
+        if isinstance(value, dict):
+            value = list(value.values())
         if isinstance(value, (tuple, list)):
             return any(self._holds(part) for part in value)
         return id(value) in self.held
@@ -105,9 +108,13 @@ class FirstRows(TorchFunctionMode):
         return self._hold(out, -2)
 
     def check(self, output: Tensor) -> None:
-        """Raise :class:`Unsuited` where ``output`` was made by an ``autograd.Function``, which no mode sees."""
+        """Raise :class:`Unsuited` where an ``autograd.Function``, which no mode sees, or the model itself has rows."""
         if self.held and any(isinstance(node, BackwardCFunction) for node in made_since(self.attended, output.grad_fn)):
             raise self.unsuited(BackwardCFunction)
+        if self.block not in _stores_nothing:
+            if any(self._holds(value) for module in self.model.modules() for value in vars(module).values()):
+                raise self.unsuited("an attribute of the model")
+            _stores_nothing.add(self.block)
 
     def _pass_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = RULES.get(func)

@@ -185,6 +185,23 @@ def test_a_head_that_reads_another_token_in_any_way_is_run_in_full(model, images
     torch.testing.assert_close(found.logits, model(images).detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("store", ["attribute", "list", "dict"])
+def test_tokens_that_the_model_stores_are_all_there(model, images, store, passes):
+    plain, stored = model.norm.forward, []
+
+    def forward(x):
+        tokens = plain(x)
+        stored[:] = [tokens]
+        model.seen = {"attribute": tokens, "list": [tokens], "dict": {"tokens": tokens}}[store]
+        return tokens
+
+    model.norm.forward = forward
+    for _ in range(2):
+        fastfg.attribute(model, images)
+        assert stored[0].shape[1] == 25
+    assert passes == [False]
+
+
 def test_a_target_that_reads_other_tokens_of_an_object(passes):
     model, _, images = setup("transformers ViT")
     bare = model.vit
