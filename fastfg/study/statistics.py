@@ -148,9 +148,11 @@ def _sample(rows: pd.DataFrame, metric: str, key: str | None) -> _Sample:
         assert key is not None
         numbers, _ = pd.factorize(there[key])
         units = np.where(numbers < 0, np.arange(n) + n, numbers)  # without a key, an image is its own
-        by_key = values.groupby(units, sort=False)
-        totals, counts = (one.to_numpy(float)[:, None] for one in (by_key.sum(), by_key.count()))
-        error = float(standard_error(totals, counts)[0])
+        _, unit = np.unique(units, return_inverse=True)
+        totals, counts = np.zeros((2, n - again))
+        np.add.at(totals, unit, values.to_numpy(float))
+        np.add.at(counts, unit, 1)
+        error = float(standard_error(totals[:, None], counts[:, None])[0])
         deviation = error * (n - again) ** 0.5
     else:
         deviation = float(values.std(ddof=1))

@@ -112,9 +112,11 @@ def test_arguments_that_hold_one_entry_per_image_follow_the_batches(model, image
         fastfg.compare(model, images, **options | {"baseline": torch.zeros(2)})
 
 
-def test_starts_of_integrated_gradients_follow_the_batches(model, images, monkeypatch):
-    """One colour per image, cut to each batch, and to the images that a metric explains again."""
+@pytest.mark.parametrize("whole_images", [False, True])
+def test_starts_of_integrated_gradients_follow_the_batches(model, images, monkeypatch, whole_images):
+    """One colour or picture per image, cut to each batch, and to the images that a metric explains again."""
     starts = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+    starts = images.roll(1, 0) if whole_images else starts
     options = {"methods": ["integrated_gradients"], "metrics": ["saco", "max_sensitivity"]}
     options |= {"max_sensitivity": {"n_samples": 1}, "saco": {"n_bins": 4}, "target": 1}
 
