@@ -18,7 +18,7 @@ from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods, explain
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
-from fastfg.checks import check_gates, check_images, check_saes, check_target
+from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.first_rows import FirstRows, first_rows
 from fastfg.models.hold import hold
@@ -87,6 +87,7 @@ def attribute(
     adapter = adapt(model)
     explained = check_target(adapter, as_target(target))
     chosen = choose_methods(methods, options)
+    check_seed(seed)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features)
     single = not isinstance(gate, Sequence)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import check_images, check_target
+from fastfg.checks import check_images, check_seed, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
@@ -102,6 +102,7 @@ def evaluate(
     >>> fastfg.evaluate(model, images, maps, target=0, saco={"n_bins": 2}, baseline="zero")["saco"]
     tensor([1., 1.], dtype=torch.float64)
     """
+    check_seed(seed)
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     wanted = as_target(target)
     again = explaining(chosen, explain, wanted)

@@ -77,6 +77,9 @@ def test_lists_of_seeds():
     assert gate.permuted(range(1), name="moved") == {"moved 0": replace(gate, permute_seed=0)}
     with pytest.raises(TypeError, match="seeds: expected integers"):
         gate.shuffled([0.5])
+    for control in (gate.shuffled, gate.permuted):
+        with pytest.raises(ValueError, match=r"seeds: expected each seed once, got \[1, 1\]"):
+            control([1, 1])
     with pytest.raises(ValueError, match="shuffle_seed: expected None with score='gradient'"):
         replace(gate, score="gradient").shuffled([1])
 
