@@ -277,34 +277,6 @@ class Function(Target):
         value = kept[:, 0].double()
         return value, value, torch.full_like(value, torch.nan)
 
-    def check_row_by_row(self, output: Any, n: int) -> None:
-        """Raise ValueError where the function does more than look at each of the ``n`` rows of ``output`` alone.
-
-        Evaluation calls it with rows of many images in any number and order, so it can't hold one value per image.
-        """
-        value = self.value(output, n)
-        if n == 1:  # a second row, so that there is another one to depend on
-            output, n = map_tensors(output, lambda t: torch.cat([t, 0.5 * t]) if t.ndim and len(t) == 1 else t), 2
-            alone, value = value, self._for_any_rows(output, n)
-            self._check_same(value[:1], alone)
-        order = [*range(n - 1, -1, -1), 0]
-        other = map_tensors(output, lambda t: t[order] if t.ndim and len(t) == n else t)
-        self._check_same(self._for_any_rows(other, len(order)), value[order])
-
-    def _for_any_rows(self, output: Any, n: int) -> Tensor:
-        try:
-            return self.value(output, n)
-        except Exception as error:  # whatever the user's function raises for another number of rows
-            raise ValueError(f"target: expected a function that takes any number of rows, got {error}") from error
-
-    @staticmethod
-    def _check_same(again: Tensor, value: Tensor) -> None:
-        if not torch.allclose(again, value, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                "target: expected a function of each row of the output alone, got one whose value for an image "
-                "depends on the other rows or on their order"
-            )
-
 
 TargetLike = int | Sequence[int] | Tensor | TargetFunction | Target | None
 

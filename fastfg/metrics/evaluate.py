@@ -16,6 +16,7 @@ from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.row_by_row import check_row_by_row
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
@@ -143,7 +144,7 @@ def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) ->
 
     def keep(output: Any, rows: slice) -> None:
         if isinstance(target, Function):
-            target.check_row_by_row(output, rows.stop - rows.start)
+            check_row_by_row(target, output, rows.stop - rows.start)
         parts.append(target.keep(output, rows.stop - rows.start).clone())  # the model may reuse its output buffer
 
     engine.whole(images, keep)
