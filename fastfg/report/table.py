@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 FOOTNOTE = (
     "Mean ± standard error over images. Bold: the best mean of its column, where the paired test finds it better than "
-    "{against} (Holm p < .05). Stars, for comparison with the paper: Welch's t-test (two-sided) against {against}, "
-    "* p < .05, ** p < .01, *** p < .001."
+    "{against} (Holm p < .05); none where variants have different numbers of scores. Stars, for comparison with the "
+    "paper: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, *** p < .001."
 )
 DIFFERENCES_NOTE = (
     "Difference to {against} on the same images, with its 95% bootstrap interval. Holm p: sign-flip test, corrected"
@@ -142,7 +142,7 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str | None:
     """The variant with the best mean of ``metric`` if it is better than the one compared with, else None."""
-    if paired is None:
+    if paired is None or found["missing"].nunique() > 1:  # means over different images do not compare
         return None
     means = found.set_index("variant")["mean"].dropna()
     real = paired.loc[(paired["metric"] == metric) & (paired["verdict"] == "better")].set_index("variant")["difference"]

@@ -228,6 +228,9 @@ def _check_variants(gates: Mapping[str, Gate | None], methods: Iterable[str]) ->
     """Require at least one gate, and another name for each variant."""
     if not isinstance(gates, Mapping) or not gates:
         raise ValueError(f"gates: expected {{name: Gate or None}} with at least one of them, got {gates!r}")
+    other = [name for name in gates if not isinstance(name, str)]
+    if other:
+        raise ValueError(f"gates: expected names as text, got {other}")
     both = [name for name in methods if name in gates]
     if both:
         raise ValueError(f"methods: expected other names than those of the gates, got {both}")

@@ -139,7 +139,7 @@ def _sample(rows: pd.DataFrame, metric: str, key: str | None) -> _Sample:
     import pandas as pd
 
     there = rows[rows[metric].notna()]
-    values, n = there[metric], len(there)
+    values, n = there[metric].astype(float), len(there)
     missing, mean = len(rows) - n, float(values.mean()) if n else float("nan")
     again = 0 if key is None else int(there[key].dropna().duplicated().sum())
     if n - again < 2:

@@ -164,6 +164,11 @@ def test_wrong_arguments_are_named(model, images, options, message):
             function(model, images[:1], **({"metrics": ["saco"]} | options))
 
 
+def test_names_of_variants_are_text(model, images):
+    with pytest.raises(ValueError, match=r"gates: expected names as text, got \[0\]"):
+        fastfg.compare(model, images, gates={0: None, "a": fastfg.Gate((1,), score="gradient_x_residual")})
+
+
 def test_a_column_that_is_added_is_not_judged(model, images):
     table = fastfg.compare(model, images, methods=["random"], metrics=["saco"], saco={"n_bins": 4})
     assert set(fastfg.study.paired(table)["metric"]) == {"saco"}

@@ -270,3 +270,23 @@ def test_scores_that_differ_by_rounding_have_no_variance():
     assert found["constant"] != found["constant"]  # NaN: neither varies
     expected = stats.ttest_1samp([0.2, 0.4, 0.6], 1.0).pvalue
     assert found["other"] == pytest.approx(expected)
+
+
+def test_no_mean_is_bold_among_means_over_other_images():
+    """``few`` has scores for the easy images alone: the largest mean, and the smallest gain."""
+    random = np.random.default_rng(0)
+    base = random.normal(0, 1, 40)
+    few = np.where(base > 0.5, base + 0.1 + random.normal(0, 0.01, 40), np.nan)
+    columns = {"vanilla": base, "full": base + 0.5 + random.normal(0, 0.1, 40), "few": few}
+    for given, bold in ((columns, 0), ({k: columns[k] for k in ("vanilla", "full")}, 1)):
+        table = scores(**given).drop(columns="pixel_flipping")
+        shown = markdown_table(summarize(table), paired=paired(table)).split("Mean ± standard error")[0]
+        assert shown.count("**") == 2 * bold
+
+
+def test_truth_values_are_scores():
+    table = scores(vanilla=[True, True, False, True], gated=[False, True, False, False])
+    table = table[["image", "variant", "saco"]].rename(columns={"saco": "pointing_game"})
+    table["pointing_game"] = table["pointing_game"].astype(bool)
+    assert summarize(table)["mean"].tolist() == [0.75, 0.25]
+    assert paired(table)["difference"].tolist() == [-0.5]
