@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     claim(arguments.out, "demo", {"images": arguments.images, "thorough": arguments.thorough})
     with tracker() as track:
-        page = run_demo(arguments.out, Settings(explained=arguments.images, thorough=arguments.thorough), say, track)
+        page = run_demo(arguments.out, Settings.of(arguments.images, arguments.thorough), say, track)
     console.print(Markdown((page.parent / "table.md").read_text(encoding="utf-8")))
     names = ("table.md", "scores.parquet", "figure.png", "report.html")
     say(f"Wrote {', '.join(str(page.parent / name) for name in names)}")

@@ -67,6 +67,11 @@ class Settings:
     seed: int = 0
     thorough: bool = False  # more methods beside the gates, and all metrics that need no masks
 
+    @classmethod
+    def of(cls, explained: int, thorough: bool = False) -> Settings:
+        """Settings for a number of cells to explain, with enough held-out ones: about one in six can be explained."""
+        return cls(explained=explained, test_images=max(cls.test_images, 8 * explained), thorough=thorough)
+
     def gates(self) -> dict[str, Gate | None]:
         """The variants to compare."""
         common: dict[str, Any] = {"layers": self.layers, "kappa": self.kappa, "c_max": self.c_max}
@@ -126,6 +131,8 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
     weights = cache / "weights.safetensors"
     save_file(model.state_dict(), weights)
     explained = _well_called(model, features, labels, train + test, len(train))[: settings.explained]
+    if len(explained) < settings.explained:
+        say(f"Explained: {len(explained)} cells, as no more held-out ones are defective and classified as such")
     comparison, images = _compare(model, cells, explained, saes, settings, track)
     page = _report(out, settings, model, images, comparison, accuracy, reports)
     blocks = " ".join(map(str, settings.layers))
