@@ -63,6 +63,7 @@ class Target:
         self.classes = None if classes is None else _integers("target", classes)
         self.minus = None if minus is None else _integers("minus", minus)
         self.link, self.output = link, output
+        self.may_read_patches = output is not None  # a function of the user's own may read any token of the output
 
     @staticmethod
     def similarity(embedding: Tensor, scale: float = 1.0, output: Select | None = None) -> Target:
@@ -105,11 +106,6 @@ class Target:
     # Reading -----------------------------------------------------------------------------------------------------
 
     needs_logits = True
-
-    @property
-    def may_read_patches(self) -> bool:
-        """Whether it finds its numbers in the model's output by a function, which may read any token."""
-        return self.output is not None
 
     def bound(self, output: Select) -> Target:
         """This target, which finds the logits by ``output`` if it has no function of its own."""
@@ -241,10 +237,10 @@ class Function(Target):
 
     needs_logits = False
     has_largest = False
-    may_read_patches = True
 
     def __init__(self, function: TargetFunction) -> None:
         super().__init__(link=None)
+        self.may_read_patches = True
         self.function = function
 
     def __repr__(self) -> str:

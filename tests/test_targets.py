@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import fastfg
+from fastfg.checks import check_target
+from fastfg.models import adapt
+from fastfg.targets import as_target
 from tests.models.families import build
 from tests.tools import oracle, tiny_vit
 
@@ -286,3 +289,11 @@ def test_a_function_of_other_rows_is_refused_for_one_image_too(model, images):
         fastfg.evaluate(model, images[:1], MAPS[:1], target=lambda o: o[:, 2] - o[:, 2].mean(), **FLIP)
     fine = fastfg.evaluate(model, images[:1], MAPS[:1], target=lambda o: o[:, 2] - o.mean(1), **FLIP)
     assert fine.errors == []
+
+
+def test_only_functions_of_the_users_own_may_read_patches(model, images):
+    """For all other targets the last block computes only what the head reads."""
+    assert not check_target(adapt(model), fastfg.Target(1)).may_read_patches
+    assert not check_target(None, fastfg.Target(1)).may_read_patches
+    assert check_target(adapt(model), fastfg.Target(1, output=lambda o: o)).may_read_patches
+    assert check_target(adapt(model), as_target(lambda o: o[:, 1])).may_read_patches
