@@ -39,7 +39,7 @@ from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
 from fastfg.perturb import Precision
-from fastfg.perturb.batches import default_size
+from fastfg.perturb.batches import IMAGES_ON_CPU, default_size
 from fastfg.perturb.removal import Removal
 from fastfg.perturb.tokens import Tokens
 
@@ -64,7 +64,7 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
         tokens, fill = Tokens(adapter), images.mean().reshape(1, 1, 1)
         once = flops(tokens.prepare, images[:1], [fill])
         prepared = tokens.prepare(images[:1], [fill])
-        n = 16
+        n = IMAGES_ON_CPU
         masks = torch.zeros(n, P, dtype=torch.bool, device=images.device)
         inputs = tokens.inputs(prepared, torch.zeros(n, dtype=torch.long, device=images.device), masks)
         one = flops(model, images[:1])

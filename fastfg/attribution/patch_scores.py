@@ -51,7 +51,7 @@ class PatchScores:
         """Whether ``g . x`` is 0 up to rounding at every patch: compared with ``|g| |x|``."""
         eps = torch.finfo(self.x.dtype).eps
         largest = (self.g.norm(dim=-1) * self.x.norm(dim=-1)).amax()
-        return bool((self.g * self.x).sum(-1).abs().amax() <= max(1e-4, min(1e3 * eps, 1e-2)) * largest)
+        return bool(self.g_dot_x.abs().amax() <= max(1e-4, min(1e3 * eps, 1e-2)) * largest)
 
     def features(self, gate: Gate, n: int) -> Features:
         """The ``n`` features of each patch that contribute most to eq. 3, by absolute value: [B, P, n]."""
@@ -69,6 +69,10 @@ class PatchScores:
     @cached_property
     def normalized(self) -> Normalized:
         return self.sae.normalize(self.x)
+
+    @cached_property
+    def g_dot_x(self) -> Tensor:
+        return (self.g * self.x).sum(-1)
 
     @cached_property
     def g_sae(self) -> Tensor:
@@ -130,7 +134,7 @@ class PatchScores:
         return self.g_sae @ self.sae.W_dec.sum(0)
 
     def _gradient_x_residual(self, gate: Gate) -> Tensor:
-        return (self.g * self.x).sum(-1)
+        return self.g_dot_x
 
     def _sae_error(self, gate: Gate) -> Tensor:
         dtype = torch.promote_types(self.x.dtype, self.sae.W_dec.dtype)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fastfg.metrics.localisation import Localisation
-from fastfg.metrics.metric import ROUNDING
+from fastfg.metrics.metric import rounding_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +50,6 @@ class IoU(Localisation):
         else:
             low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
             least = low + float(self.threshold) * (high - low)
-        rounding = ROUNDING * torch.finfo(torch.float32).eps * maps.abs().amax(1, keepdim=True)
-        above = maps > least + rounding  # a patch at the threshold is not above it, whatever the map's dtype was
+        above = maps > least + rounding_of(maps)  # a patch at the threshold is not above it
         both, either = (above & inside).sum(1), (above | inside).sum(1)
         return both.double() / either, {"n_above": above.sum(1)}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import ROUNDING, UNCHANGED, Metric, Plan, unchanged
+from fastfg.metrics.metric import UNCHANGED, Metric, Plan, rounding_of, unchanged
 from fastfg.models import Adapter
 from fastfg.perturb import (
     REMOVED,
@@ -211,8 +211,7 @@ def unusable(one: Tensor) -> str | None:
     """Why a map [P] is not usable, or None."""
     if not bool(one.isfinite().all()):
         return NOT_FINITE_MAP
-    rounding = ROUNDING * torch.finfo(torch.float32).eps * float(one.abs().max())
-    return FLAT_MAP if float(one.max() - one.min()) <= rounding else None
+    return FLAT_MAP if float(one.max() - one.min()) <= float(rounding_of(one)) else None
 
 
 def _checked(metric: Metric, plan: Plan, maps: Tensor) -> Plan:

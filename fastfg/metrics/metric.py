@@ -149,6 +149,11 @@ def check_positive(metric: str, name: str, value: Any) -> None:
         raise ValueError(f"{metric}: expected {name} > 0, a finite number, got {value!r}")
 
 
+def rounding_of(maps: Tensor) -> Tensor:
+    """By how much values of ``maps`` [..., P] may differ by rounding alone: [..., 1]. Maps come in float32 or less."""
+    return ROUNDING * torch.finfo(torch.float32).eps * maps.abs().amax(-1, keepdim=True)
+
+
 def descending(maps: Tensor) -> Tensor:
     """Patches by attribution, largest first, ties by patch index: [..., P] -> [..., P] indices."""
     return maps.sort(dim=-1, descending=True, stable=True).indices
