@@ -66,7 +66,7 @@ def gated_relevancy(
 
     Raises:
         ValueError: for shapes that don't fit, rows of another dtype, or an unknown ``identity``.
-        IndexError: on the CPU, for an index out of range; see :func:`project` for what a GPU does.
+        IndexError: for an index out of range; see :func:`project` for what a Triton kernel does.
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 1 to 6.

@@ -32,9 +32,8 @@ def project(
 
     Raises:
         ValueError: for shapes that don't fit.
-        IndexError: on the CPU, for an index out of range. A Triton kernel can't raise: it returns NaN as the
-            contribution of that index and as the token's score. The reference on a GPU fails with torch's device-side
-            assertion.
+        IndexError: for an index out of range. A Triton kernel can't raise: it returns NaN as the contribution of that
+            index and as the token's score.
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
