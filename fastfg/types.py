@@ -36,7 +36,8 @@ class Gate:
             residual stream at the output of the same block.
         kappa: sharpness, > 0: ``w = exp(log(c_max) * tanh(kappa * z))``.
         c_max: strength, > 1: gates lie in [1/c_max, c_max].
-        score: ``combined`` (the method: each feature times its gradient), ``activation``, ``gradient`` (absolute),
+        score: ``combined`` (the method: each feature times its gradient), ``activation`` (the sum of the codes' magnitudes),
+            ``gradient`` (absolute),
             ``gradient_signed``, ``gradient_x_residual`` (``g . x``, the control without an SAE), or ``sae_error``
             (``g . (x - x_hat)``, what the SAE leaves out of ``x``).
         shuffle_seed: pairs the codes with a decoder whose rows are permuted with this seed (``combined`` only).

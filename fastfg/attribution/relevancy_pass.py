@@ -127,9 +127,9 @@ class RelevancyPass:
         return self.gates[block]
 
     def _in_one_launch(self, block: int, source: PatchScores) -> bool:
-        """Whether ``ops.gated_relevancy`` can compute all gates of ``block``: on CUDA, for ``combined`` TopK scores."""
+        """Whether ``ops.gated_relevancy`` can compute all gates of ``block``: on CUDA, for ``combined`` scores of K codes."""
         sae = self.saes.get(block)
-        if not source.x.is_cuda or self.n_features or sae is None or sae.activation_name != "topk":
+        if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k:
             return False
         gates = [config for config in self._gating(block) if config is not None]
         return all(
