@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,11 @@ class PatchScores:
         """Values and indices [T, K] of an SAE with the same number of codes for every token."""
         sae = self.sae
         assert sae.k is not None
-        variant = {"post": sae.post, "ranking": sae.ranking, "groups": sae.activation_name == "groupmax"}
+        variant: dict[str, Any] = {
+            "post": sae.post,
+            "ranking": sae.ranking,
+            "groups": sae.activation_name == "groupmax",
+        }
         weights = (sae.W_enc, sae.b_enc, sae.subtracted)
         return ops.encode_topk(self.normalized.values, *weights, sae.k, **variant, backend=self.backend)
 

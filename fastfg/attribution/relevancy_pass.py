@@ -127,7 +127,7 @@ class RelevancyPass:
         return self.gates[block]
 
     def _in_one_launch(self, block: int, source: PatchScores) -> bool:
-        """Whether ``ops.gated_relevancy`` can compute all gates of ``block``: on CUDA, for ``combined`` scores of K codes."""
+        """Whether ``ops.gated_relevancy`` can compute the gates of ``block``: on CUDA, ``combined`` scores, K codes."""
         sae = self.saes.get(block)
         if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k:
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class Activation:
     def map(self, change: Callable[[Tensor], Tensor]) -> Activation:
         """The same activation with ``change`` applied to each of its tensors."""
         tensors = {name: getattr(self, name) for name in ("threshold", "r_mag", "b_gate", "b_mag")}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if t is not None}
+        return replace(self, **changed)
 
 
 class Normalized(NamedTuple):

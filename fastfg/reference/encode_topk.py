@@ -1,4 +1,4 @@
-"""Sparse codes of SAEs with K active features per token: the K largest pre-activations, or the largest of each group."""
+"""Sparse codes of SAEs with K codes per token: the K largest pre-activations, or the largest of each group."""
 
 from __future__ import annotations
 

@@ -68,6 +68,8 @@ class SparseAutoencoder(nn.Module):
     b_enc: Tensor  # [F]
     W_dec: Tensor  # [F, d]
     b_dec: Tensor  # [d]
+    input_mean: Tensor | None  # [d]
+    input_scale: Tensor | None  # []
 
     def __init__(
         self,
@@ -161,8 +163,8 @@ class SparseAutoencoder(nn.Module):
         """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
 
         With ``ranking="magnitude"``, the largest magnitude is first; for ``groupmax``, the codes are in the order of
-        the runs. ``K`` is ``k`` for these and for a TopK SAE. For other SAEs it is the largest number of active features of any token; rows
-        with fewer are padded with values of 0.
+        the runs. ``K`` is ``k`` for SAEs that have one. For others it is the largest number of active features of any
+        token; rows with fewer are padded with values of 0.
         """
         _check_width(x, self.d)
         flat = self.normalize(x).values.flatten(0, -2)
@@ -209,7 +211,7 @@ class SparseAutoencoder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``sae.safetensors`` into ``folder``, which is created if it does not exist."""
-        from fastfg.sae.checkpoints import own
+        from fastfg.sae.formats import own
 
         own.write(self, Path(folder))
 

@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import math
-import os
 import stat
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fastfg.sae.files.stored import CHUNK, Refused, Storage, Stored, fill, short
+from fastfg.sae.files.stored import CHUNK, Storage, Stored, UnreadableError, fill, short
 from fastfg.sae.files.torch_file import limit, open_zip, read_stream, read_zip
 
 MAX_HEADER = 1 << 20  # bytes of saev's JSON line
@@ -56,20 +55,20 @@ def is_weights(file: Path) -> bool:
 def open_weights(file: Path) -> Weights:
     """The content of a weights file. Raises ValueError that names the file and what is wrong with it."""
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise Refused("something that is no file")
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UnreadableError("something that is no file")
         return _open(file)
-    except (Refused, OSError, MemoryError, RecursionError) as error:
+    except (UnreadableError, OSError, MemoryError, RecursionError) as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise Refused(f"path: expected tensors in {file}, got {DAMAGED}: {reason}") from error
+        raise UnreadableError(f"path: expected tensors in {file}, got {DAMAGED}: {reason}") from error
 
 
 def load(tensor: Stored, file: Path) -> Tensor:
     """The values of a tensor. Raises ValueError that names the file if it turns out to be damaged."""
     try:
         return tensor.load()
-    except (Refused, OSError, MemoryError, RuntimeError, zlib.error) as error:
-        raise Refused(f"path: expected tensors in {file}, got {DAMAGED}: {str(error)[:200]}") from error
+    except (UnreadableError, OSError, MemoryError, RuntimeError, zlib.error) as error:
+        raise UnreadableError(f"path: expected tensors in {file}, got {DAMAGED}: {str(error)[:200]}") from error
 
 
 def _open(file: Path) -> Weights:
@@ -83,7 +82,7 @@ def _open(file: Path) -> Weights:
     if first[:1] == b"{":
         header = _header_line(opened)
         if header is None:
-            raise Refused("a text file")
+            raise UnreadableError("a text file")
         return Weights(file, "saev", _object(opened, size)[1], header)
     kind, content = _object(opened, size)
     return Weights(file, kind, content)
@@ -104,7 +103,7 @@ def _object(opened: BinaryIO, size: int, packed: bool = False) -> tuple[str, Any
         return _object(io.BytesIO(inner), len(inner), packed=True)
     if first[:1] == PICKLE:
         return "torch", read_stream(opened, size)
-    raise Refused(f"a file of {size} bytes that is no safetensors, torch, pickle or NumPy file")
+    raise UnreadableError(f"a file of {size} bytes that is no safetensors, torch, pickle or NumPy file")
 
 
 def _header_line(opened: BinaryIO) -> dict[str, Any] | None:
@@ -130,9 +129,11 @@ def _unzipped(opened: BinaryIO, size: int) -> bytes:
                 parts.append(part)
                 left -= len(part)
                 if left < 0:
-                    raise Refused(f"a gzip file of {size} bytes that would become more than {limit(size)} bytes")
+                    raise UnreadableError(
+                        f"a gzip file of {size} bytes that would become more than {limit(size)} bytes"
+                    )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Refused(f"a damaged gzip file ({error})") from error
+        raise UnreadableError(f"a damaged gzip file ({error})") from error
     return b"".join(parts)
 
 
@@ -151,7 +152,7 @@ def _safetensors(file: Path) -> dict[str, Stored]:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name)
         except SafetensorError as error:
-            raise Refused(str(error)) from error
+            raise UnreadableError(str(error)) from error
 
     try:
         with safe_open(file, framework="pt") as opened:
@@ -160,11 +161,11 @@ def _safetensors(file: Path) -> dict[str, Stored]:
                 part = opened.get_slice(name)
                 dtype = getattr(torch, SAFETENSORS.get(part.get_dtype(), ""), None)
                 if dtype is None:
-                    raise Refused(f"{short(name)} of dtype {part.get_dtype()}")
+                    raise UnreadableError(f"{short(name)} of dtype {part.get_dtype()}")
                 stored[name] = Stored(tuple(part.get_shape()), dtype, partial(read, name))
             return stored
     except SafetensorError as error:
-        raise Refused(str(error)) from error
+        raise UnreadableError(str(error)) from error
 
 
 SAFETENSORS = {
@@ -189,14 +190,14 @@ def _numpy(archive: zipfile.ZipFile, name: str) -> Stored:
             shape, fortran, dtype = header(member)
             start = member.tell()
     except (ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError) as error:
-        raise Refused(f"a damaged array {short(name)} ({str(error)[:100]})") from error
+        raise UnreadableError(f"a damaged array {short(name)} ({str(error)[:100]})") from error
     if dtype.hasobject or dtype.kind not in "fiu" or dtype.newbyteorder("=") != dtype:
-        raise Refused(f"an array {short(name)} of dtype {dtype.str[:20]}")
+        raise UnreadableError(f"an array {short(name)} of dtype {dtype.str[:20]}")
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes != size - start:
-        raise Refused(f"an array {short(name)} of {n_bytes} bytes, where the file has {size - start}")
+        raise UnreadableError(f"an array {short(name)} of {n_bytes} bytes, where the file has {size - start}")
     if dtype.itemsize > 8:
-        raise Refused(f"an array {short(name)} of dtype {dtype.str[:20]}")
+        raise UnreadableError(f"an array {short(name)} of dtype {dtype.str[:20]}")
     torch_dtype = torch.from_numpy(np.zeros(0, dtype)).dtype
 
     def read(buffer: memoryview) -> None:
@@ -205,7 +206,7 @@ def _numpy(archive: zipfile.ZipFile, name: str) -> Stored:
                 member.read(start)
                 fill(member, buffer)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise Refused(f"a damaged array {short(name)} ({str(error)[:100]})") from error
+            raise UnreadableError(f"a damaged array {short(name)} ({str(error)[:100]})") from error
 
     return Storage(n_bytes, torch_dtype, read).tensor(0, tuple(shape), _strides(shape, fortran))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 CHUNK = 1 << 24  # bytes read at once
 
 
-class Refused(ValueError):
+class UnreadableError(ValueError):
     """The file is damaged, asks for code to be run, or would need more memory than its size justifies."""
 
 
@@ -50,15 +50,15 @@ class Storage:
         if self._values is None:
             values = torch.empty(self.n_bytes, dtype=torch.uint8)
             if self.n_bytes:
-                self._read(memoryview(values.numpy()))
+                self._read(memoryview(values.numpy()))  # type: ignore[arg-type]
             self._values = values
         return self._values
 
     def tensor(self, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> Stored:
-        """A view of the storage. Raises Refused for one that does not fit into it."""
+        """A view of the storage. Raises UnreadableError for one that does not fit into it."""
         dtype = dtype or self.dtype
         if dtype is None:
-            raise Refused("a tensor over a storage without a dtype")
+            raise UnreadableError("a tensor over a storage without a dtype")
         check_view(self.n_bytes // dtype.itemsize, offset, shape, stride)
         sizes = tuple(shape)
 
@@ -74,20 +74,20 @@ def check_view(n: int, offset: Any, shape: Any, stride: Any) -> None:
     """Require that a strided view lies within ``n`` elements and repeats none of them many times."""
     numbers = [offset, *_sequence(shape), *_sequence(stride)]
     if len(shape) != len(stride) or len(shape) > 8 or not all(type(i) is int and 0 <= i < 2**48 for i in numbers):
-        raise Refused("a tensor with an offset, shape or stride that is not possible")
+        raise UnreadableError("a tensor with an offset, shape or stride that is not possible")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     count = math.prod(shape)
     if count and (last >= n or count > n):
-        raise Refused(f"a tensor {short(list(shape))} over a storage of {n} values")
+        raise UnreadableError(f"a tensor {short(list(shape))} over a storage of {n} values")
 
 
-def fill(file: BinaryIO, buffer: memoryview) -> None:
-    """Read ``len(buffer)`` bytes. Raises Refused if the file ends earlier."""
+def fill(file: IO[bytes], buffer: memoryview) -> None:
+    """Read ``len(buffer)`` bytes. Raises UnreadableError if the file ends earlier."""
     done = 0
     while done < len(buffer):
         n = file.readinto(buffer[done : done + CHUNK])  # type: ignore[attr-defined]
         if not n:
-            raise Refused(f"a file that ends {len(buffer) - done} bytes too early")
+            raise UnreadableError(f"a file that ends {len(buffer) - done} bytes too early")
         done += n
 
 
@@ -103,5 +103,5 @@ def short(value: Any) -> str:
 
 def _sequence(value: Any) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise Refused("a tensor whose shape is no list")
+        raise UnreadableError("a tensor whose shape is no list")
     return value

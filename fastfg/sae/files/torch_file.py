@@ -9,9 +9,9 @@ import zlib
 from functools import partial
 from typing import Any, BinaryIO
 
-
-from fastfg.sae.files.stored import Refused, Storage, check_view, fill, short
-from fastfg.sae.files.unpickle import Budget, StorageType, Unpickler
+from fastfg.sae.files.allowed import StorageType
+from fastfg.sae.files.stored import Storage, UnreadableError, check_view, fill, short
+from fastfg.sae.files.unpickle import Budget, Unpickler
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of a legacy stream
 MAX_NESTED = 2  # pickles inside pickles
@@ -29,15 +29,15 @@ def open_zip(file: BinaryIO, size: int) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
-        raise Refused(f"a damaged zip file ({str(error)[:100]})") from error
+        raise UnreadableError(f"a damaged zip file ({str(error)[:100]})") from error
     members = archive.infolist()
     if len(members) > MAX_MEMBERS:
-        raise Refused(f"a zip file of {len(members)} members")
+        raise UnreadableError(f"a zip file of {len(members)} members")
     unpacked = sum(member.file_size for member in members)
     if unpacked > limit(size):
-        raise Refused(f"a zip file of {size} bytes that would become {unpacked} bytes")
+        raise UnreadableError(f"a zip file of {size} bytes that would become {unpacked} bytes")
     if len({member.filename for member in members}) != len(members):
-        raise Refused("a zip file with several members of the same name")
+        raise UnreadableError("a zip file with several members of the same name")
     return archive
 
 
@@ -53,7 +53,7 @@ def _fill_member(archive: zipfile.ZipFile, name: str, buffer: memoryview) -> Non
         with archive.open(name) as member:
             fill(member, buffer)
     except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise Refused(f"a damaged zip file ({str(error)[:100]})") from error
+        raise UnreadableError(f"a damaged zip file ({str(error)[:100]})") from error
 
 
 def read_zip(archive: zipfile.ZipFile) -> Any:
@@ -61,11 +61,11 @@ def read_zip(archive: zipfile.ZipFile) -> Any:
     sizes = {member.filename: member.file_size for member in archive.infolist()}
     roots = [name[: -len("data.pkl")] for name in sizes if name.endswith("data.pkl") and name.count("/") <= 1]
     if len(roots) != 1:
-        raise Refused("a zip file that is neither torch's nor NumPy's")
+        raise UnreadableError("a zip file that is neither torch's nor NumPy's")
     root = roots[0]
     order = f"{root}byteorder"
     if order in sizes and read_member(archive, order) != b"little":
-        raise Refused("a file of big-endian numbers")
+        raise UnreadableError("a file of big-endian numbers")
     known: dict[str, Storage] = {}
 
     def storage(key: Any) -> Storage:
@@ -74,7 +74,7 @@ def read_zip(archive: zipfile.ZipFile) -> Any:
             member = f"{root}data/{name}"
             n_bytes = number * (1 if kind.dtype is None else kind.dtype.itemsize)
             if sizes.get(member) != n_bytes:
-                raise Refused(f"a storage of {n_bytes} bytes, where the file has {sizes.get(member, 0)}")
+                raise UnreadableError(f"a storage of {n_bytes} bytes, where the file has {sizes.get(member, 0)}")
             known[name] = Storage(n_bytes, kind.dtype, partial(_fill_member, archive, member))
         return known[name]
 
@@ -89,17 +89,17 @@ def read_stream(file: BinaryIO, end: int, budget: Budget | None = None, depth: i
 
     def nested(stream: bytes) -> Any:
         if depth >= MAX_NESTED:
-            raise Refused("pickles nested too deeply")
+            raise UnreadableError("pickles nested too deeply")
         return read_stream(io.BytesIO(stream), len(stream), budget, depth + 1)
 
     first = Unpickler(file, end, budget, None, nested).load()
     if type(first) is not int or first != MAGIC:
         return first
     if Unpickler(file, end, budget).load() != PROTOCOL:
-        raise Refused("a legacy torch file of another protocol")
+        raise UnreadableError("a legacy torch file of another protocol")
     system = Unpickler(file, end, budget).load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Refused("a file of big-endian numbers")
+        raise UnreadableError("a file of big-endian numbers")
     return _read_legacy(file, end, budget)
 
 
@@ -115,26 +115,26 @@ def _read_legacy(file: BinaryIO, end: int, budget: Budget) -> Any:
         if name not in known:
             known[name] = Storage(n_bytes, kind.dtype, lambda to: _fill_at(file, places, name, to))
         if view is not None:
-            raise Refused("a storage that is a view of another one")
+            raise UnreadableError("a storage that is a view of another one")
         return known[name]
 
     result = Unpickler(file, end, budget, storage).load()
     keys = Unpickler(file, end, budget).load()
     if not isinstance(keys, list) or len(keys) > len(known) or not all(isinstance(key, str) for key in keys):
-        raise Refused("a damaged legacy torch file (its list of storages)")
+        raise UnreadableError("a damaged legacy torch file (its list of storages)")
     for key in keys:
         if key not in known or key in places:
-            raise Refused("a damaged legacy torch file (its list of storages)")
+            raise UnreadableError("a damaged legacy torch file (its list of storages)")
         wanted, dtype = known[key].n_bytes, known[key].dtype
         if end - file.tell() < 8:
-            raise Refused("a file that ends too early")
+            raise UnreadableError("a file that ends too early")
         (number,) = struct.unpack("<q", file.read(8))
         if number * (1 if dtype is None else dtype.itemsize) != wanted or wanted > end - file.tell():
-            raise Refused(f"a storage of {wanted} bytes, where the file has {end - file.tell()}")
+            raise UnreadableError(f"a storage of {wanted} bytes, where the file has {end - file.tell()}")
         places[key] = file.tell()
         file.seek(wanted, io.SEEK_CUR)
     if len(places) != len(known):
-        raise Refused("a legacy torch file without some of its storages")
+        raise UnreadableError("a legacy torch file without some of its storages")
     return result
 
 
@@ -146,9 +146,9 @@ def _fill_at(file: BinaryIO, places: dict[str, int], name: str, buffer: memoryvi
 def _reference(key: Any) -> tuple[StorageType, int, str]:
     """A persistent id ("storage", type, key, device, number of elements): its type, number and key."""
     if not isinstance(key, tuple) or len(key) != 5 or key[0] != "storage":
-        raise Refused("a pickle with a reference to something that is no storage")
+        raise UnreadableError("a pickle with a reference to something that is no storage")
     kind, name, number = key[1], key[2], key[4]
     if not isinstance(kind, StorageType) or not isinstance(name, str) or type(number) is not int:
-        raise Refused(f"a reference to a storage of {short(number)} values")
+        raise UnreadableError(f"a reference to a storage of {short(number)} values")
     check_view(number, 0, (number,), (1,))
     return kind, number, name

@@ -12,13 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import torch
-
-from fastfg.sae.files.stored import Odd, Refused, Storage, Stored, short
+from fastfg.sae.files.allowed import (
+    DICT,
+    ENCODE,
+    LOAD_FROM_BYTES,
+    Call,
+    Name,
+    Record,
+    checked_key,
+    named,
+    named_by,
+)
+from fastfg.sae.files.stored import UnreadableError
 
 MAX_LONG = 64  # bytes of an integer
-MAX_TEXT, MAX_PAIRS = 4096, 64  # of what a function of ALLOWED returns
-DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 @dataclass
@@ -37,56 +44,17 @@ class Budget:
     def copy(self, n: int) -> None:
         self.bytes -= n
         if self.bytes < 0:
-            raise Refused("a pickle that uses the same bytes many times")
+            raise UnreadableError("a pickle that uses the same bytes many times")
 
     def open(self) -> None:
         self.streams -= 1
         if self.streams < 0:
-            raise Refused("a file of too many pickles")
+            raise UnreadableError("a file of too many pickles")
 
     def step(self) -> None:
         self.steps -= 1
         if self.steps < 0:
-            raise Refused("a pickle of too many steps")
-
-
-@dataclass(frozen=True)
-class Name:
-    """A global that a pickle names: a class or a function. It is never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"[:120]
-
-
-@dataclass(eq=False, repr=False)
-class Record:
-    """An object of a class that is not known here: the class's name and the object's fields."""
-
-    name: Name
-    state: Any = None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields by name; empty for an object that has none."""
-        state = self.state[0] if isinstance(self.state, tuple) and self.state else self.state
-        return {k: v for k, v in state.items() if isinstance(k, str)} if isinstance(state, dict) else {}
-
-
-@dataclass(frozen=True)
-class StorageType:
-    """``torch.FloatStorage`` and the like. The dtype is None for bytes without a type."""
-
-    dtype: torch.dtype | None
-
-
-class Call:
-    """A function of ``ALLOWED``."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+            raise UnreadableError("a pickle of too many steps")
 
 
 class Bounded:
@@ -101,7 +69,7 @@ class Bounded:
     def read(self, n: int = -1) -> bytes:
         left = self.end - self.file.tell()
         if n > left:
-            raise Refused("a pickle that ends in the middle of a value")
+            raise UnreadableError("a pickle that ends in the middle of a value")
         return self.file.read(left if n < 0 else n)
 
     def readline(self) -> bytes:
@@ -134,7 +102,7 @@ class Unpickler:
         self.memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The pickled value. Raises Refused with the reason."""
+        """The pickled value. Raises UnreadableError with the reason."""
         try:
             for opcode, argument, _ in pickletools.genops(self.source):  # type: ignore[arg-type]
                 self.budget.step()
@@ -142,30 +110,30 @@ class Unpickler:
                     return self.pop()
                 self.step(opcode.name, argument)
         except (IndexError, KeyError, TypeError, AttributeError, UnicodeError, OverflowError) as error:
-            raise Refused(f"a damaged pickle ({type(error).__name__})") from error
-        except Refused:
+            raise UnreadableError(f"a damaged pickle ({type(error).__name__})") from error
+        except UnreadableError:
             raise
         except ValueError as error:
-            raise Refused(f"a damaged pickle ({str(error)[:100]})") from error
-        raise Refused("a pickle without an end")
+            raise UnreadableError(f"a damaged pickle ({str(error)[:100]})") from error
+        raise UnreadableError("a pickle without an end")
 
     def step(self, name: str, argument: Any) -> None:
         if name in CONSTANTS:
             self.stack.append(CONSTANTS[name])
         elif name in LITERALS:
             if isinstance(argument, int) and argument.bit_length() > 8 * MAX_LONG:
-                raise Refused("a pickle with an integer that is too large")
+                raise UnreadableError("a pickle with an integer that is too large")
             self.stack.append(argument)
         elif name in STEPS:
             STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
-            raise Refused(f"a pickle with the opcode {name}")
+            raise UnreadableError(f"a pickle with the opcode {name}")
 
     # The stack -----------------------------------------------------------------------------------------------
 
     def pop(self) -> Any:
         if self.marks and self.marks[-1] == len(self.stack):
-            raise Refused("a damaged pickle (a mark in the place of a value)")
+            raise UnreadableError("a damaged pickle (a mark in the place of a value)")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
@@ -186,27 +154,28 @@ class Unpickler:
         if isinstance(target, Record):
             return
         if not isinstance(target, dict) or len(items) % 2:
-            raise Refused("a damaged pickle (items for something that is no dict)")
+            raise UnreadableError("a damaged pickle (items for something that is no dict)")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+            target[checked_key(key)] = value
 
     def append(self, items: list[Any]) -> None:
         target = self.top()
         if isinstance(target, list):
             target.extend(items)
         elif not isinstance(target, Record):
-            raise Refused("a damaged pickle (items for something that is no list)")
+            raise UnreadableError("a damaged pickle (items for something that is no list)")
 
     # Objects -------------------------------------------------------------------------------------------------
 
     def call(self, function: Any, arguments: Any) -> None:
-        if isinstance(function, Name):
-            raise Refused(f"a call of {function}, and pickled code is never run")
+        if isinstance(function, (Name, Record)):
+            name = function if isinstance(function, Name) else function.name
+            raise UnreadableError(f"a call of {name}, and pickled code is never run")
         if not isinstance(function, Call) or not isinstance(arguments, (tuple, list)):
-            raise Refused("a call of something that is no function")
+            raise UnreadableError("a call of something that is no function")
         if function is LOAD_FROM_BYTES:
             if self.nested is None or len(arguments) != 1 or not isinstance(arguments[0], bytes):
-                raise Refused("a damaged pickle (torch.storage._load_from_bytes)")
+                raise UnreadableError("a damaged pickle (torch.storage._load_from_bytes)")
             self.budget.copy(len(arguments[0]))
             self.stack.append(self.nested(arguments[0]))
             return
@@ -220,140 +189,26 @@ class Unpickler:
         elif isinstance(cls, Name):
             self.stack.append(Record(cls))
         else:
-            raise Refused("an object of something that is no class")
+            raise UnreadableError("an object of something that is no class")
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
         if isinstance(target, Record):
             target.state = state
         elif not isinstance(target, dict):  # an OrderedDict's own attributes are not needed
-            raise Refused("a damaged pickle (state for something that has none)")
+            raise UnreadableError("a damaged pickle (state for something that has none)")
 
     def persist(self, key: Any) -> None:
         if self.persistent is None:
-            raise Refused("a pickle with references to storages that are not in the file")
+            raise UnreadableError("a pickle with references to storages that are not in the file")
         self.stack.append(self.persistent(key))
 
     def from_stack(self) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise Refused("a damaged pickle (a global without a name)")
+            raise UnreadableError("a damaged pickle (a global without a name)")
         self.stack.append(named(module, name))
 
-
-def _key(key: Any) -> Any:
-    if not isinstance(key, (str, int, float, bool, type(None))) or (isinstance(key, int) and abs(key) >= 2**63):
-        raise Refused(f"a pickle with {short(key)} as a key")
-    return key
-
-
-def named(module: str, name: str) -> Any:
-    """What a global stands for: an entry of ``ALLOWED``, or just its name."""
-    if module == "torch" and name in DTYPES:
-        return DTYPES[name]
-    return ALLOWED.get((module, name)) or Name(module, name)
-
-
-def _of_text(text: str) -> Any:
-    module, _, name = text.partition(" ")
-    return named(module, name)
-
-
-# The functions that a file may call ----------------------------------------------------------------------------------
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Stored:
-    return _of(storage).tensor(offset, shape, stride)
-
-
-def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, _: Any, __: Any, dtype: Any, *rest: Any) -> Stored:
-    if not isinstance(dtype, torch.dtype):
-        raise Refused("a tensor without a dtype")
-    return _of(storage).tensor(offset, shape, stride, dtype)
-
-
-def _of(storage: Any) -> Storage:
-    if not isinstance(storage, Storage):
-        raise Refused("a tensor without a storage")
-    return storage
-
-
-def _parameter(data: Any, *rest: Any) -> Any:
-    if not isinstance(data, (Stored, Odd)):
-        raise Refused("a parameter that is no tensor")
-    return data
-
-
-def _text(*parts: Any) -> str:
-    texts = [str(p)[:MAX_TEXT] for p in parts[:MAX_PAIRS] if isinstance(p, (str, int))]
-    return "/".join(texts)[:MAX_TEXT]
-
-
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise Refused("a damaged pickle (_codecs.encode)")
-    return text.encode("latin-1")
-
-
-def _reconstruct(cls: Any, *rest: Any) -> Record:
-    if not isinstance(cls, Name):
-        raise Refused("an object of something that is no class")
-    return Record(cls)
-
-
-def _items(pairs: Any = ()) -> dict[Any, Any]:
-    if len(pairs) > MAX_PAIRS:
-        raise Refused(f"a dict of {len(pairs)} pairs in one call")
-    return {_key(key): value for key, value in pairs}
-
-
-def _list(items: Any = ()) -> Any:
-    return items if isinstance(items, (list, tuple)) else []
-
-
-def _size(sizes: Any = ()) -> tuple[Any, ...]:
-    return tuple(sizes[:MAX_PAIRS])
-
-
-LOAD_FROM_BYTES = Call(lambda stream: None)
-DICT, ENCODE = Call(_items), Call(_encode)
-_TEXT, _LIST, _RECORD = Call(_text), Call(_list), Call(_reconstruct)
-_STORAGES = {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
-}  # fmt: skip
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): DICT,
-    ("builtins", "dict"): DICT,
-    ("__builtin__", "dict"): DICT,
-    ("torch._utils", "_rebuild_tensor"): Call(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Call(_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): Call(_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): Call(_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): Call(_parameter),
-    ("torch._utils", "_rebuild_sparse_tensor"): Call(lambda layout, *rest: Odd(f"{_text(layout)} tensor")),
-    ("torch._utils", "_rebuild_qtensor"): Call(lambda *rest: Odd("a quantized tensor")),
-    ("torch._utils", "_rebuild_meta_tensor_no_storage"): Call(lambda *rest: Odd("a meta tensor")),
-    ("torch.storage", "_load_from_bytes"): LOAD_FROM_BYTES,
-    ("torch.storage", "UntypedStorage"): StorageType(None),
-    ("torch.storage", "TypedStorage"): StorageType(None),
-    ("torch", "UntypedStorage"): StorageType(None),
-    ("torch.serialization", "_get_layout"): _TEXT,
-    ("torch", "per_tensor_affine"): Name("torch", "per_tensor_affine"),
-    ("torch", "device"): _TEXT,
-    ("torch", "Size"): Call(_size),
-    ("_codecs", "encode"): ENCODE,
-    ("builtins", "set"): _LIST,
-    ("__builtin__", "set"): _LIST,
-    ("builtins", "frozenset"): _LIST,
-    ("copyreg", "_reconstructor"): _RECORD,
-    ("copy_reg", "_reconstructor"): _RECORD,
-    ("copyreg", "__newobj__"): _RECORD,
-    **{("pathlib", kind): _TEXT for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")},
-    **{("pathlib._local", kind): _TEXT for kind in ("PosixPath", "WindowsPath", "Path")},
-    **{("torch", f"{kind}Storage"): StorageType(dtype) for kind, dtype in _STORAGES.items()},
-}
 
 # The opcodes ---------------------------------------------------------------------------------------------------------
 
@@ -387,6 +242,12 @@ def _newobj(n_arguments: int) -> Callable[[Unpickler, Any], None]:
     return step
 
 
+def _dict(vm: Unpickler, _: Any) -> None:
+    items = vm.pop_mark()
+    vm.stack.append({})
+    vm.set_items(items)
+
+
 def _setitem(vm: Unpickler, _: Any) -> None:
     value, key = vm.pop(), vm.pop()
     vm.set_items([key, value])
@@ -406,7 +267,7 @@ STEPS: dict[str, Callable[[Unpickler, Any], Any]] = {
     "TUPLE1": lambda vm, _: vm.tuple_of(1),
     "TUPLE2": lambda vm, _: vm.tuple_of(2),
     "TUPLE3": lambda vm, _: vm.tuple_of(3),
-    "DICT": lambda vm, _: (items := vm.pop_mark(), vm.stack.append({}), vm.set_items(items)),
+    "DICT": _dict,
     "SETITEM": _setitem,
     "SETITEMS": lambda vm, _: vm.set_items(vm.pop_mark()),
     "APPEND": lambda vm, _: vm.append([vm.pop()]),
@@ -419,10 +280,10 @@ STEPS: dict[str, Callable[[Unpickler, Any], Any]] = {
     "BINPUT": _put,
     "LONG_BINPUT": _put,
     "MEMOIZE": _put,
-    "GLOBAL": lambda vm, text: vm.stack.append(_of_text(text)),
+    "GLOBAL": lambda vm, text: vm.stack.append(named_by(text)),
     "STACK_GLOBAL": lambda vm, _: vm.from_stack(),
     "REDUCE": _reduce,
-    "INST": lambda vm, text: vm.call(_of_text(text), vm.pop_mark()),
+    "INST": lambda vm, text: vm.call(named_by(text), vm.pop_mark()),
     "OBJ": _obj,
     "NEWOBJ": _newobj(1),
     "NEWOBJ_EX": _newobj(2),
