@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfg.sae.checkpoints.locate import CONFIGS, Found, holds_one, is_complete, locate, read_config, weights_in
+from fastfg.sae.checkpoints.locate import CONFIGS, Found, holds_one, is_complete, known, locate, read_config, weights_in
 from fastfg.sae.checkpoints.names import block_of, blocks_in_name
 from fastfg.sae.formats.common import Given
 from fastfg.sae.model import SparseAutoencoder
@@ -121,7 +121,11 @@ def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
     if unknown and (layers is None or not set(layers) <= set(found)):
         raise ValueError(f"source: expected the block in the config or the name of each SAE in {source}, got {unknown}")
     if not found:
-        raise ValueError(f"source: expected SAE folders named by block under {source}, got none")
+        names = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"source: expected SAE folders named by block under {source}, or the files of one SAE ({known()}), "
+            f"got {names}"
+        )
     return found
 
 

@@ -58,7 +58,7 @@ def open_weights(file: Path) -> Weights:
         if not stat.S_ISREG(file.stat().st_mode):
             raise UnreadableError("something that is no file")
         return _open(file)
-    except (UnreadableError, OSError, MemoryError, RecursionError) as error:
+    except (ValueError, OSError, MemoryError, RecursionError) as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise UnreadableError(f"path: expected tensors in {file}, got {DAMAGED}: {reason}") from error
 
@@ -67,7 +67,7 @@ def load(tensor: Stored, file: Path) -> Tensor:
     """The values of a tensor. Raises ValueError that names the file if it turns out to be damaged."""
     try:
         return tensor.load()
-    except (UnreadableError, OSError, MemoryError, RuntimeError, zlib.error) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, zlib.error) as error:
         raise UnreadableError(f"path: expected tensors in {file}, got {DAMAGED}: {str(error)[:200]}") from error
 
 

@@ -52,7 +52,9 @@ def _fill_member(archive: zipfile.ZipFile, name: str, buffer: memoryview) -> Non
     try:
         with archive.open(name) as member:
             fill(member, buffer)
-    except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except UnreadableError:
+        raise
+    except (KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as error:
         raise UnreadableError(f"a damaged zip file ({str(error)[:100]})") from error
 
 

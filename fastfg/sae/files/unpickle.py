@@ -38,7 +38,7 @@ class Budget:
     """
 
     bytes: int
-    steps: int = 3_000_000
+    steps: int = 300_000
     streams: int = 256
 
     def copy(self, n: int) -> None:
