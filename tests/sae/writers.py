@@ -19,21 +19,29 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def rounded(values, step):
+    """Multiples of ``step``: sums of their products are exact in any order, and so are ties and thresholds."""
+    return (values / step).round() * step
+
+
+COMMON = rounded(0.5 * draw(D, 1, seed=7), 1 / 32)  # what all columns of the encoder share: a token against it activates none
+
+
 def weights(dtype=torch.float64):
     """``W_enc``, ``b_enc``, ``W_dec`` and ``b_dec`` in which features 3 and 4 are the same, so that they tie."""
-    W_enc, b_enc = draw(D, F, seed=1) / D**0.5, 0.1 * draw(F, seed=2)
+    W_enc, b_enc = rounded(draw(D, F, seed=1) / D**0.5, 1 / 32) + COMMON, rounded(0.1 * draw(F, seed=2), 1 / 32)
     W_enc[:, 4], b_enc[4] = W_enc[:, 3], b_enc[3]
-    named = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": draw(F, D, seed=3), "b_dec": 0.1 * draw(D, seed=4)}
+    named = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": draw(F, D, seed=3), "b_dec": rounded(0.2 * draw(D, seed=4), 1 / 8)}
     return {name: tensor.to(dtype) for name, tensor in named.items()}
 
 
 def tokens(w, subtract=True):
-    """Tokens [T, D]: random ones, a zero token, large ones, and one without a positive pre-activation (or few)."""
-    x = draw(9, D, seed=5)
+    """Tokens [T, D]: random ones, a zero token, a large one, and one without a positive pre-activation."""
+    x = rounded(draw(9, D, seed=5), 1 / 8)
     x[1] = 0
-    x[2] *= 50
-    x[3] = (w["b_dec"] if subtract else 0) - 40 * w["W_enc"].mean(1)
-    x[4] = -x[3]
+    x[2] *= 16
+    x[3] = (w["b_dec"] if subtract else 0) - 16 * COMMON[:, 0]
+    assert (x[3].double() @ w["W_enc"].double()).max() < -1
     return x.to(w["W_enc"].dtype)
 
 
@@ -84,7 +92,8 @@ def save_saev(folder, header, state):
 def pickled_config(module, name, fields):
     """An object of a class that only the writer of a file has; ``forget`` it after the file is written."""
     cls = type(name, (), {"__module__": module})
-    sys.modules[module] = types.ModuleType(module)
+    for parent in (module.split(".")[0], module):
+        sys.modules.setdefault(parent, types.ModuleType(parent))
     setattr(sys.modules[module], name, cls)
     config = cls()
     config.__dict__.update(fields)
@@ -92,7 +101,10 @@ def pickled_config(module, name, fields):
 
 
 def forget(config):
-    del sys.modules[type(config).__module__]
+    module = type(config).__module__
+    for name in (module, module.split(".")[0]):
+        if getattr(sys.modules.get(name), "__file__", None) is None:
+            sys.modules.pop(name, None)
 
 
 def dump(file, value, packed):

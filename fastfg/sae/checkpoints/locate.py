@@ -54,7 +54,7 @@ def locate(path: Path) -> Found:
     """
     if not path.exists():
         raise FileNotFoundError(f"path: expected an SAE file or folder, got {path}, which does not exist")
-    if path.is_file() and path.name not in CONFIGS:
+    if not path.is_dir() and path.name not in CONFIGS:
         found = _formats(Contents(open_weights(path), _configs(path.parent)))
         if not found:
             raise ValueError(f"path: expected an SAE of a known format ({known()}), got {path}, which is of none")

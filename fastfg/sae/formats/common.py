@@ -262,7 +262,7 @@ def like(value: Tensor | float, weights: Tensor) -> Tensor:
     """A threshold, mean or scale in the dtype of the weights, as torch compares and divides them."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"expected a number or a tensor, got {type(value).__name__}")
-    return torch.as_tensor(value, device=weights.device).to(weights.dtype)
+    return value.to(weights) if isinstance(value, Tensor) else torch.tensor(value, dtype=weights.dtype)
 
 
 def scalar(value: Tensor, weights: Tensor) -> Tensor:
