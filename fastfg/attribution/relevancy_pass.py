@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastfg import ops
 from fastfg.attribution.patch_scores import PatchScores, shuffled
+from fastfg.attribution.sae_report import warn_of_poor_fit
 from fastfg.checks import check_width
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import pooling_row
@@ -59,6 +60,8 @@ class RelevancyPass:
         if sae is not None:
             check_width(sae, x, block)
         first = self.adapter.num_prefix_tokens
+        if sae is not None:
+            warn_of_poor_fit(sae, x[:, first:], block)
         self._sources[block] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:

@@ -24,14 +24,21 @@ def rounded(values, step):
     return (values / step).round() * step
 
 
-COMMON = rounded(0.5 * draw(D, 1, seed=7), 1 / 32)  # what all columns of the encoder share: a token against it activates none
+COMMON = rounded(
+    0.5 * draw(D, 1, seed=7), 1 / 32
+)  # what all columns of the encoder share: a token against it activates none
 
 
 def weights(dtype=torch.float64):
     """``W_enc``, ``b_enc``, ``W_dec`` and ``b_dec`` in which features 3 and 4 are the same, so that they tie."""
     W_enc, b_enc = rounded(draw(D, F, seed=1) / D**0.5, 1 / 32) + COMMON, rounded(0.1 * draw(F, seed=2), 1 / 32)
     W_enc[:, 4], b_enc[4] = W_enc[:, 3], b_enc[3]
-    named = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": draw(F, D, seed=3), "b_dec": rounded(0.2 * draw(D, seed=4), 1 / 8)}
+    named = {
+        "W_enc": W_enc,
+        "b_enc": b_enc,
+        "W_dec": draw(F, D, seed=3),
+        "b_dec": rounded(0.2 * draw(D, seed=4), 1 / 8),
+    }
     return {name: tensor.to(dtype) for name, tensor in named.items()}
 
 
