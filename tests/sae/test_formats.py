@@ -127,7 +127,8 @@ def test_prisma_what_an_old_config_leaves_out_is_given(tmp_path):
 
 LENS = {
     "architecture": "standard", "d_in": D, "d_sae": F, "dtype": "float64", "apply_b_dec_to_input": True,
-    "normalize_activations": "none", "metadata": {"sae_lens_version": "6.54.12", "hook_name": "blocks.3.hook_resid_post"},
+    "normalize_activations": "none",
+    "metadata": {"sae_lens_version": "6.54.12", "hook_name": "blocks.3.hook_resid_post"},
 }  # fmt: skip
 
 

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.sae.files import UnreadableError, open_weights
+from fastfg.sae.files import open_weights
 from fastfg.sae.files.containers import load
+from fastfg.sae.formats.common import Contents
 
 CONFIG = {"d_in": 4, "hook_point_layer": 1, "activation_fn_str": "relu", "normalize_activations": "none"}
 MEMORY, SECONDS = 192 << 20, 60  # with the clock of a loaded machine, under tracemalloc
@@ -175,7 +176,7 @@ HOSTILE = {
     "a zip file that lies about its sizes": lying_zip,
     "a gzip bomb": gzip_bomb,
     "gzip in gzip in gzip": gzip_tower,
-    "a memo of a billion entries": lambda: opcode(b"Nr" + struct.pack("<I", 2**31) + b"j" + struct.pack("<I", 7) + b"."),
+    "a memo of a billion entries": lambda: opcode(b"Nr" + struct.pack("<I", 2**31) + b"j\x07\x00\x00\x00."),
     "bytes that are not there": lambda: opcode(b"\x8e" + struct.pack("<Q", 2**40) + b"x."),
     "a text that is not there": lambda: opcode(b"\x8d" + struct.pack("<Q", 2**40) + b"x."),
     "a huge integer": lambda: opcode(b"\x8b" + struct.pack("<i", 1 << 20) + bytes(1 << 20) + b"."),
@@ -195,8 +196,12 @@ HOSTILE = {
     "ten thousand members": lambda: zipped({f"a/{i}": b"" for i in range(10_001)} | {"a/data.pkl": b"\x80\x02N."}),
     "a zip file of something else": lambda: zipped({"../../etc/passwd": b"x"}),
     "an npz file of objects": object_array,
-    "an array of 10^15 bytes": lambda: npz(w_enc=npy("{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999999,)}")),
-    "an array with a call in its header": lambda: npz(w_enc=npy("{'descr': __import__('os').system('x'), 'shape': ()}")),
+    "an array of 10^15 bytes": lambda: npz(
+        w_enc=npy("{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999999,)}")
+    ),
+    "an array with a call in its header": lambda: npz(
+        w_enc=npy("{'descr': __import__('os').system('x'), 'shape': ()}")
+    ),
     "a safetensors header of 10^18 bytes": lambda: struct.pack("<Q", 10**18) + b"{}",
     "safetensors beyond the file": lambda: safetensors(
         {"W_enc": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}}
@@ -265,8 +270,18 @@ def test_the_hostile_calls_do_run_elsewhere():
 
 def read_everything(file):
     weights = open_weights(file)
-    content = weights.content["state_dict"] if "state_dict" in weights.content else weights.content
+    content = weights.content.get("state_dict", weights.content)
     return {name: load(stored, file) for name, stored in content.items()}
+
+
+def attempt(file):
+    """The values of a file, or None and the reason why it is refused. Only ValueErrors that name it are expected."""
+    try:
+        contents = Contents(open_weights(file))
+        inner = "state_dict" if "state_dict" in contents.keys else None
+        return contents.pick(contents.mapping(inner), state()), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def good_files():
@@ -295,13 +310,12 @@ def test_truncated_at_every_tenth_byte(tmp_path, name):
     assert all(torch.equal(whole[key], value) for key, value in state().items())
     for length in range(0, len(content), 10):
         file.write_bytes(content[:length])
-        try:
-            values = read_everything(file)
-        except UnreadableError as error:
-            assert str(file) in str(error)
-        else:
-            assert all(torch.equal(values[key], value) for key, value in state().items())
-            assert length > 0.9 * len(content)
+        values, reason = attempt(file)
+        if values is None:
+            assert str(file) in reason
+            continue
+        assert all(torch.equal(values[key], value) for key, value in state().items())
+        assert length > 0.9 * len(content)
 
 
 @pytest.mark.parametrize("name", ["torch zip", "legacy stream", "plain pickle"])
@@ -312,10 +326,8 @@ def test_files_with_flipped_bytes(tmp_path, name):
         changed = bytearray(content)
         changed[position] ^= 0xFF
         file.write_bytes(changed)
-        try:
-            read_everything(file)
-        except (UnreadableError, AttributeError, TypeError) as error:
-            assert isinstance(error, UnreadableError) or "Stored" not in str(error)
+        _, reason = attempt(file)
+        assert reason is None or str(file) in reason
 
 
 def test_configs_are_no_paths(tmp_path):

@@ -115,6 +115,5 @@ def forget(config):
 
 
 def dump(file, value, packed):
-    opened = gzip.open(file, "wb") if packed else file.open("wb")
-    with opened as stream:
-        pickle.dump(value, stream)
+    data = pickle.dumps(value)
+    file.write_bytes(gzip.compress(data) if packed else data)
