@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import time
@@ -34,11 +35,11 @@ from bench.ceilings import measure
 from bench.photographs import photographs
 from bench.results import append
 from fastfg import metrics
-from fastfg.metrics.evaluate import BATCH_ON_CPU, BATCH_ON_GPU
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.models.timm import import_timm
 from fastfg.perturb import Precision
+from fastfg.perturb.batches import default_size
 from fastfg.perturb.removal import Removal
 from fastfg.perturb.tokens import Tokens
 
@@ -63,17 +64,18 @@ def counted(model: nn.Module, images: Tensor) -> tuple[float, float, int]:
         tokens, fill = Tokens(adapter), images.mean().reshape(1, 1, 1)
         once = flops(tokens.prepare, images[:1], [fill])
         prepared = tokens.prepare(images[:1], [fill])
-        masks = torch.zeros(BATCH_ON_CPU, P, dtype=torch.bool, device=images.device)
-        inputs = tokens.inputs(prepared, torch.zeros(BATCH_ON_CPU, dtype=torch.long, device=images.device), masks)
+        n = 16
+        masks = torch.zeros(n, P, dtype=torch.bool, device=images.device)
+        inputs = tokens.inputs(prepared, torch.zeros(n, dtype=torch.long, device=images.device), masks)
         one = flops(model, images[:1])
-        return flops(tokens.run, inputs) / BATCH_ON_CPU / one, once / one, one
+        return flops(tokens.run, inputs) / n / one, once / one, one
 
 
 class Pace:
     """The time of the model's own forward per image, measured between other work."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        n = BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU
+        n = default_size(images.device, math.prod(adapt(model).patches(images)))
         self.model, self.batch = model, images[:1].repeat(n, 1, 1, 1)
         self.precision = Precision("bfloat16" if images.is_cuda else "float32", images.device)
         self.seconds: list[float] = []
@@ -186,14 +188,14 @@ def srg_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any]:
         fastfg.evaluate, model, images, maps, metrics=[*METRICS["all"], "srg"], srg={"patches_per_step": 4}, **common
     )
     run = [evaluated().forwards["run"] for evaluated in (three, four)]  # warm
-    seconds = [[seconds_of(three, images), seconds_of(four, images)] for _ in range(rounds)]
-    ratios = [with_srg / without for without, with_srg in seconds]
+    times = [[timed(three, images), timed(four, images)] for _ in range(rounds)]
+    (wall, wall_with), (busy, busy_with) = by_run(times)
     return {
         "forwards": run,
         "forwards_ratio": run[1] / run[0],
-        "seconds_an_image": statistics.median(b for _, b in seconds) / len(images),
-        "time_ratio": statistics.median(ratios),
-        "time_ratios": ratios,
+        "seconds_an_image": statistics.median(wall_with) / len(images),
+        "time_ratio": median_ratio(wall_with, wall),
+        "processor_time": median_ratio(busy_with, busy),
     }
 
 
@@ -207,10 +209,8 @@ def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any
     def curve(baseline: str) -> None:
         fastfg.evaluate(model, images, maps, target=1, metrics=["pixel_flipping"], baseline=baseline)
 
-    seconds: dict[str, list[float]] = {"mean": [], "removed": []}
-    for _ in range(rounds):
-        for baseline, times in seconds.items():
-            times.append(seconds_of(partial(curve, baseline), images))
+    times = [[timed(partial(curve, baseline), images) for baseline in ("mean", "removed")] for _ in range(rounds)]
+    (wall, wall_removed), (busy, busy_removed) = by_run(times)
     filled, _, operations = counted(model, images)
     with hold(model, adapter.flags):
         removal = Removal(adapter)
@@ -218,13 +218,29 @@ def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any
         view, masks = torch.zeros(1, dtype=torch.long, device=images.device), torch.arange(P, device=images.device)
         left = range(P, 0, -max(1, P // 7))  # a quadratic in the length: a few are enough
         work = [flops(removal.run, removal.inputs(prepared, view, (masks >= n)[None], n)) for n in left]
-    median = {baseline: statistics.median(times) for baseline, times in seconds.items()}
     return {
-        "filled": median["mean"],
-        "ours": median["removed"],
-        "time": statistics.median(r / f for r, f in zip(seconds["removed"], seconds["mean"], strict=True)),
+        "filled": statistics.median(wall),
+        "ours": statistics.median(wall_removed),
+        "time": median_ratio(wall_removed, wall),
+        "processor_time": median_ratio(busy_removed, busy),
         "work": statistics.mean(work) / (filled * operations),
     }
+
+
+def timed(run: Any, like: Tensor) -> tuple[float, float]:
+    """Seconds, and seconds of the processor, which other programs change less."""
+    busy = time.process_time()
+    return seconds_of(run, like), time.process_time() - busy
+
+
+def by_run(times: list[list[tuple[float, float]]]) -> tuple[list[list[float]], list[list[float]]]:
+    """The seconds of each run over all rounds, and those of the processor."""
+    wall, busy = ([[times_of[i] for times_of in run] for run in zip(*times, strict=True)] for i in (0, 1))
+    return wall, busy
+
+
+def median_ratio(some: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(some, others, strict=True))
 
 
 def seconds_of(run: Any, like: Tensor) -> float:

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import check_images, check_target
+from fastfg.checks import check_images, check_seed, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.row_by_row import check_row_by_row
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
+from fastfg.perturb.batches import default_size
 from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import BASELINES, check_baseline
 from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
-BATCH_ON_CPU, BATCH_ON_GPU = 16, 256
 
 
 def evaluate(
@@ -67,8 +68,9 @@ def evaluate(
             ``top_k_intersection``, ``roc_auc``, ``iou``). It is an error if none of them is chosen.
             :func:`fastfg.data.read_mask` reads masks from files.
         seed, keys: random draws depend only on the seed and the image's key (None: a hash of its pixels).
-        batch_size: the most perturbed images per forward; more of those that have lost tokens. None is 16 on the CPU
-            and 256 on a GPU. A batch that does not fit into memory is run again in halves.
+        batch_size: the most perturbed images per forward; more of those that have lost tokens. None is 16 on the CPU,
+            and on a GPU as many as have 256 x 196 patches (256 images of 224 pixels in patches of 16). A batch that
+            does not fit into memory is run again in halves.
         path: ``tokens`` perturbs before the first block, embeds each image's patches once, and computes the last
             block only where the head reads it; ``pixels`` perturbs the images themselves. ``auto`` takes ``tokens``
             for a model of a known family if both give the same logits for these images; the check takes four forwards
@@ -101,6 +103,7 @@ def evaluate(
     >>> fastfg.evaluate(model, images, maps, target=0, saco={"n_bins": 2}, baseline="zero")["saco"]
     tensor([1., 1.], dtype=torch.float64)
     """
+    check_seed(seed)
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     wanted = as_target(target)
     again = explaining(chosen, explain, wanted)
@@ -115,7 +118,7 @@ def evaluate(
     with _still(model, adapter), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         how = path if any(metric.perturbs for metric in reading) or path not in PATHS else "pixels"
         way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
-        engine = Engine(way, Batches(batch_size or (BATCH_ON_GPU if images.is_cuda else BATCH_ON_CPU)))
+        engine = Engine(way, Batches(batch_size or default_size(images.device, grid.n_patches)))
         seen = _unperturbed(engine, images, explained, check=adapter is None)
         verdicts = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
@@ -141,7 +144,7 @@ def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) ->
 
     def keep(output: Any, rows: slice) -> None:
         if isinstance(target, Function):
-            target.check_row_by_row(output, rows.stop - rows.start)
+            check_row_by_row(target, output, rows.stop - rows.start)
         parts.append(target.keep(output, rows.stop - rows.start).clone())  # the model may reuse its output buffer
 
     engine.whole(images, keep)

@@ -9,6 +9,14 @@ import torch
 
 log = logging.getLogger("fastfg")
 
+IMAGES_ON_CPU = 16
+PATCHES_ON_GPU = 256 * 196  # 256 images of 224 pixels, in patches of 16
+
+
+def default_size(device: torch.device, n_patches: int) -> int:
+    """The number of images per batch that keeps ``device`` busy, for images of ``n_patches`` each."""
+    return max(1, PATCHES_ON_GPU // n_patches) if device.type == "cuda" else IMAGES_ON_CPU
+
 
 class Batches:
     """Runs at most ``size`` items at a time. If a batch does not fit into memory, ``size`` is halved from there on."""

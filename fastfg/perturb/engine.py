@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,78 +59,97 @@ class Engine:
             target: of the ``n`` masks, see :meth:`fastfg.Target.of`.
             progress: called with a number of masks, counted from the first, that have all been read.
         """
-        readings = Readings.empty(len(masks), masks.device)
-        unread = torch.ones(len(masks), dtype=torch.bool, device="cpu")
+        parts = _parts(self.paths, views, view.numpy(), masks)
+        unread = [int(part.rows[0]) for part in parts]  # the first mask of each part that is not read
+        found: list[Readings] = []
+        for number, part in enumerate(parts):
+            rows = torch.from_numpy(part.rows).to(masks.device)
+            place = torch.from_numpy(part.place).to(masks.device)
+            given = _Given(place, masks[rows], target[rows])
 
-        def work(part: _Part, rows: slice) -> None:
-            part.prepared.at_once = min(VIEWS_AT_ONCE, self.batches.size)
-            chosen = part.rows[rows]
-            where = chosen.to(masks.device)
-            states, place = part.prepared.of(view[chosen])
-            output = part.path.run(part.path.inputs(states, place.to(masks.device), masks[where], part.left))
-            readings.put(where, Readings.of(output, len(chosen), target[where]))
-            self.forwards += len(chosen)
-            unread[chosen] = False
-            if progress is not None:
-                progress(int(unread.int().argmax()) if bool(unread.any()) else len(unread))
+            def work(batch: slice, part: _Part = part, given: _Given = given, number: int = number) -> None:
+                found.append(self._read_batch(part, given, batch))
+                self.forwards += batch.stop - batch.start
+                unread[number] = int(part.rows[batch.stop]) if batch.stop < len(part.rows) else len(masks)
+                if progress is not None:
+                    progress(min(unread))
 
-        for part in _parts(self.paths, views, view, masks):
-            self.batches.run(len(part.rows), partial(work, part), part.share)
-        return readings
+            self.batches.run(len(part.rows), work, part.share)
+        order = np.concatenate([part.rows for part in parts]) if parts else np.empty(0, np.int64)
+        return Readings.joined(found, masks.device)[torch.from_numpy(order.argsort()).to(masks.device)]
+
+    def _read_batch(self, part: _Part, given: _Given, batch: slice) -> Readings:
+        """The readings of one batch. Nothing here waits for the device."""
+        part.prepared.at_once = min(VIEWS_AT_ONCE, self.batches.size)
+        states, start = part.prepared.of(int(part.place[batch.start]), int(part.place[batch.stop - 1]))
+        inputs = part.path.inputs(states, given.place[batch] - start, given.masks[batch], part.left)
+        return Readings.of(part.path.run(inputs), batch.stop - batch.start, given.target[batch])
 
 
 class _Part(NamedTuple):
     """Masks that may share a batch: of one kind of view and, where tokens leave, of one number of patches left.
 
-    ``rows`` are their places among all masks. ``share`` is the memory of one of their perturbed images, relative to one
-    with all its patches. ``left`` is the number of patches that are left, where tokens leave.
+    ``rows`` are their places among all masks, and ``place`` that of each one's view among the prepared views. ``share``
+    is the memory of one of their perturbed images, relative to one with all its patches. ``left`` is the number of
+    patches that are left, where tokens leave.
     """
 
     path: ForwardPath
     prepared: _Prepared
-    rows: Tensor
+    rows: np.ndarray
+    place: np.ndarray
     share: float = 1.0
     left: int | None = None
 
 
-def _parts(paths: Paths, views: Sequence[View], view: Tensor, masks: Tensor) -> Iterator[_Part]:
+class _Given(NamedTuple):
+    """The rows of one part, on the device: the place of each mask's view, the masks and the targets."""
+
+    place: Tensor
+    masks: Tensor
+    target: Target
+
+
+def _parts(paths: Paths, views: Sequence[View], view: np.ndarray, masks: Tensor) -> list[_Part]:
     """The masks in parts, each ordered by view. Those with the most patches left come first."""
-    kind = torch.tensor([KINDS.index(one.kind) for one in views], dtype=torch.long, device="cpu")[view]
+    kinds = [one.kind for one in views]
     P = masks.shape[1]
-    for number, name in enumerate(KINDS):
-        rows = (kind == number).nonzero()[:, 0]
+    parts = []
+    for kind in KINDS:
+        own = np.array([one == kind for one in kinds], dtype=bool)
+        rows = own[view].nonzero()[0]
         if not len(rows):
             continue
-        path = getattr(paths, name)
+        path = getattr(paths, kind)
         assert path is not None  # choose_path
-        prepared = _Prepared(path, views, name)
-        if name != "removed":
-            yield _Part(path, prepared, rows)
+        prepared = _Prepared(path, [one for one in views if one.kind == kind], keeps=kind == "removed")
+        place = (own.cumsum() - 1)[view]
+        if kind != "removed":
+            parts.append(_Part(path, prepared, rows, place[rows]))
             continue
-        removed = masks.sum(1).cpu()[rows]
-        for n in removed.unique().tolist():
-            yield _Part(path, prepared, rows[removed == n], (P - n + 1) / (P + 1), P - n)
+        removed = masks.sum(1).cpu().numpy()
+        for n in np.unique(removed[rows]).tolist():
+            alike = rows[removed[rows] == n]
+            parts.append(_Part(path, prepared, alike, place[alike], (P - n + 1) / (P + 1), P - n))
+    return parts
 
 
 class _Prepared:
     """The states that are computed once per view of one kind, in groups of views.
 
-    Those of filled and imputed views are freed when no later batch needs them. Those of removed ones serve each number
-    of patches again.
+    Args:
+        keeps: whether the states are kept, as those of removed views, which serve each number of patches again. Else
+            they are freed when no later batch needs them.
     """
 
-    def __init__(self, path: ForwardPath, views: Sequence[View], kind: str) -> None:
-        self.path, self.at_once, self.keeps = path, VIEWS_AT_ONCE, kind == "removed"
-        self.views = [one for one in views if one.kind == kind]
-        own = torch.tensor([one.kind == kind for one in views], device="cpu")
-        self._place = own.long().cumsum(0) - 1  # the place of each view among those of this kind
+    def __init__(self, path: ForwardPath, views: Sequence[View], keeps: bool) -> None:
+        self.path, self.views, self.keeps = path, views, keeps
+        self.at_once = VIEWS_AT_ONCE
         self._states: list[Any] = []  # of the views from _start to _stop
         self._start = self._stop = 0
 
-    def of(self, view: Tensor) -> tuple[list[Any], Tensor]:
-        """The states for the views [n] of one batch, ascending; and the place [n] of each among them."""
-        place = self._place[view]
-        first, last = int(place[0]), int(place[-1])
+    def of(self, first: int, last: int) -> tuple[list[Any], int]:
+        """The states of the views from ``first`` (or earlier) to ``last``, and the place of the first one."""
         if not self.keeps:
             self._forget_before(first)
         while self._stop <= last:
@@ -140,7 +159,7 @@ class _Prepared:
                 [_joined(*pair) for pair in zip(self._states, states, strict=True)] if self._states else states
             )
             self._stop += len(group)
-        return self._states, place - self._start
+        return self._states, self._start
 
     def _forget_before(self, first: int) -> None:
         if first >= self._stop:

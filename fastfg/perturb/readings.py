@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,15 @@ class Readings:
 
     @classmethod
     def empty(cls, n: int, device: torch.device) -> Readings:
-        """``n`` readings, all NaN until :meth:`put` sets them."""
+        """``n`` readings, all NaN."""
         return cls(*(torch.full((n,), torch.nan, dtype=torch.float64, device=device) for _ in range(3)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Readings], device: torch.device) -> Readings:
+        """One after the other; without parts, none."""
+        if not parts:
+            return cls.empty(0, device)
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("logit", "prob", "max_prob")))
 
     @classmethod
     def of(cls, output: Any, n: int, target: Target) -> Readings:
@@ -37,10 +45,6 @@ class Readings:
 
     def __getitem__(self, rows: Any) -> Readings:
         return Readings(self.logit[rows], self.prob[rows], self.max_prob[rows])
-
-    def put(self, rows: Any, other: Readings) -> None:
-        """Set the readings of ``rows``."""
-        self.logit[rows], self.prob[rows], self.max_prob[rows] = other.logit, other.prob, other.max_prob
 
     def after(self, first: Readings) -> Readings:
         """These readings [C, m] with ``first`` [C] as a new first column: [C, 1 + m]."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfg import Target
 from fastfg.perturb import (
@@ -17,6 +18,7 @@ from fastfg.perturb import (
     generator,
     image_key,
 )
+from fastfg.perturb.batches import default_size
 
 GRID = PatchGrid(1, 4, 1, 1)
 COUNTS = [4, 1, 6, 0, 9, *[2] * 11]  # masks per view
@@ -172,3 +174,36 @@ def test_a_fill_that_makes_other_images_is_an_error():
     masks = torch.zeros(2, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"images: expected \[2, 1, 1, 4\] from the fill, got \[1, 1, 4\]"):
         engine.read(views, torch.zeros(2, dtype=torch.long), masks, Target(0).of(torch.zeros(2, 2)))
+
+
+class Names(TorchDispatchMode):
+    """Collects the names of the operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_batches_do_not_wait_for_the_device():
+    """On a GPU, reading a number from a tensor waits until all work before it is done."""
+    images, masks = torch.rand(3, 1, 1, 4), torch.rand(60, 4) > 0.5
+    views = [View(image, torch.zeros(1, 1, 1)) for image in images]
+    view, target = torch.arange(3).repeat_interleave(20), Target(torch.zeros(60, dtype=torch.long))
+    found = []
+    for batch_size in (60, 2):
+        engine = Engine(Pixels(halves, GRID), Batches(batch_size))
+        with Names() as mode:
+            engine.read(views, view, masks, target.of(torch.zeros(60, 2)), lambda done: None)
+        found.append(mode.names)
+    assert len(found[1]) > 20 * len(found[0]) / 2
+    assert not [name for name in found[1] if name.startswith(("aten._local_scalar_dense", "aten.nonzero"))]
+
+
+@pytest.mark.parametrize(("n_patches", "size"), [(196, 256), (49, 1024), (1024, 49), (10**6, 1)])
+def test_batches_on_a_gpu_hold_the_same_number_of_patches(n_patches, size):
+    assert default_size(torch.device("cuda"), n_patches) == size
+    assert default_size(torch.device("cpu"), n_patches) == 16
