@@ -109,6 +109,14 @@ def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return backend
 
 
+def only_reference(op: str, backend: str, what: str) -> None:
+    """Require ``auto`` or the reference, for ``what`` the other backends do not have."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    if backend not in ("auto", "reference"):
+        raise BackendError(f"backend: {backend!r} can't run {op}: only the reference has {what}")
+
+
 def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:
     """All reasons why ``backend`` can't run ``op`` for tensors like ``like``; None if it can.
 

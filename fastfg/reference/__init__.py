@@ -9,7 +9,7 @@ Every function runs on any device, and in float64 for float64 inputs.
 
 from fastfg.reference.encode import Activation, Normalized, encode, normalize, preactivations
 from fastfg.reference.encode_project import encode_project
-from fastfg.reference.encode_topk import encode_topk
+from fastfg.reference.encode_topk import encode_groupmax, encode_topk
 from fastfg.reference.gate import gate
 from fastfg.reference.gated_relevancy import gated_relevancy
 from fastfg.reference.project import project, project_dense
@@ -21,6 +21,7 @@ __all__ = [
     "attend",
     "attention_map",
     "encode",
+    "encode_groupmax",
     "encode_project",
     "encode_topk",
     "gate",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
@@ -13,33 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.report import TOKENS_AT_ONCE, SAEReport, all_same, report
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
 LARGEST = 1e15  # largest value in a token: its norm is computed in float32
-TOKENS_AT_ONCE = 2048
 SMALLEST = 1e-18  # smallest mean deviation of the tokens from their mean, for the same reason
 ROUNDING = 1e-2  # largest share of the deviation that float64 tokens may lose in float32
-
-
-@dataclass(frozen=True)
-class SAEReport:
-    """Quality of a trained SAE, measured on tokens that it was not trained on.
-
-    Attributes:
-        explained_variance: ``1 - sum (x - x_hat)^2 / sum (x - mean x)^2``, with the mean per dimension.
-        dead_share: share of the features that are not active on any of these tokens.
-        l0: mean number of active features per token.
-        tokens: number of tokens that the three values above were measured on.
-        steps: number of training steps.
-        revived: number of features revived during training.
-    """
-
-    explained_variance: float
-    dead_share: float
-    l0: float
-    tokens: int
-    steps: int = 0
-    revived: int = 0
 
 
 def train_sae(
@@ -105,29 +83,6 @@ def train_sae(
                 progress(step + 1, steps)
         sae = training.finish()
     return sae, report(sae, x[n_train:], steps=steps, revived=training.revived)
-
-
-@torch.no_grad()
-def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 0) -> SAEReport:
-    """The :class:`SAEReport` of any SAE on tokens ``x`` [T, d], summed in float64.
-
-    Raises ValueError if all tokens are the same, because their variance is 0.
-    """
-    if len(x) == 0 or _all_same(x):
-        raise ValueError(f"x: expected tokens that differ to report on, got {len(x)} that are all the same")
-    mean = x.double().mean(0)
-    error = variance = active = 0.0
-    alive = torch.zeros(sae.n_features, dtype=torch.bool, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        for tokens in x.split(TOKENS_AT_ONCE):
-            f = sae.encode(tokens)
-            decoded = sae.decode(f, sae.normalize(tokens))
-            error += float((tokens.double() - decoded.double()).square().sum())
-            variance += float((tokens.double() - mean).square().sum())
-            active += float((f > 0).sum())
-            alive |= (f > 0).any(0)
-    dead = 1 - float(alive.double().mean())
-    return SAEReport(1 - error / variance, dead, active / len(x), len(x), steps, revived)
 
 
 class _Training:
@@ -205,10 +160,6 @@ class _Training:
         )
 
 
-def _all_same(x: Tensor) -> bool:
-    return bool((x == x[0]).all())
-
-
 def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: float) -> None:
     """Check the arguments. ``whole`` has the integer arguments, each as (value, least allowed value)."""
     for name, (value, least) in whole.items():
@@ -246,7 +197,7 @@ def _check_tokens(x: Tensor, held_out: float, batch_size: int) -> int:
             f"{len(x) - n_train}"
         )
     for part, tokens in (("training", x[:n_train]), ("held-out", x[n_train:])):
-        if _all_same(tokens):
+        if all_same(tokens):
             raise ValueError(f"x: expected {part} tokens that differ, got {len(tokens)} that are all the same")
     largest = float(x.abs().max())
     if largest > LARGEST:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from fastfg import ops
-from fastfg.reference.encode import ACTIVATIONS, Activation
+from fastfg.reference.encode import ACTIVATIONS, ALL_AT_ONCE, Activation
 from fastfg.reference.relevancy import IDENTITIES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on CPU tensors
@@ -27,7 +27,7 @@ def required() -> tuple[str, ...]:
 
 BACKENDS = required()
 PAIRS = [(op, backend) for op in ops.__all__ for backend in BACKENDS]
-STREAMING = [name for name in ACTIVATIONS if name != "topk"]
+STREAMING = [name for name in ACTIVATIONS if name not in ALL_AT_ONCE]
 
 
 def device_of(backend):
@@ -220,8 +220,7 @@ def each(arguments, change):
 
     def one(i, value):
         if isinstance(value, Activation):
-            fields = (value.threshold, value.r_mag, value.b_gate, value.b_mag)
-            return Activation(value.name, value.k, *(one(i, field) for field in fields))
+            return value.map(lambda tensor: one(i, tensor))
         return change(i, value) if isinstance(value, torch.Tensor) else value
 
     return tuple(one(i, value) for i, value in enumerate(arguments))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.sae.train import _Training, report
+from fastfg.sae.report import report
+from fastfg.sae.train import _Training
 from tests.tools import random_sae
 
 
