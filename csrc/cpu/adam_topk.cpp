@@ -19,7 +19,7 @@
 namespace fastfg {
 namespace {
 
-constexpr int64_t AHEAD = 4;  // pairs whose rows are requested before they are needed
+constexpr int64_t AHEAD = 3;  // pairs whose rows are requested before they are needed
 constexpr int64_t PARTS = 64;  // parts of the features; fixed, so that sums do not depend on the number of threads
 constexpr int64_t ROW_COST = 8;  // the work of a feature's update, in pairs
 
@@ -47,6 +47,14 @@ struct Adam {
 };
 
 template <typename scalar_t>
+scalar_t total(const at::vec::Vectorized<scalar_t>& sums) {
+  scalar_t lanes[at::vec::Vectorized<scalar_t>::size()], sum = 0;
+  sums.store(lanes);
+  for (scalar_t lane : lanes) sum += lane;
+  return sum;
+}
+
+template <typename scalar_t>
 struct Rows {  // of one feature
   scalar_t *w, *m, *v;
 
@@ -63,9 +71,7 @@ struct Rows {  // of one feature
       stepped.store(w + i);
       squares = at::vec::fmadd(stepped, stepped, squares);
     }
-    scalar_t lanes[Vec::size()], sum = 0;
-    squares.store(lanes);
-    for (scalar_t lane : lanes) sum += lane;
+    scalar_t sum = total(squares);
     for (; i < d; i++) {
       w[i] = adam.update(w[i], gradient[i], m[i], v[i]);
       sum += w[i] * w[i];
@@ -74,35 +80,45 @@ struct Rows {  // of one feature
   }
 };
 
+// The functions below request one cache line of a later row per line that they use, so that requests do not pile up.
 template <typename scalar_t>
-void request(const scalar_t* row, int64_t d) {
-  for (int64_t i = 0; i < d; i += 64 / sizeof(scalar_t)) __builtin_prefetch(row + i, 0, 2);
-}
+constexpr int64_t LINE = 64 / sizeof(scalar_t);
 
+// sum += factor * row
 template <typename scalar_t>
-scalar_t dot(const scalar_t* a, const scalar_t* b, int64_t d) {
-  using Vec = at::vec::Vectorized<scalar_t>;
-  Vec first(0), second(0);
-  int64_t i = 0;
-  for (; i + 2 * Vec::size() <= d; i += 2 * Vec::size()) {
-    first = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i), first);
-    second = at::vec::fmadd(Vec::loadu(a + i + Vec::size()), Vec::loadu(b + i + Vec::size()), second);
-  }
-  scalar_t lanes[Vec::size()], sum = 0;
-  (first + second).store(lanes);
-  for (scalar_t lane : lanes) sum += lane;
-  for (; i < d; i++) sum += a[i] * b[i];
-  return sum;
-}
-
-template <typename scalar_t>
-void add(scalar_t* sum, scalar_t factor, const scalar_t* row, int64_t d) {
+void add(scalar_t* sum, scalar_t factor, const scalar_t* row, int64_t d, const scalar_t* later) {
   using Vec = at::vec::Vectorized<scalar_t>;
   int64_t i = 0;
-  for (; i + Vec::size() <= d; i += Vec::size()) {
-    at::vec::fmadd(Vec(factor), Vec::loadu(row + i), Vec::loadu(sum + i)).store(sum + i);
+  for (; i + LINE<scalar_t> <= d; i += LINE<scalar_t>) {
+    __builtin_prefetch(later + i, 0, 2);
+    for (int64_t j = i; j < i + LINE<scalar_t>; j += Vec::size()) {
+      at::vec::fmadd(Vec(factor), Vec::loadu(row + j), Vec::loadu(sum + j)).store(sum + j);
+    }
   }
   for (; i < d; i++) sum[i] += factor * row[i];
+}
+
+// sum += factor * row; returns the product of row and other.
+template <typename scalar_t>
+scalar_t add_and_multiply(
+    scalar_t* sum, scalar_t factor, const scalar_t* row, const scalar_t* other, int64_t d, const scalar_t* later) {
+  using Vec = at::vec::Vectorized<scalar_t>;
+  Vec products(0);
+  int64_t i = 0;
+  for (; i + LINE<scalar_t> <= d; i += LINE<scalar_t>) {
+    __builtin_prefetch(later + i, 0, 2);
+    for (int64_t j = i; j < i + LINE<scalar_t>; j += Vec::size()) {
+      const Vec r = Vec::loadu(row + j);
+      products = at::vec::fmadd(r, Vec::loadu(other + j), products);
+      at::vec::fmadd(Vec(factor), r, Vec::loadu(sum + j)).store(sum + j);
+    }
+  }
+  scalar_t product = total(products);
+  for (; i < d; i++) {
+    product += row[i] * other[i];
+    sum[i] += factor * row[i];
+  }
+  return product;
 }
 
 template <typename scalar_t>
@@ -126,13 +142,9 @@ struct Step {
     scalar_t of_bias = 0;
     for (int64_t i = begin; i < end; i++) {
       const auto later = codes.pairs[std::min(i + AHEAD, last)].token;
-      request(gradient_of(later), d);
-      request(input_of(later), d);
       const auto [token, value] = codes.pairs[i];
-      const scalar_t* of_output = gradient_of(token);
-      const scalar_t of_code = dot(w, of_output, d);
-      add(of_dec, value, of_output, d);
-      add(of_enc, of_code, input_of(token), d);
+      const scalar_t of_code = add_and_multiply(of_dec, value, gradient_of(token), w, d, gradient_of(later));
+      add(of_enc, of_code, input_of(token), d, input_of(later));
       of_bias += of_code;
     }
     return of_bias;
@@ -142,8 +154,12 @@ struct Step {
     const Rows<scalar_t> e{enc.w + f * d, enc.m + f * d, enc.v + f * d};
     const Rows<scalar_t> w{dec.w + f * d, dec.m + f * d, dec.v + f * d};
     const scalar_t of_bias = gradients(f, w.w, of_enc, of_dec);
-    add(of_input, of_bias, e.w, d);
-    if (unit_norm) add(of_dec, -dot(of_dec, w.w, d), w.w, d);
+    add(of_input, of_bias, e.w, d, e.m);
+    if (unit_norm) {
+      const auto product = [](const auto& a, const auto& b) { return a * b; };
+      const auto sum = [](const auto& a, const auto& b) { return a + b; };
+      add(of_dec, -at::vec::map2_reduce_all<scalar_t>(product, sum, of_dec, w.w, d), w.w, d, w.m);
+    }
     e.step(adam, of_enc, d);
     const scalar_t square = w.step(adam, of_dec, d);
     if (unit_norm) {

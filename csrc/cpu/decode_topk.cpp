@@ -1,6 +1,6 @@
 // x_hat_t = sum_k values_tk W_dec[indices_tk] + b_dec, from the active features only.
-// Memory traffic limits the speed. A token's sum stays in the first-level cache while its rows are added, and later rows
-// are prefetched.
+// Memory traffic limits the speed. A part of a token's sum stays in registers while its rows are added, and later rows are
+// prefetched.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,20 +15,39 @@ namespace fastfg {
 namespace {
 
 constexpr int64_t AHEAD = 6;  // rows requested before they are needed
+constexpr int64_t VECTORS = 8;  // of a token's sum, in registers
 
-template <typename scalar_t>
-void add_row(scalar_t* sum, scalar_t value, const scalar_t* row, int64_t d, const scalar_t* later) {
+// sum += value_k row_k for N vectors of columns; features are those of the token and of the next ones, up to end.
+template <int64_t N, typename scalar_t>
+void add_columns(
+    scalar_t* sum, const scalar_t* values, const int64_t* features, const int64_t* end, int64_t K, const scalar_t* W,
+    int64_t d) {
   using Vec = at::vec::Vectorized<scalar_t>;
   constexpr int64_t LINE = 64 / sizeof(scalar_t);
-  const Vec factor(value);
-  int64_t i = 0;
-  for (; i + LINE <= d; i += LINE) {
-    __builtin_prefetch(later + i, 0, 2);
-    for (int64_t j = i; j < i + LINE; j += Vec::size()) {
-      at::vec::fmadd(factor, Vec::loadu(row + j), Vec::loadu(sum + j)).store(sum + j);
-    }
+  Vec sums[N];
+  for (int64_t n = 0; n < N; n++) sums[n] = Vec::loadu(sum + n * Vec::size());
+  for (int64_t k = 0; k < K; k++) {
+    const scalar_t *row = W + features[k] * d, *later = W + *std::min(features + k + AHEAD, end - 1) * d;
+    for (int64_t i = 0; i < N * Vec::size(); i += LINE) __builtin_prefetch(later + i, 0, 3);
+    const Vec value(values[k]);
+    for (int64_t n = 0; n < N; n++) sums[n] = at::vec::fmadd(value, Vec::loadu(row + n * Vec::size()), sums[n]);
   }
-  for (; i < d; i++) sum[i] += value * row[i];
+  for (int64_t n = 0; n < N; n++) sums[n].store(sum + n * Vec::size());
+}
+
+template <typename scalar_t>
+void add_rows(
+    scalar_t* sum, const scalar_t* values, const int64_t* features, const int64_t* end, int64_t K, const scalar_t* W,
+    int64_t d) {
+  constexpr int64_t SIZE = at::vec::Vectorized<scalar_t>::size();
+  int64_t i = 0;
+  for (; i + VECTORS * SIZE <= d; i += VECTORS * SIZE) {
+    add_columns<VECTORS>(sum + i, values, features, end, K, W + i, d);
+  }
+  for (; i + SIZE <= d; i += SIZE) add_columns<1>(sum + i, values, features, end, K, W + i, d);
+  for (; i < d; i++) {
+    for (int64_t k = 0; k < K; k++) sum[i] += values[k] * W[features[k] * d + i];
+  }
 }
 
 }  // namespace
@@ -62,10 +81,7 @@ at::Tensor decode_topk(
     scalar_t* out = result.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, T, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
-        for (int64_t i = t * K; i < (t + 1) * K; i++) {
-          const int64_t later = feature[std::min(i + AHEAD, T * K - 1)];
-          add_row(out + t * d, value[i], rows + feature[i] * d, d, rows + later * d);
-        }
+        add_rows(out + t * d, value + t * K, feature + t * K, feature + T * K, K, rows, d);
       }
     });
   });

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -32,19 +33,53 @@ constexpr int64_t TILED_FROM = 1024;  // tokens; fewer do not pay for the packin
 constexpr int64_t TOKEN_BYTES = 384 << 10;  // packed tokens of one block, for the second-level cache
 constexpr int64_t TILED_FEATURES = 1024;  // features that are packed at a time
 
+// A feature and its pre-activation. NaN ranks first, as in torch.topk, so that it appears in the result.
 template <typename scalar_t>
 struct Entry {
-  scalar_t value;
-  int64_t index;
+  scalar_t number;
+  int64_t feature;
+
+  bool before(const Entry& other) const {
+    const bool nan = std::isnan(number), other_nan = std::isnan(other.number);
+    if (nan != other_nan) return nan;
+    if (nan || number == other.number) return feature < other.feature;
+    return number > other.number;
+  }
+
+  scalar_t value() const { return number; }
+  int64_t index() const { return feature; }
 };
 
-// NaN ranks first, as in torch.topk, so that it appears in the result.
-template <typename scalar_t>
-bool before(const Entry<scalar_t>& a, const Entry<scalar_t>& b) {
-  const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
-  if (a_nan != b_nan) return a_nan;
-  if (a_nan || a.value == b.value) return a.index < b.index;
-  return a.value > b.value;
+// In float32 both are packed into one number: a larger one ranks first.
+template <>
+struct Entry<float> {
+  uint64_t key;
+
+  Entry(float value, int64_t index) {
+    uint32_t bits;
+    value = std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value + 0.0f;  // -0 becomes 0
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t ordered = bits & SIGN ? ~bits : bits | SIGN;
+    key = uint64_t{ordered} << 32 | (LAST - static_cast<uint32_t>(index));
+  }
+
+  bool before(const Entry& other) const { return key > other.key; }
+
+  float value() const {
+    const auto ordered = static_cast<uint32_t>(key >> 32), bits = ordered & SIGN ? ordered ^ SIGN : ~ordered;
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
+  }
+
+  int64_t index() const { return LAST - static_cast<uint32_t>(key); }
+
+  static constexpr uint32_t SIGN = 0x80000000u, LAST = 0xffffffffu;
+};
+
+template <typename Entry>
+bool before(const Entry& a, const Entry& b) {
+  return a.before(b);
 }
 
 template <typename Vec>
@@ -73,7 +108,7 @@ class Best {
 
   void take(scalar_t value, int64_t index) {
     if (full_ && value <= threshold_) return;
-    entries_.push_back({value, index});
+    entries_.push_back(Entry<scalar_t>{value, index});
     if (static_cast<int64_t>(entries_.size()) == 2 * k_) cut();
   }
 
@@ -82,27 +117,23 @@ class Best {
 
   void write(scalar_t* values, int64_t* indices) {
     cut();
-    std::sort(entries_.begin(), entries_.end(), before<scalar_t>);
+    std::sort(entries_.begin(), entries_.end(), before<Entry<scalar_t>>);
     for (int64_t i = 0; i < k_; i++) {
-      const scalar_t value = entries_[i].value;
+      const scalar_t value = entries_[i].value();
       values[i] = std::isnan(value) ? value : std::max(value, scalar_t(0));
-      indices[i] = entries_[i].index;
+      indices[i] = entries_[i].index();
     }
   }
 
  private:
-
   void cut() {
-    if (static_cast<int64_t>(entries_.size()) > k_) {
-      std::nth_element(entries_.begin(), entries_.begin() + (k_ - 1), entries_.end(), before<scalar_t>);
-      entries_.resize(k_);
-    }
-    if (static_cast<int64_t>(entries_.size()) == k_) {
-      const auto last = std::max_element(entries_.begin(), entries_.end(), before<scalar_t>);
-      full_ = true;
-      // If all K are NaN, nothing else can enter.
-      threshold_ = std::isnan(last->value) ? std::numeric_limits<scalar_t>::infinity() : last->value;
-    }
+    if (static_cast<int64_t>(entries_.size()) <= k_) return;
+    const auto last = entries_.begin() + (k_ - 1);
+    std::nth_element(entries_.begin(), last, entries_.end(), before<Entry<scalar_t>>);
+    full_ = true;
+    // If all K are NaN, nothing else can enter.
+    threshold_ = std::isnan(last->value()) ? std::numeric_limits<scalar_t>::infinity() : last->value();
+    entries_.erase(last + 1, entries_.end());
   }
 
   int64_t k_;
@@ -186,25 +217,42 @@ class TiledScan {
         for (int64_t r = 0; r < std::min(Tile::ROWS, last - t); r++) {
           const Vec threshold(thresholds_[t + r]);
           for (int64_t half = 0; half < 2; half++) {
-            if (!all_set(sums[r][half] <= threshold)) take(t + r, f + half * Vec::size(), sums[r][half]);
+            const int chosen = (sums[r][half] <= threshold).zero_mask();  // a bit per lane; also those that are NaN
+            if (chosen) take(t + r, f + half * Vec::size(), sums[r][half], chosen);
           }
         }
       }
     }
   }
 
-  void take(int64_t t, int64_t f, const Vec& values) {
+  void take(int64_t t, int64_t f, const Vec& values, int chosen) {
     float lanes[Vec::size()];
     values.store(lanes);
-    for (int64_t i = 0; i < std::min<int64_t>(Vec::size(), F_ - f); i++) best_[t].take(lanes[i], f + i);
+    for (; chosen; chosen &= chosen - 1) {
+      const int lane = __builtin_ctz(chosen);
+      if (f + lane < F_) best_[t].take(lanes[lane], f + lane);
+    }
     thresholds_[t] = best_[t].threshold();
   }
 
-  const at::Tensor &x_, &W_;
+  const at::Tensor x_, W_;
   std::vector<float> bias_, thresholds_;
   std::vector<Best<float>>& best_;
   int64_t T_, d_, F_, tokens_;
 };
+
+void scan(
+    const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, std::vector<Best<double>>& best) {
+  scan_panels(x, W_enc, b_enc, best);
+}
+
+void scan(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, std::vector<Best<float>>& best) {
+  if (IN_TILES && x.size(0) >= TILED_FROM) {
+    TiledScan(x, W_enc.to(at::kFloat), b_enc.to(at::kFloat).contiguous(), best).run();
+  } else {
+    scan_panels(x, W_enc, b_enc, best);
+  }
+}
 
 void check_encode_topk(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const std::optional<at::Tensor>& b_dec,
@@ -238,16 +286,7 @@ std::tuple<at::Tensor, at::Tensor> encode_topk(
   if (T == 0) return {values.to(x.scalar_type()), indices};
   AT_DISPATCH_FLOATING_TYPES(wide, "encode_topk", [&] {
     std::vector<Best<scalar_t>> best(T, Best<scalar_t>(k));
-    if constexpr (IN_TILES && std::is_same_v<scalar_t, float>) {
-      if (T >= TILED_FROM) {
-        const auto W = W_enc.to(wide), b = b_enc.to(wide).contiguous();
-        TiledScan(centred, W, b, best).run();
-      } else {
-        scan_panels(centred, W_enc, b_enc, best);
-      }
-    } else {
-      scan_panels(centred, W_enc, b_enc, best);
-    }
+    scan(centred, W_enc, b_enc, best);
     scalar_t* out = values.mutable_data_ptr<scalar_t>();
     int64_t* of = indices.mutable_data_ptr<int64_t>();
     at::parallel_for(0, T, 1, [&](int64_t begin, int64_t end) {

@@ -21,12 +21,12 @@ def topk_gradients(
     of_enc, of_dec, of_bias = torch.zeros_like(W_dec), torch.zeros_like(W_dec), torch.zeros_like(W_dec[:, 0])
     active = ~(values <= 0)  # the derivative of ReLU; NaN stays
     of_codes = torch.where(active, contributions(g, W_dec, torch.ones_like(values), indices), 0.0)
-    values = torch.where(active, values, 0.0)
     of_bias.index_add_(0, indices.flatten(), of_codes.flatten())
     tokens = max(1, TILE // max(1, indices.shape[1] * x.shape[1]))
     for t in range(0, len(x), tokens):
         part = slice(t, t + tokens)
-        of_dec.index_add_(0, indices[part].flatten(), (values[part, :, None] * g[part, None]).flatten(0, 1))
+        rows = torch.where(active[part, :, None], values[part, :, None] * g[part, None], 0.0)
+        of_dec.index_add_(0, indices[part].flatten(), rows.flatten(0, 1))
         of_enc.index_add_(0, indices[part].flatten(), (of_codes[part, :, None] * x[part, None]).flatten(0, 1))
     return of_enc.mT, of_bias, of_dec
 

@@ -85,7 +85,7 @@ def wrong(tensor, draw):
     return torch.ones(sizes, dtype=tensor.dtype)
 
 
-@pytest.mark.parametrize("op", ["project", "gated_relevancy"])
+@pytest.mark.parametrize("op", ["project", "decode_topk", "gated_relevancy"])
 def test_an_index_out_of_range(op):
     tried = 0
     for seed in SEEDS:
