@@ -7,8 +7,9 @@
 
 The dense trainer keeps the codes in an array [T, F], so it has six dense products per step. It has the same loss with the
 same AuxK, whose dead features it compacts too, and PyTorch's fused Adam. Both start from the same weights and see the same
-tokens. For the times, a tenth of the features are dead: their biases are low, so that they are active in AuxK alone. Wall
-times depend on what else the machine runs; ratios of processor times depend on it less.
+tokens. For the times, a tenth of the features are dead: their biases are low, so that they are active in AuxK alone.
+Wall times depend on what else the machine runs; ratios of processor times depend on it less. Set
+OMP_WAIT_POLICY=passive on a machine that runs other programs: else threads that wait count as work.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,9 @@ def speed(case: argparse.Namespace) -> dict[str, float]:
     rounds = []
     for seed in range(case.rounds + 1):
         x = tokens(case.T, case.d, seed, case.device)
-        one, other = clocked(lambda: ours.step(x, 1e-4), case.device), clocked(lambda: dense.step(x, 1e-4), case.device)  # noqa: B023
-        print(f"round {seed}: {one[0]:.2f} s and {other[0]:.2f} s, processor {one[1]:.2f} s and {other[1]:.2f} s", flush=True)
+        one, other = (clocked(partial(made.step, x, 1e-4), case.device) for made in (ours, dense))
+        seconds = f"{one[0]:.2f} s and {other[0]:.2f} s, processor {one[1]:.2f} s and {other[1]:.2f} s"
+        print(f"round {seed}: {seconds}", flush=True)
         rounds.append((*one, *other))
     wall, processor, dense_wall, dense_processor = map(list, zip(*rounds[1:], strict=True))  # the first warms up
     return {

@@ -1,8 +1,8 @@
 """The public ops, one file per op: its argument checks, its torch schema, and the conversion of its arguments.
 
 :mod:`fastfg.ops.dispatch` chooses the backend: plain torch (:mod:`fastfg.reference`), C++ (:mod:`fastfg.ops.native`) or
-Triton (:mod:`fastfg.ops.launch`). No op is differentiable: inputs may require grad, but results never do. ``adam_topk`` changes the weights that it is given;
-no other op changes its arguments.
+Triton (:mod:`fastfg.ops.launch`). No op is differentiable: inputs may require grad, but results never do.
+``adam_topk`` changes the weights that it is given; no other op changes its arguments.
 """
 
 from fastfg.ops.adam_topk import adam_topk

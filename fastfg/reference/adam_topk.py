@@ -49,8 +49,10 @@ def adam_topk(
     step: int,  # 1 for the first
     unit_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Changes ``weights``, ``m`` and ``v``. Returns the gradient at the encoder's input, summed over tokens [d], and the
-    number of tokens in which each feature is active [F].
+    """Changes ``weights``, ``m`` and ``v``.
+
+    Returns the gradient at the encoder's input, summed over tokens [d], and the number of tokens in which each feature
+    is active [F].
     """
     W_enc, _, W_dec = weights
     gradients = list(topk_gradients(x, g, values, indices, W_dec))

@@ -61,15 +61,15 @@ def train_sae(
     """Train a TopK SAE on the tokens ``x`` [T, d] (see :func:`fastfg.residuals`). Returns the SAE and its report.
 
     Adam minimises the squared error, with unit-norm dictionary rows and a learning rate that is warmed up and cooled
-    down. The part of a row's gradient along the row is removed. Sums are in a fixed order, so on a CPU the result does
-    not depend on timing. Training runs in float32, regardless of the dtype of ``x``, torch's default dtype and device, and autocast.
+    down. The part of a row's gradient along the row is removed. Training runs in float32, regardless of the dtype of
+    ``x``, torch's default dtype and device, and autocast.
 
     ``revivals`` times in the first half of training, each feature that has not fired since the last time is
     reinitialised from the error of a token, drawn in proportion to its squared error (Bricken et al. 2023). Its encoder
     gets the average norm of the other encoders, because TopK would never choose a feature with a shorter one.
 
-    ``k_aux`` adds the auxiliary loss AuxK of Gao et al. 2024 (see :class:`fastfg.sae.topk_step.TopKStep`): dead features
-    learn from what the others leave over.
+    ``k_aux`` adds the auxiliary loss AuxK of Gao et al. 2024, in which dead features reconstruct what the others leave
+    over; :class:`fastfg.sae.topk_step.TopKStep` defines it.
 
     Args:
         x: [T, d] floating and finite, at least one batch of training tokens that are not all the same.
@@ -81,7 +81,7 @@ def train_sae(
         held_out: the share of tokens, the LAST of ``x``, that is kept for the report. Do not split the tokens of an
             image between the two parts.
         revivals: how often dead features are revived; 0 is never.
-        k_aux: dead features per token of the auxiliary loss; 0 leaves it out. Gao et al. take a power of two near d / 2.
+        k_aux: dead features per token of the auxiliary loss; 0 leaves it out. Gao et al. use a power of two near d / 2.
         dead_after: for ``k_aux``: a feature is dead if it was active for none of this number of training tokens.
         seed: seed of the initialisation and of the order of tokens.
         progress: called with (steps done, total steps).

@@ -1,11 +1,11 @@
 """One Adam step of a TopK SAE from its sparse codes: the gradients and the update of each feature in one visit.
 
-The (token, feature) pairs are sorted by feature. Each program processes FEATURES features, one after the other: it reads
-BLOCK_P of a feature's pairs at a time, sums the gradients of its encoder and decoder rows in registers, and updates both
-rows. No gradient [F, d] is stored. The order of the sums is fixed.
+The (token, feature) pairs are sorted by feature. Each program processes FEATURES features, one after the other: it
+reads BLOCK_P of a feature's pairs at a time, sums the gradients of its encoder and decoder rows in registers, and
+updates both rows. No gradient [F, d] is stored. The order of the sums is fixed.
 
-Operations: ``6 P d`` for P pairs. Bytes: six arrays [F, d] read and written, and ``2 P d`` elements of the gradients and
-tokens, which come from the cache if [T, d] fits there.
+Operations: ``6 P d`` for P pairs. Bytes: six arrays [F, d] read and written, and ``2 P d`` elements of the gradients
+and tokens, which come from the cache if [T, d] fits there.
 """
 
 from __future__ import annotations
@@ -122,8 +122,10 @@ def adam_topk(
     step: int,
     unit_norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Changes ``weights``, ``m`` and ``v``. Returns the gradient at the input, summed over tokens [d], and the number of
-    tokens in which each feature is active [F]. All numbers are float32.
+    """Changes ``weights``, ``m`` and ``v``; all numbers are float32.
+
+    Returns the gradient at the input, summed over tokens [d], and the number of tokens in which each feature is active
+    [F]. Pairs with an index outside of [0, F) are left out.
     """
     (T, d), K, F = x.shape, values.shape[1], len(weights[1])
     J = 0 if aux_values is None else aux_values.shape[1]

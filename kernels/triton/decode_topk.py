@@ -1,7 +1,7 @@
 """``x_hat_t = sum_k f_tk W_dec[k] + b_dec`` over the K active features of a token.
 
-Each program computes one tile of columns of one token: it gathers BLOCK_K rows of ``W_dec`` at a time and adds them up. An
-index out of range is not read: the token's reconstruction is NaN.
+Each program computes one tile of columns of one token: it gathers BLOCK_K rows of ``W_dec`` at a time and adds them
+up. An index out of range is not read: the token's reconstruction is NaN.
 
 Operations: ``2 T K d``. Bytes: ``T K d`` elements of ``W_dec``, and little else, as for ``project``.
 """

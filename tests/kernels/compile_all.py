@@ -23,7 +23,17 @@ from typing import NamedTuple
 
 import torch
 import triton
-from fastfg.kernels import adam_topk, decode_topk, encode_project, encode_topk, gate, gated_relevancy, project, relevancy, tuning
+from fastfg.kernels import (
+    adam_topk,
+    decode_topk,
+    encode_project,
+    encode_topk,
+    gate,
+    gated_relevancy,
+    project,
+    relevancy,
+    tuning,
+)
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -206,7 +216,8 @@ def run_gated_relevancy(dtype: torch.dtype, C: int, P: int) -> None:
 
 
 def run_adam_topk(x: torch.Tensor, W_dec: torch.Tensor, indices: torch.Tensor) -> None:
-    codes, state = (W_dec[: len(x), : indices.shape[1]].contiguous(), indices), [W_dec.mT, W_dec[:, 0].contiguous(), W_dec]
+    codes = (W_dec[: len(x), : indices.shape[1]].contiguous(), indices)
+    state = [W_dec.mT, W_dec[:, 0].contiguous(), W_dec]
     for aux in ((None, None, None), (x, *codes)):
         adam_topk.adam_topk(x, x, *codes, *aux, state, state, state, 1e-3, 0.9, 0.999, 1e-8, 2, True)
 
