@@ -5,10 +5,10 @@
     python -m bench.train_sae --memory             also the peak memory of a step, beside its floor
     python -m bench.train_sae --results DIR        also append lines to DIR/<device>/train_sae.jsonl
 
-The dense trainer keeps the codes in an array [T, F], so it has six dense products per step. It has the same loss with the
-same AuxK, whose dead features it compacts too, and PyTorch's fused Adam. Both start from the same weights and see the same
-tokens. For the times, a tenth of the features are dead: their biases are low, so that they are active in AuxK alone.
-Wall times depend on what else the machine runs; ratios of processor times depend on it less. Set
+The dense trainer keeps the codes in an array [T, F], so it has six dense products per step. It has the same loss with
+the same AuxK, whose dead features it compacts too, and PyTorch's fused Adam. Both start from the same weights and see
+the same tokens. For the times, a tenth of the features are dead: their biases are low, so that they are active in AuxK
+alone. Wall times depend on what else the machine runs; ratios of processor times depend on it less. Set
 OMP_WAIT_POLICY=passive on a machine that runs other programs: else threads that wait count as work.
 """
 

@@ -15,9 +15,9 @@ class TopKStep:
     """The weights of a TopK SAE with their Adam moments, and the step that trains them.
 
     The loss is ``mean_t |x_t - x_hat_t|^2``. With ``k_aux`` it has a second term from Gao et al. 2024 (AuxK), which
-    keeps dead features from staying dead: ``mean_t |e_t - e_hat_t|^2 / 32``. Here ``e = x - x_hat`` without a gradient, and
-    ``e_hat`` is its reconstruction from the ``k_aux`` dead features with the largest pre-activations, after ReLU and
-    without ``b_dec``. A feature is dead if it was active for none of the last ``dead_after`` tokens.
+    keeps dead features from staying dead: ``mean_t |e_t - e_hat_t|^2 / 32``. Here ``e = x - x_hat`` without a gradient,
+    and ``e_hat`` is its reconstruction from the ``k_aux`` dead features with the largest pre-activations, after ReLU
+    and without ``b_dec``. A feature is dead if it was active for none of the last ``dead_after`` tokens.
 
     No gradient [F, d] and no array [T, F] or [T, K, d] is stored. Memory beside the tokens: the weights, twice as much
     for the moments, and for AuxK a copy of the dead features' weights.
