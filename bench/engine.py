@@ -188,14 +188,14 @@ def srg_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any]:
         fastfg.evaluate, model, images, maps, metrics=[*METRICS["all"], "srg"], srg={"patches_per_step": 4}, **common
     )
     run = [evaluated().forwards["run"] for evaluated in (three, four)]  # warm
-    seconds = [[seconds_of(three, images), seconds_of(four, images)] for _ in range(rounds)]
-    ratios = [with_srg / without for without, with_srg in seconds]
+    times = [[timed(three, images), timed(four, images)] for _ in range(rounds)]
+    (wall, wall_with), (busy, busy_with) = by_run(times)
     return {
         "forwards": run,
         "forwards_ratio": run[1] / run[0],
-        "seconds_an_image": statistics.median(b for _, b in seconds) / len(images),
-        "time_ratio": statistics.median(ratios),
-        "time_ratios": ratios,
+        "seconds_an_image": statistics.median(wall_with) / len(images),
+        "time_ratio": median_ratio(wall_with, wall),
+        "processor_time": median_ratio(busy_with, busy),
     }
 
 
@@ -209,13 +209,8 @@ def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any
     def curve(baseline: str) -> None:
         fastfg.evaluate(model, images, maps, target=1, metrics=["pixel_flipping"], baseline=baseline)
 
-    seconds: dict[str, list[float]] = {"mean": [], "removed": []}
-    busy: dict[str, list[float]] = {"mean": [], "removed": []}  # processor time: other programs change it less
-    for _ in range(rounds):
-        for baseline, times in seconds.items():
-            start = time.process_time()
-            times.append(seconds_of(partial(curve, baseline), images))
-            busy[baseline].append(time.process_time() - start)
+    times = [[timed(partial(curve, baseline), images) for baseline in ("mean", "removed")] for _ in range(rounds)]
+    (wall, wall_removed), (busy, busy_removed) = by_run(times)
     filled, _, operations = counted(model, images)
     with hold(model, adapter.flags):
         removal = Removal(adapter)
@@ -223,14 +218,25 @@ def removed_cost(model: nn.Module, images: Tensor, rounds: int) -> dict[str, Any
         view, masks = torch.zeros(1, dtype=torch.long, device=images.device), torch.arange(P, device=images.device)
         left = range(P, 0, -max(1, P // 7))  # a quadratic in the length: a few are enough
         work = [flops(removal.run, removal.inputs(prepared, view, (masks >= n)[None], n)) for n in left]
-    median = {baseline: statistics.median(times) for baseline, times in seconds.items()}
     return {
-        "filled": median["mean"],
-        "ours": median["removed"],
-        "time": median_ratio(seconds["removed"], seconds["mean"]),
-        "processor_time": median_ratio(busy["removed"], busy["mean"]),
+        "filled": statistics.median(wall),
+        "ours": statistics.median(wall_removed),
+        "time": median_ratio(wall_removed, wall),
+        "processor_time": median_ratio(busy_removed, busy),
         "work": statistics.mean(work) / (filled * operations),
     }
+
+
+def timed(run: Any, like: Tensor) -> tuple[float, float]:
+    """Seconds, and seconds of the processor, which other programs change less."""
+    busy = time.process_time()
+    return seconds_of(run, like), time.process_time() - busy
+
+
+def by_run(times: list[list[tuple[float, float]]]) -> tuple[list[list[float]], list[list[float]]]:
+    """The seconds of each run over all rounds, and those of the processor."""
+    wall, busy = ([[times_of[i] for times_of in run] for run in zip(*times, strict=True)] for i in (0, 1))
+    return wall, busy
 
 
 def median_ratio(some: list[float], others: list[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ def check_images(images: Any, in_chans: int | None, parameter: Tensor | None) ->
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         raise ValueError(f"images: expected finite pixels, got NaN or infinity in image(s) {bad[:8]}")
+
+
+def check_seed(seed: Any) -> None:
+    """Require an integer: 1.0 would draw other numbers than 1."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
 
 
 def check_target(adapter: Adapter | None, target: Target) -> Target:

@@ -106,6 +106,11 @@ class Target:
 
     needs_logits = True
 
+    @property
+    def may_read_patches(self) -> bool:
+        """Whether it finds its numbers in the model's output by a function, which may read any token."""
+        return self.output is not None
+
     def bound(self, output: Select) -> Target:
         """This target, which finds the logits by ``output`` if it has no function of its own."""
         return self._with(output=output) if self.output is None else self
@@ -236,6 +241,7 @@ class Function(Target):
 
     needs_logits = False
     has_largest = False
+    may_read_patches = True
 
     def __init__(self, function: TargetFunction) -> None:
         super().__init__(link=None)
@@ -270,24 +276,6 @@ class Function(Target):
     def read_kept(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = kept[:, 0].double()
         return value, value, torch.full_like(value, torch.nan)
-
-    def check_row_by_row(self, output: Any, n: int) -> None:
-        """Raise ValueError where the function does more than look at each of the ``n`` rows of ``output`` alone.
-
-        Evaluation calls it with rows of many images in any number and order, so it can't hold one value per image.
-        """
-        value = self.value(output, n)
-        order = [*range(n - 1, -1, -1), 0]
-        other = map_tensors(output, lambda t: t[order] if t.ndim and len(t) == n else t)
-        try:
-            again = self.value(other, len(order))
-        except Exception as error:  # whatever the user's function raises for another number of rows
-            raise ValueError(f"target: expected a function that takes any number of rows, got {error}") from error
-        if not torch.allclose(again, value[order], rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                "target: expected a function of each row of the output alone, got one whose value for an image "
-                "depends on the other rows or on their order"
-            )
 
 
 TargetLike = int | Sequence[int] | Tensor | TargetFunction | Target | None

@@ -86,7 +86,7 @@ class Gate:
         if self.shuffle_seed is not None and self.score != "combined":
             raise ValueError(f"shuffle_seed: expected None with score={self.score!r}, got {self.shuffle_seed}")
         for name in ("rescale", "blurred"):
-            if getattr(self, name) not in (True, False):
+            if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.rescale and self.score in ("gradient_x_residual", "sae_error"):
             why = "has no SAE" if not self.needs_sae else "is at the residual stream's own scale"
@@ -104,11 +104,19 @@ class Gate:
         >>> list(fastfg.Gate((2, 3)).shuffled(range(3)))
         ['shuffled 0', 'shuffled 1', 'shuffled 2']
         """
-        return {f"{name} {seed}": replace(self, shuffle_seed=seed) for seed in integers("seeds", seeds)}
+        return {f"{name} {seed}": replace(self, shuffle_seed=seed) for seed in _seeds(seeds)}
 
     def permuted(self, seeds: Iterable[int], name: str = "permuted") -> dict[str, Gate]:
         """This gate with its values on permuted patches, one permutation per seed: {"permuted 0": Gate, ...}."""
-        return {f"{name} {seed}": replace(self, permute_seed=seed) for seed in integers("seeds", seeds)}
+        return {f"{name} {seed}": replace(self, permute_seed=seed) for seed in _seeds(seeds)}
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    """``given`` as ints. Raises ValueError for one that is there twice, as one variant would replace the other."""
+    seeds = integers("seeds", given)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected each seed once, got {list(seeds)}")
+    return seeds
 
 
 def integers(name: str, value: Any) -> tuple[int, ...]:

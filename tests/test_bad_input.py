@@ -71,12 +71,22 @@ def test_gate(options, parts):
         ({"layers": True}, ("layers: expected integers", "got True")),
         ({"layers": (1, True)}, ("layers: expected integers", "got (1, True)")),
         ({"layers": "23"}, ("layers: expected integers", "got '23'")),
+        ({"blurred": 1}, ("blurred: expected True or False", "got 1")),
+        ({"rescale": 1}, ("rescale: expected True or False", "got 1")),
         ({"shuffle_seed": 1.5}, ("shuffle_seed: expected integers", "got [1.5]")),
     ],
 )
 def test_gate_arguments_of_the_wrong_type(options, parts):
     with refuses(TypeError, *parts):
         fastfg.Gate(**({"layers": (2, 3)} | options))
+
+
+@pytest.mark.parametrize("seed", [1.0, True, "1", None])
+def test_seeds(model, images, seed):
+    with refuses(TypeError, "seed: expected an int", f"got {seed!r}"):
+        fastfg.attribute(model, images, seed=seed)
+    with refuses(TypeError, "seed: expected an int", f"got {seed!r}"):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=0, seed=seed)
 
 
 def test_missing_layers(model, images, saes):

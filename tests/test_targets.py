@@ -169,8 +169,8 @@ def test_a_function_gets_the_models_own_output(images):
     assert scores.path == expected.path == "tokens"
 
 
-def test_a_function_that_reads_tokens_is_judged_on_the_pixels(images):
-    """The tokens path does not compute the last block where the head does not read it."""
+def test_a_function_may_read_tokens(images):
+    """The tokens path then computes the last block for all of them."""
     pytest.importorskip("transformers")
     model = build("transformers ViT").double()
     images, maps = images[..., :32], torch.rand(3, 4, 4)
@@ -183,7 +183,7 @@ def test_a_function_that_reads_tokens_is_judged_on_the_pixels(images):
         return outputs.hidden_states[-1][:, 1:].square().mean((1, 2))
 
     found = fastfg.evaluate(model, images, maps, target=patches, **FLIP)
-    assert found.path.startswith("pixels")
+    assert found.path == "tokens"
     expected = fastfg.evaluate(lambda x: model(x), images, maps, target=patches, **FLIP)
     torch.testing.assert_close(found["pixel_flipping"], expected["pixel_flipping"], rtol=1e-9, atol=0)
 
@@ -279,3 +279,10 @@ def test_impact_max_needs_probabilities(model, images):
     for target in (fastfg.Target(3, minus=1), fastfg.Target(3, link=None), fastfg.Target.similarity(torch.ones(5))):
         with pytest.raises(ValueError, match="saco: expected impact='target' for a target without probabilities"):
             fastfg.evaluate(model, images, MAPS, target=target, saco={"impact": "max"})
+
+
+def test_a_function_of_other_rows_is_refused_for_one_image_too(model, images):
+    with pytest.raises(ValueError, match="target: expected a function of each row of the output alone"):
+        fastfg.evaluate(model, images[:1], MAPS[:1], target=lambda o: o[:, 2] - o[:, 2].mean(), **FLIP)
+    fine = fastfg.evaluate(model, images[:1], MAPS[:1], target=lambda o: o[:, 2] - o.mean(1), **FLIP)
+    assert fine.errors == []

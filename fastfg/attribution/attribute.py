@@ -18,9 +18,9 @@ from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods, explain
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
-from fastfg.checks import check_gates, check_images, check_saes, check_target
+from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target
 from fastfg.models import Adapter, adapt
-from fastfg.models.first_rows import FirstRows, Unsuited, first_rows
+from fastfg.models.first_rows import FirstRows, first_rows
 from fastfg.models.hold import hold
 from fastfg.perturb.masks import PatchGrid
 from fastfg.reference.relevancy import IDENTITIES
@@ -87,6 +87,7 @@ def attribute(
     adapter = adapt(model)
     explained = check_target(adapter, as_target(target))
     chosen = choose_methods(methods, options)
+    check_seed(seed)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
     _check(adapter, images, saes, configs, identity, features)
     single = not isinstance(gate, Sequence)
@@ -110,8 +111,11 @@ def attribute(
         rows = None if callable(target) else first_rows(adapter, n_tokens, layers)
         try:
             capture, explained, y, seen = _forward(Capture(*captured), images.detach(), explained, rows)
-        except Unsuited:
+        except Exception:
+            if rows is None or not rows.in_doubt:
+                raise
             capture, explained, y, seen = _forward(Capture(*captured), images.detach(), explained, None)
+            rows.give_up()
         with named_errors(capture.name):
             gradient = capture.backward(y.sum())
 
@@ -127,18 +131,24 @@ def _forward(
     capture: Capture, images: Tensor, target: Target, rows: FirstRows | None
 ) -> tuple[Capture, Target, Tensor, Any]:
     """The captured forward pass, the resolved target, its value per image [B], and the logits (or the output)."""
-    B = len(images)
+    B, adapter = len(images), capture.adapter
     given = images if capture.root is None else capture.root
     with rows or nullcontext():
         with named_errors(capture.name), capture:
-            output = capture.adapter.forward(given.clone())  # it may write into them
+            output = adapter.forward(given.clone())  # it may write into them
         if isinstance(target, Function):
             return capture, target, target.value(output, B), output
         logits = target.source(output, B)
-        if rows is not None:
-            rows.check(logits)
-        target = target.of(logits.detach())
-        return capture, target, target.value(output, B), logits
+        resolved = target.of(logits.detach())
+        value = resolved.value(output, B)
+
+    def in_full() -> Tensor:
+        with torch.no_grad():
+            return target.source(adapter.forward(images.clone()), B)
+
+    if rows is not None:
+        rows.check(logits, in_full)
+    return capture, resolved, value, logits
 
 
 def _with_vanilla(configs: list[Gate | None]) -> list[Gate | None]:

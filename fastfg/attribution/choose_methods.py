@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,9 @@ class Explained(NamedTuple):
 
 
 def methods_by_name(methods: Methods) -> dict[str, Any]:
-    """{name: method}. Raises TypeError or ValueError if the names are not distinct texts."""
+    """{name: method}. Raises TypeError or ValueError if they are not distinct names."""
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise TypeError(f"methods: expected a list of names among {METHODS}, or {{name: method}}, got {methods!r}")
     names = list(methods)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:

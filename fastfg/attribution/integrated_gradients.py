@@ -38,7 +38,7 @@ def integrated_gradients(
         keys, seed: what the ``noise`` baseline depends on.
         steps: at least 1.
         baseline: the image where the path starts: ``zero`` (0 in the model's own input, the mean colour for most
-            models, and Captum's default), or another baseline of :func:`fastfg.evaluate`.
+            models, and Captum's default), another baseline of :func:`fastfg.evaluate`, or images [B, C, H, W].
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"integrated_gradients.steps: expected an int >= 1, got {steps!r}")
@@ -60,6 +60,11 @@ def _starts(
     adapter: Adapter, images: Tensor, grid: PatchGrid, keys: list[str], seed: int, baseline: Baseline
 ) -> Tensor:
     """The baseline images [B, C, H, W]."""
+    if isinstance(baseline, Tensor) and baseline.ndim == 4:
+        if baseline.shape != images.shape or not bool(baseline.isfinite().all()):
+            got = "NaN or infinity" if baseline.shape == images.shape else str(list(baseline.shape))
+            raise ValueError(f"integrated_gradients.baseline: expected finite images {list(images.shape)}, got {got}")
+        return baseline.detach().to(images)
     mean, std = adapter.pixel_mean, adapter.pixel_std
     check_baseline(baseline, len(images), images.shape[1], bool(mean and std))
     fills = [

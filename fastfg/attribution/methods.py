@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def grad_cam_layer(adapter: Adapter, n_tokens: int, layer: int | None = None) ->
     This is the last block if the head reads patches. If the head reads prefix tokens alone, it does not depend on the
     patches of the last block's output, and their gradient is 0; then it is the block before.
 
-    Raises ValueError for a model that has no such block, and for a ``layer`` that is not one of the blocks up to it.
+    Raises ValueError for a model that has no such block, and for a ``layer`` that is not one of the blocks up to it;
+    TypeError for one that is no int.
     """
     L, n_prefix = len(adapter.blocks), adapter.num_prefix_tokens
     reads_patches = not adapter.pooled or bool(
@@ -93,6 +95,9 @@ def grad_cam_layer(adapter: Adapter, n_tokens: int, layer: int | None = None) ->
         raise ValueError("grad_cam: expected a model of at least two blocks, as its head reads no patches, got one")
     if layer is None:
         return last
+    if isinstance(layer, bool) or not isinstance(layer, Integral):
+        raise TypeError(f"grad_cam.layer: expected a block, an int from 0 to {last}, or None, got {layer!r}")
+    layer = int(layer)
     check_layers("grad_cam.layer", [layer], L)
     if layer > last:
         raise ValueError(

@@ -47,6 +47,12 @@ class PatchScores:
             scores = scores * self.normalized.scale.squeeze(-1)
         return scores.reshape(self.shape)
 
+    def is_orthogonal(self) -> bool:
+        """Whether ``g . x`` is 0 up to rounding at every patch: compared with ``|g| |x|``."""
+        eps = torch.finfo(self.x.dtype).eps
+        largest = (self.g.norm(dim=-1) * self.x.norm(dim=-1)).amax()
+        return bool((self.g * self.x).sum(-1).abs().amax() <= max(1e-4, min(1e3 * eps, 1e-2)) * largest)
+
     def features(self, gate: Gate, n: int) -> Features:
         """The ``n`` features of each patch that contribute most to eq. 3, by absolute value: [B, P, n]."""
         parts = [_strongest(n, *terms) for terms in self._terms(gate)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +17,8 @@ from fastfg.models import Adapter
 from fastfg.reference.relevancy import pooling_row
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Features, Gate
+
+log = logging.getLogger("fastfg")
 
 
 class RelevancyPass:
@@ -114,6 +118,8 @@ class RelevancyPass:
             kind = (config.score, config.shuffle_seed, config.rescale)
             if kind not in known:
                 known[kind] = source.score(config).to(dtype)
+                if config.score == "gradient_x_residual" and source.is_orthogonal():
+                    _warn_of_rounding(block)
             scores.append(known[kind])
             w = ops.gate(known[kind], config.kappa, config.c_max, backend=self.backend)
             if config.permute_seed is not None:
@@ -174,3 +180,13 @@ def over_all_tokens(row: Tensor, n_tokens: int, n_prefix: int) -> Tensor:
 def _no_features(like: Tensor, n: int) -> Features:
     indices = torch.full((*like.shape, n), -1, dtype=torch.int64, device=like.device)
     return Features(indices, torch.zeros(indices.shape, dtype=like.dtype, device=like.device))
+
+
+@functools.cache
+def _warn_of_rounding(block: int) -> None:
+    """Said once per block."""
+    log.warning(
+        "the score gradient_x_residual is 0 up to rounding at block %d: the gradient is orthogonal to the residual, as "
+        "where tokens are read only through a LayerNorm. Its gate is noise: gate an earlier block",
+        block,
+    )

@@ -51,6 +51,16 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+class EachOnce(argparse.Action):
+    """Takes values none of which is given twice."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        twice = next((value for n, value in enumerate(values) if value in values[:n]), None)
+        if twice is not None:
+            raise argparse.ArgumentError(self, f"expected each name once, got {twice!r} twice")
+        setattr(namespace, self.dest, values)
+
+
 def file_or_folder(text: str) -> Path:
     """Argument type: the path of a file or folder. An empty text would mean the current folder."""
     if not text:

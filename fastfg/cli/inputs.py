@@ -126,6 +126,7 @@ class Inputs:
         self.saes = self._saes(arguments.saes)
         self.target, self.batch_size = arguments.target, arguments.batch_size
         self.paths, self.out = found.paths, arguments.out
+        self.masks: dict[Path, Path] | None = None  # {image: its mask}, if the batches are to have masks
         claim(self.out, arguments.command, _settings(arguments, self.gate))
         self.errors = CSVRows(self.out / "errors.csv", ("path", "error"))
         self.windows = CSVRows(self.out / "windows.csv", ("path", "key", "low", "high"))
@@ -154,8 +155,8 @@ class Inputs:
 
         Raises ValueError at the end if no image could be read.
         """
-        done = 0
-        for batch in batches(self.paths, preprocessing(self.model), self.batch_size, window=self.window, **self.limits):
+        done, options = 0, {"window": self.window, "masks": self.masks, "keep_without_mask": True, **self.limits}
+        for batch in batches(self.paths, preprocessing(self.model), self.batch_size, **options):
             self._skip(batch.errors)
             self.windows.add(
                 (path_text(path), image_key(image), *window)
@@ -170,6 +171,13 @@ class Inputs:
         if not self.read:
             why = f"{self.errors.count} skipped" if self.errors.count else "no file there"
             raise ValueError(f"IMAGE: expected at least one readable image, got none ({why})")
+
+    def leave_out(self, folder: Path, reason: str) -> None:
+        """Do not read images in ``folder``."""
+        root = folder.resolve()
+        inside = {path for path in self.paths if root in path.resolve().parents}
+        self._skip(FileError(path, reason) for path in self.paths if path in inside)
+        self.paths = [path for path in self.paths if path not in inside]
 
     def _skip(self, errors: Iterable[FileError]) -> None:
         self.errors.add((path_text(error.path), error.message) for error in errors)

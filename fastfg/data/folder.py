@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     """Images [b, C, H, W] with one path and one window per image, and the errors of unreadable files between them.
 
     A window is (low, high) for an image with more than 8 bits, and None for other images. ``masks`` [b, H, W] are
-    there if they were asked for.
+    there if they were asked for; ``mask_errors`` then say why an image has no mask, or None.
     """
 
     paths: list[Path]
@@ -54,6 +54,7 @@ class Batch(NamedTuple):
     errors: list[FileError]
     windows: list[Window | None]
     masks: Tensor | None = None
+    mask_errors: Sequence[str | None] = ()
 
 
 def find_images(paths: Iterable[Path]) -> Found:
@@ -94,6 +95,7 @@ def batches(
     max_aspect: float = MAX_ASPECT,
     masks: Mapping[Path, Path] | None = None,
     label: int | Sequence[int] | None = None,
+    keep_without_mask: bool = False,
 ) -> Iterator[Batch]:
     """Read the images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
 
@@ -104,6 +106,7 @@ def batches(
         window, max_pixels, max_aspect: see :func:`read_image`.
         masks: {image file: file of its mask}, read by :func:`read_mask` with ``label``. An image without a mask that
             can be read is among the errors.
+        keep_without_mask: keep such an image, with an empty mask and the reason in ``mask_errors``.
 
     Raises ValueError for arguments that are out of range.
     """
@@ -112,16 +115,15 @@ def batches(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     batch = Batch([], torch.empty(0), [], [])
     images: list[Tensor] = []
-    read_masks: list[Tensor] = []
+    read_masks: list[tuple[Tensor, str | None]] = []
     for path in paths:
         try:
             picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
             image = transform(picture.image)
             if masks is not None:
-                mask, own = _mask_of(path, masks), picture.image.size
-                read_masks.append(
-                    read_mask(mask, transform, own, label=label, max_pixels=max_pixels, max_aspect=max_aspect)
-                )
+                options = {"label": label, "max_pixels": max_pixels, "max_aspect": max_aspect}
+                empty = torch.zeros(image.shape[-2:]) if keep_without_mask else None
+                read_masks.append(_mask_of(path, masks, transform, picture.image.size, options, empty))
             images.append(image)
         except Exception as error:  # for damaged files, decoders can raise anything; the error is reported
             batch.errors.append(FileError(path, f"{type(error).__name__}: {error}"))
@@ -135,17 +137,32 @@ def batches(
         yield _stacked(batch, images, read_masks)
 
 
-def _stacked(batch: Batch, images: Sequence[Tensor], masks: Sequence[Tensor]) -> Batch:
+def _stacked(batch: Batch, images: Sequence[Tensor], masks: Sequence[tuple[Tensor, str | None]]) -> Batch:
     """``batch`` with its images, if there are any, and their masks."""
     if images:
         batch = batch._replace(images=torch.stack(list(images)))
-    return batch._replace(masks=torch.stack(list(masks))) if masks else batch
+    if not masks:
+        return batch
+    return batch._replace(masks=torch.stack([mask for mask, _ in masks]), mask_errors=[why for _, why in masks])
 
 
-def _mask_of(path: Path, masks: Mapping[Path, Path]) -> Path:
-    if path not in masks:
-        raise ValueError("masks: expected a file for this image, got none")
-    return masks[path]
+def _mask_of(
+    path: Path,
+    masks: Mapping[Path, Path],
+    transform: Transform,
+    size: tuple[int, int],
+    options: Mapping[str, Any],
+    empty: Tensor | None,
+) -> tuple[Tensor, str | None]:
+    """The mask [H, W] of an image. If it can't be read and there is an ``empty`` one, that one and the reason."""
+    try:
+        if path not in masks:
+            raise ValueError("masks: expected a file for this image, got none")
+        return read_mask(masks[path], transform, size, **options), None
+    except Exception as error:  # as for images
+        if empty is None:
+            raise
+        return empty, f"{type(error).__name__}: {error}"
 
 
 def path_text(path: Path) -> str:

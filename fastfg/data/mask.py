@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_frames, check_limits, check_size, opened
 
+RANDOM = re.compile("Rand|Jitter|AugMix|AutoAugment|TrivialAugment|Elastic")  # in names of random transforms
 LINEAR = 3 / 255  # three steps of 8 bits: a transform's resize and rounding may add this much
 
 
@@ -43,7 +46,8 @@ def read_mask(
         label: the value of the object, or several.
         max_pixels, max_aspect: see :func:`read_image`.
 
-    Raises ValueError for a file that these rules refuse, for another size than the image's, and for a transform that
+    Raises ValueError for a file that these rules refuse, for another size than the image's, for a transform that draws
+    random numbers (a random crop or flip), which would not give the mask the geometry of the image, and for one that
     does not map brightness linearly (a posterise, a histogram equalisation), through which a mask can't be followed.
 
     >>> import tempfile, torch, numpy as np
@@ -70,9 +74,10 @@ def read_mask(
         )
     inside = values > 0 if label is None else np.isin(values, label)
     drawn = np.where(inside, 255, 0).astype(np.uint8)
-    black, grey, white, mask = (
+    mask = _transformed(transform, Image.fromarray(drawn).convert("RGB")).double()
+    black, grey, white = (
         transform(Image.fromarray(pixels).convert("RGB")).double()
-        for pixels in (np.zeros_like(drawn), np.full_like(drawn, 128), np.full_like(drawn, 255), drawn)
+        for pixels in (np.zeros_like(drawn), np.full_like(drawn, 128), np.full_like(drawn, 255))
     )
     span = white - black
     covered = span != 0  # elsewhere the transform has padded
@@ -83,6 +88,50 @@ def read_mask(
             "transform: expected one that maps brightness linearly, as a mask goes through it, got another"
         )
     return torch.where(covered, (mask - black) / scale, 0.0).mean(0).clamp(0, 1).float()
+
+
+def _transformed(transform: Callable[[Image.Image], Tensor], drawn: Image.Image) -> Tensor:
+    """``transform(drawn)``. Raises ValueError for a transform that draws random numbers."""
+    first = transform(drawn.copy())
+    for _ in range(3):  # another thread may draw random numbers at the same time
+        before = _random_states()
+        again = transform(drawn.copy())
+        same = first.shape == again.shape and torch.equal(first, again)
+        if same and _random_states() == before:
+            return first
+        if not same:
+            break
+    names = ", ".join(_random_parts(transform)) or "one that draws random numbers"
+    raise ValueError(
+        "transform: expected one without random parts, as the mask must get the geometry of the image, got " + names
+    )
+
+
+def _random_states() -> tuple[Any, ...]:
+    """The states of the generators that transforms draw from."""
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = state
+    return random.getstate(), name, keys.tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+
+
+def _random_parts(transform: Any) -> list[str]:
+    """Names such as ``RandomResizedCrop`` of the classes in ``transform``: its parts, and what its functions hold."""
+    names: list[str] = []
+    left: list[Any] = [transform]
+    seen: set[int] = set()
+    while left:
+        part = left.pop(0)
+        if id(part) in seen or isinstance(part, type) or not (callable(part) or isinstance(part, (list, tuple, dict))):
+            continue
+        seen.add(id(part))
+        if RANDOM.search(type(part).__name__):
+            names.append(type(part).__name__)
+        if isinstance(part, (list, tuple, dict)):
+            left += part.values() if isinstance(part, dict) else part
+        else:
+            left += getattr(part, "__dict__", {}).values()
+            left += [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
+    return list(dict.fromkeys(names))
 
 
 def _values(path: Path, max_pixels: int, max_aspect: float) -> np.ndarray:

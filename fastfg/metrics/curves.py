@@ -11,7 +11,7 @@ one step earlier. An area is divided by the length of its axis, so it is the mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,8 @@ class AreaMetric(CurveMetric):
 
 def check_parts(metric: str, name: str, given: Any) -> tuple[float, ...]:
     """``given`` parts of the patches, one or several, as floats. Raises ValueError unless each is between 0 and 1."""
-    parts = [given] if isinstance(given, (int, float)) else list(given)
-    if not parts or not all(isinstance(part, (int, float)) and 0 < part < 1 for part in parts):
+    parts = list(given) if isinstance(given, Iterable) else [given]
+    if not parts or not all(isinstance(part, (int, float)) and part is not True and 0 < part < 1 for part in parts):
         raise ValueError(f"{metric}: expected {name} between 0 and 1, one or several, got {given!r}")
     return tuple(float(part) for part in parts)
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.checks import check_images, check_target
+from fastfg.checks import check_images, check_seed, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.explanations import Explain, Explanations, explaining
 from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
 from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.row_by_row import check_row_by_row
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
@@ -102,6 +103,7 @@ def evaluate(
     >>> fastfg.evaluate(model, images, maps, target=0, saco={"n_bins": 2}, baseline="zero")["saco"]
     tensor([1., 1.], dtype=torch.float64)
     """
+    check_seed(seed)
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     wanted = as_target(target)
     again = explaining(chosen, explain, wanted)
@@ -142,7 +144,7 @@ def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) ->
 
     def keep(output: Any, rows: slice) -> None:
         if isinstance(target, Function):
-            target.check_row_by_row(output, rows.stop - rows.start)
+            check_row_by_row(target, output, rows.stop - rows.start)
         parts.append(target.keep(output, rows.stop - rows.start).clone())  # the model may reuse its output buffer
 
     engine.whole(images, keep)

@@ -53,6 +53,19 @@ def explains_again(metrics: Iterable[str | Metric]) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class ByPlace:
+    """A function that explains, and is also told which of the evaluated images each one comes from.
+
+    Two images may have the same pixels and different keys, so the pixels alone do not say it.
+    """
+
+    function: Callable[[Any, Tensor, Any, list[int]], Tensor | Sequence[Tensor | None]]
+
+    def __call__(self, model: Any, images: Tensor, target: Any, places: list[int]) -> Tensor | Sequence[Tensor | None]:
+        return self.function(model, images, target, places)
+
+
 class _Map(NamedTuple):
     """One map to make. Metrics that need the same one share it; those of one ``redrawn`` are made together."""
 
@@ -83,7 +96,7 @@ class Explanations:
         batch_size: the most images per call of ``explain``; None: 8 on the CPU and 64 on a GPU, at most.
     """
 
-    explain: Explain
+    explain: Explain | ByPlace
     model: Any
     subjects: Images
     seen: Unperturbed
@@ -182,7 +195,7 @@ class Explanations:
         def work(rows: slice) -> None:
             batch = keys[rows]
             images = torch.stack([self._image(key, metrics) for key in batch])
-            made, missing = self._explain(model, images, self._targets(batch))
+            made, missing = self._explain(model, images, self._targets(batch), [key.image for key in batch])
             self.explained += len(batch)
             for k, key in enumerate(batch):
                 for total, of, of_these in wanted[key]:
@@ -209,13 +222,16 @@ class Explanations:
             target = Target(classes, link=target.link, output=target.output)
         return as_given(self.given, target)
 
-    def _explain(self, model: Any, images: Tensor, target: Any) -> tuple[Tensor, set[int]]:
+    def _explain(self, model: Any, images: Tensor, target: Any, places: list[int]) -> tuple[Tensor, set[int]]:
         """The maps [C, b, P] that ``explain`` makes, float64 on the CPU, and those of the C that it can't make."""
         gh, gw = self.subjects.grid.gh, self.subjects.grid.gw
         C, b = len(self.maps), len(images)
         shape = [b, gh, gw] if self.single else [C, b, gh, gw]
         with torch.inference_mode(False), torch.enable_grad():
-            maps = self.explain(model, images, target)
+            if isinstance(self.explain, ByPlace):
+                maps = self.explain(model, images, target, places)
+            else:
+                maps = self.explain(model, images, target)
         missing: set[int] = set()
         if isinstance(maps, (list, tuple)):
             missing = {c for c, one in enumerate(maps) if one is None}

@@ -22,7 +22,8 @@ class Infidelity(SubsetMetric):
     ``faithfulness_correlation``, and their forwards are shared.
 
     A map without units, such as relevancy, has any scale. ``scaled`` in the details is the infidelity of the map times
-    ``scale``, the number that makes it smallest: ``scale = sum(a d) / sum(a^2)``.
+    ``scale``, the number that makes it smallest: ``scale = sum(a d) / sum(a^2)``. :func:`fastfg.study.paired` does not
+    test this metric, as each variant has a scale of its own.
 
     Details: ``scale`` [], ``scaled`` [], ``drop`` [n_trials, n_runs] and ``subsets``.
     """
@@ -31,6 +32,7 @@ class Infidelity(SubsetMetric):
     title: ClassVar[str] = "Infidelity"
     short: ClassVar[str] = "Inf"
     higher_is_better: ClassVar[bool] = False
+    depends_on_scale: ClassVar[bool] = True
     value_range: ClassVar[str] = "0 and above, in squared logits"
     cost: ClassVar[str] = "0 beside faithfulness_correlation, else 60, shared by all maps of an image"
     source: ClassVar[str] = "Yeh et al. 2019"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fastfg.metrics.localisation import Localisation
+from fastfg.metrics.metric import ROUNDING
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +51,7 @@ class IoU(Localisation):
         else:
             low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
             least = low + float(self.threshold) * (high - low)
-        above = maps > least
+        rounding = ROUNDING * torch.finfo(torch.float32).eps * maps.abs().amax(1, keepdim=True)
+        above = maps > least + rounding  # a patch at the threshold is not above it, whatever the map's dtype was
         both, either = (above & inside).sum(1), (above | inside).sum(1)
         return both.double() / either, {"n_above": above.sum(1)}

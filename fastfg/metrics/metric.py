@@ -54,6 +54,7 @@ class Metric:
     cost: ClassVar[str] = ""  # forwards per map, beside those that other metrics share
     source: ClassVar[str] = ""
     failings: ClassVar[str] = ""  # what is known to mislead
+    depends_on_scale: ClassVar[bool] = False  # True: a map in other units has another score
     perturbs: ClassVar[bool] = True  # False: no plan has masks, and the model is not run on perturbed images
 
     baseline: Baseline | None = None

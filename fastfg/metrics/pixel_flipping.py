@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.curves import CurveMetric, most_important_first, removal_masks
+from fastfg.metrics.curves import CurveMetric, most_important_first
 from fastfg.metrics.metric import Plan, as_float64
 from fastfg.perturb import PatchGrid, Readings
 
@@ -48,9 +48,7 @@ class PixelFlipping(CurveMetric):
     )
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
-        order = most_important_first(maps)
-        masks = removal_masks(order, self.patches_per_step)
-        return Plan(masks, order=order, patches_per_step=self.patches_per_step)
+        return self._along(most_important_first(maps))
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         return area(readings.prob), {"curve": readings.prob}

@@ -84,7 +84,10 @@ class SubsetMetric(Metric):
         if self.subsets.numel() and (int(self.subsets.min()) < 0 or int(self.subsets.max()) >= P):
             low, high = int(self.subsets.min()), int(self.subsets.max())
             raise ValueError(f"{self.name}: expected subsets of patches 0 to {P - 1}, got {low} to {high}")
-        return self.subsets[:, :, 0]
+        found = self.subsets[:, :, 0]
+        if bool((found.sort(-1).values.diff(dim=-1) == 0).any()):
+            raise ValueError(f"{self.name}: expected subsets of different patches, got one with the same patch twice")
+        return found
 
 
 def without_rounding(summed: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from fastfg.models.adapter import Adapter
 from fastfg.models.hooks import in_this_thread, is_ours
 from fastfg.torch_internals import hooks_of, made_since, saves_elsewhere
 
-_unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that have raised Unsuited
-_stores_nothing: WeakSet[nn.Module] = WeakSet()  # those of models that were searched for stored tokens
+_unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that must run in full
+_suited: WeakSet[nn.Module] = WeakSet()  # those of models whose output was compared
 
 
 class Unsuited(Exception):  # noqa: N818
@@ -59,8 +59,12 @@ class FirstRows(TorchFunctionMode):
     def __init__(self, model: nn.Module, block: nn.Module, n_tokens: int, n_rows: int) -> None:
         super().__init__()
         self.model, self.block, self.n_tokens, self.n_rows = model, block, n_tokens, n_rows
-        self.inside = False
+        self.inside = self.failed = False
         self.held: dict[int, tuple[Tensor, int]] = {}  # by id: the tensor, and its dimension of tokens from the end
+
+    def give_up(self) -> None:
+        """Run the model in full from now on."""
+        _unsuited.add(self.block)
 
     def __enter__(self) -> FirstRows:
         self.handles = [
@@ -73,7 +77,6 @@ class FirstRows(TorchFunctionMode):
         super().__exit__(*exception)
         for handle in self.handles:
             handle.remove()
-        self.held.clear()
 
     def _enter(self, *_: Any) -> None:
         self.inside = True
@@ -107,14 +110,23 @@ class FirstRows(TorchFunctionMode):
         self.attended = out.grad_fn
         return self._hold(out, -2)
 
-    def check(self, output: Tensor) -> None:
-        """Raise :class:`Unsuited` where an ``autograd.Function``, which no mode sees, or the model itself has rows."""
-        if self.held and any(isinstance(node, BackwardCFunction) for node in made_since(self.attended, output.grad_fn)):
+    def check(self, output: Tensor, in_full: Callable[[], Tensor]) -> None:
+        """Raise :class:`Unsuited` if the model has used its tokens otherwise. To be called after the context.
+
+        No mode sees the inside of an ``autograd.Function``, of a scripted function or of ``torch.func``. So the first
+        output of a model is compared with that of the model in full, which ``in_full`` gives.
+        """
+        if self.failed:  # the model has caught the error
+            raise Unsuited
+        if not self.held or self.block in _suited:
+            return
+        if any(isinstance(node, BackwardCFunction) for node in made_since(self.attended, output.grad_fn)):
             raise self.unsuited(BackwardCFunction)
-        if self.block not in _stores_nothing:
-            if any(self._holds(value) for module in self.model.modules() for value in vars(module).values()):
-                raise self.unsuited("an attribute of the model")
-            _stores_nothing.add(self.block)
+        if any(self._holds(value) for module in self.model.modules() for value in vars(module).values()):
+            raise self.unsuited("an attribute of the model")
+        if not _alike(output.detach(), in_full()):
+            raise self.unsuited("another output")
+        _suited.add(self.block)
 
     def _pass_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = RULES.get(func)
@@ -126,9 +138,14 @@ class FirstRows(TorchFunctionMode):
         except TypeError:  # arguments that a rule does not know
             raise self.unsuited(func) from None
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether an error of the model may come from what it was given here."""
+        return self.failed or self.block not in _suited
+
     def unsuited(self, what: Any) -> Unsuited:
-        """The error to raise. The model runs in full from then on."""
-        _unsuited.add(self.block)
+        """The error to raise."""
+        self.failed = True
         return Unsuited(getattr(what, "__name__", what))
 
     # The rules -----------------------------------------------------------------------------------------------
@@ -216,10 +233,18 @@ class FirstRows(TorchFunctionMode):
         return x[:, found] if isinstance(found, int) else x[:, found.start : found.stop : found.step]
 
     def _hook(self, func: Any, x: Tensor, hook: Callable[[Tensor], None]) -> Any:
-        """A hook on the gradient of all tokens; it must not change it."""
+        """A hook of fastfg's own on the gradient of all tokens: it does not change it."""
+        if not str(getattr(hook, "__module__", "")).startswith("fastfg."):
+            raise self.unsuited(func)
         dim = self.held[id(x)][1]
         others = [0, 0] * (-dim - 1) + [0, self.n_tokens - self.n_rows]
         return func(x, lambda g: hook(F.pad(g, others)))
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs [B, n] differ by no more than the rounding of the last block."""
+    largest = expected.abs().amax().clamp(min=torch.finfo(expected.dtype).tiny)
+    return bool((found - expected).abs().amax() <= torch.finfo(expected.dtype).eps ** 0.75 * largest)
 
 
 _Tensor: Any = Tensor  # the getters of its properties are functions too

@@ -63,7 +63,7 @@ def choose_path(
     if adapter is None:
         raise ValueError("baseline: expected a fill for a model of no known family, got 'removed'")
     alone = check_removal(adapter, images, target)
-    paths = paths._replace(removed=Removal(adapter, how), reads_prefix_alone=alone)
+    paths = paths._replace(removed=Removal(adapter, how, target.may_read_patches), reads_prefix_alone=alone)
     return paths, "removed" if kinds == {"removed"} else f"{name}, removed"
 
 
@@ -90,7 +90,7 @@ def _filled(
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
         log.warning("perturbing pixels: %s", reason)
         return pixels, f"pixels ({reason})"
-    return Tokens(adapter, how), "tokens"
+    return Tokens(adapter, how, target.may_read_patches), "tokens"
 
 
 def _precision(adapter: Adapter | None, images: Tensor, name: str) -> Precision:
@@ -109,7 +109,7 @@ def _compare(
     too.
     """
     mask = _checked_mask(pixels.grid.n_patches, images.device)
-    masks, tokens = torch.stack([mask, ~mask]), Tokens(adapter)
+    masks, tokens = torch.stack([mask, ~mask]), Tokens(adapter, all_rows=target.may_read_patches)
 
     def work(rows: slice) -> None:
         views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]

@@ -24,7 +24,7 @@ def check_removal(adapter: Adapter, images: Tensor, target: Target) -> bool:
 
     Returns whether the model has an output with all patches removed.
     """
-    path = Removal(adapter)
+    path = Removal(adapter, all_rows=target.may_read_patches)
 
     def work(rows: slice) -> None:
         some = images[rows]

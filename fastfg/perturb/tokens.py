@@ -31,12 +31,13 @@ class Tokens:
         adapter: the model. Use this only while the model is held still with the adapter's flags set.
         precision: a context for everything up to the last block (``fastfg.perturb.Precision``). The rest is computed
             in the images' own dtype. None: everything is.
+        all_rows: whether the last block computes all tokens, not only those that the head reads.
     """
 
-    def __init__(self, adapter: Adapter, precision: Any = None) -> None:
+    def __init__(self, adapter: Adapter, precision: Any = None, all_rows: bool = False) -> None:
         self.adapter, self.precision = adapter, precision
         self.first, self.last = adapter.blocks[0], adapter.blocks[-1]
-        self.n_rows = adapter.n_rows
+        self.n_rows = None if all_rows else adapter.n_rows
         self.early: list[nn.Module] = []  # linear layers before the first attention
         self.n_tokens = 0
         self._blank: Tensor  # one image, to call the model with

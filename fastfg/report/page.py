@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastfg.report.table import (
     DIFFERENCE_TITLES,
-    DIFFERENCES_NOTE,
     FOOTNOTE,
+    compared_with,
     difference_cells,
     differences,
+    differences_note,
     table_cells,
 )
 
@@ -32,7 +33,7 @@ def write_page(
     figure_caption: str,
     settings: Mapping[str, object],
     notes: Sequence[str] = (),
-    against: str = "vanilla",
+    against: str | None = None,
     paired: pd.DataFrame | None = None,
 ) -> None:
     """Write the report to ``path``. The page needs no other file, no script and no network.
@@ -44,11 +45,12 @@ def write_page(
         figure: a PNG file, which is embedded. figure_caption: its caption.
         settings: {name: value}, shown as text.
         notes: paragraphs under the comparison.
-        against: the variant that the others are tested against.
+        against: the variant that the others are tested against; None: the one that the tables name.
         paired: a result of :func:`fastfg.study.paired`; without it, the page does not say which differences are real.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    against = compared_with(against, summary, paired)
     environment = Environment(loader=PackageLoader("fastfg.report", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("page.html.jinja").render(
         title=title,
@@ -57,7 +59,7 @@ def write_page(
         sentences=[] if paired is None else differences(paired, against),
         differences={} if paired is None else difference_cells(paired),
         difference_titles=DIFFERENCE_TITLES,
-        differences_note=DIFFERENCES_NOTE.format(against=against),
+        differences_note="" if paired is None else differences_note(paired, against),
         footnote=FOOTNOTE.format(against=against),
         notes=notes,
         figure=base64.b64encode(figure.read_bytes()).decode(),

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 FOOTNOTE = (
     "Mean ± standard error over images. Bold: the best mean of its column, where the paired test finds it better than "
-    "{against} (Holm p < .05). Stars, for comparison with the paper: Welch's t-test (two-sided) against {against}, "
-    "* p < .05, ** p < .01, *** p < .001."
+    "{against} (Holm p < .05); none where variants have different numbers of scores. Stars, for comparison with the "
+    "paper: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, *** p < .001."
 )
 DIFFERENCES_NOTE = (
-    "Difference to {against} on the same images, with its 95% bootstrap interval. Holm p: sign-flip test, corrected "
-    "for all comparisons. Welch p: unpaired, uncorrected. MDE: the minimum detectable effect of one comparison (80% "
+    "Difference to {against} on the same images, with its 95% bootstrap interval. Holm p: sign-flip test, corrected"
+    "{family}. Welch p: unpaired, uncorrected. MDE: the minimum detectable effect of one comparison (80% "
     "power); a smaller one is often missed."
 )
+FAMILIES = {"all": " for all comparisons", "metric": " for the comparisons of one metric"}
 DIFFERENCE_TITLES = ("", "difference", "Holm p", "Welch p", "MDE", "n", "verdict")
 DIRECTIONS = ("better", "worse", "higher", "lower")
 PER_TABLE = 3  # metrics side by side: fits a terminal of 100 columns
@@ -56,7 +57,7 @@ def table_cells(summary: pd.DataFrame, paired: pd.DataFrame | None = None) -> li
         columns[metric] = {e["variant"]: Cell(_mean(e, show), e["variant"] == best) for e in found.to_dict("records")}
     variants = list(dict.fromkeys(summary["variant"]))
     return [
-        Means([_title(m) for m in part], {v: [columns[m][v] for m in part] for v in variants})
+        Means([_title(m, paired) for m in part], {v: [columns[m][v] for m in part] for v in variants})
         for part in (metrics[first : first + PER_TABLE] for first in range(0, len(metrics), PER_TABLE))
     ]
 
@@ -66,18 +67,43 @@ def difference_cells(paired: pd.DataFrame) -> dict[str, list[list[str]]]:
     tables: dict[str, list[list[str]]] = {}
     for metric, rows in paired.groupby("metric", sort=False):
         show = _shown(rows["difference"])
-        tables[_title(str(metric))] = [
+        tables[_title(str(metric), paired)] = [
             [r["variant"], _interval(r, show), _p(r["p_holm"]), _p(r["p_welch"]), show(r["mde"]), _n(r), r["verdict"]]
             for r in rows.to_dict("records")
         ]
     return tables
 
 
-def differences(paired: pd.DataFrame, against: str = "vanilla") -> list[str]:
+def compared_with(against: str | None, *tables: pd.DataFrame | None) -> str:
+    """The variant that ``tables`` of :func:`fastfg.study.summarize` and ``paired`` compare with.
+
+    They hold it in ``attrs["against"]``. If that was lost on the way through a file, it is ``against``, else
+    ``vanilla``. Raises ValueError if the tables or ``against`` name different variants.
+    """
+    given = [table for table in tables if table is not None]
+    named = list(dict.fromkeys([table.attrs["against"] for table in given if "against" in table.attrs]))
+    if len(named) > 1:
+        raise ValueError(f"paired: expected the same variant to compare with as in summary, got {named}")
+    found = named[0] if named else against or "vanilla"
+    for table in given:
+        if "verdict" in table and found in set(table["variant"]):
+            raise ValueError(f"against: expected the variant that paired compares with, got {found!r}, one of its rows")
+    if against not in (None, found):
+        raise ValueError(f"against: expected {found!r}, which the statistics compare with, got {against!r}")
+    return found
+
+
+def differences_note(paired: pd.DataFrame, against: str) -> str:
+    """What the tables of differences show; the family is named if ``paired`` still holds it."""
+    return DIFFERENCES_NOTE.format(against=against, family=FAMILIES.get(paired.attrs.get("family", ""), ""))
+
+
+def differences(paired: pd.DataFrame, against: str | None = None) -> list[str]:
     """Which differences are real, in plain words, from :func:`fastfg.study.paired`: one text per metric.
 
-    Metrics of which the same is said share one text.
+    Metrics of which the same is said share one text. ``against`` is as in :func:`markdown_table`.
     """
+    against = compared_with(against, paired)
     titles: dict[str, list[str]] = {}
     for metric, rows in paired.groupby("metric", sort=False):
         title = METRICS[str(metric)].title if metric in METRICS else str(metric)
@@ -85,13 +111,14 @@ def differences(paired: pd.DataFrame, against: str = "vanilla") -> list[str]:
     return [f"{', '.join(named)}. {text}" for text, named in titles.items()]
 
 
-def markdown_table(summary: pd.DataFrame, against: str = "vanilla", paired: pd.DataFrame | None = None) -> str:
+def markdown_table(summary: pd.DataFrame, against: str | None = None, paired: pd.DataFrame | None = None) -> str:
     """The means as Markdown tables, and with ``paired`` also the differences, in words and as tables.
 
-    ``against`` is the variant that the tests compare with. Markup in the names of variants and metrics is escaped, and
-    their line breaks become spaces.
+    ``against`` is the variant that the tests compare with; None: the one that the tables name. Markup in the names of
+    variants and metrics is escaped, and their line breaks become spaces. Raises ValueError if ``against``, ``summary``
+    and ``paired`` do not name the same variant.
     """
-    parts = []
+    against, parts = compared_with(against, summary, paired), []
     for titles, rows in table_cells(summary, paired):
         cells = [
             [variant, *(f"**{_escape(c.text)}**" if c.best else _escape(c.text) for c in row)]
@@ -104,7 +131,7 @@ def markdown_table(summary: pd.DataFrame, against: str = "vanilla", paired: pd.D
         parts.append("\n".join(f"- {_escape(text)}" for text in differences(paired, against)))
         for title, lines in difference_cells(paired).items():
             parts += [f"### {_escape(title)}", _markdown(DIFFERENCE_TITLES, [list(map(_escape, x)) for x in lines])]
-        parts.append(_escape(DIFFERENCES_NOTE.format(against=against)))
+        parts.append(_escape(differences_note(paired, against)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,12 +142,14 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str | None:
     """The variant with the best mean of ``metric`` if it is better than the one compared with, else None."""
-    means = found.set_index("variant")["mean"].dropna()
-    if paired is None or not len(means) or metric not in METRICS:  # of a user's own metric, the direction is unknown
+    if paired is None or found["missing"].nunique() > 1:  # means over different images do not compare
         return None
-    best = str(means.idxmax() if METRICS[metric].higher_is_better else means.idxmin())
-    real = paired.loc[(paired["metric"] == metric) & (paired["verdict"] == "better"), "variant"]
-    return best if best in set(real) else None
+    means = found.set_index("variant")["mean"].dropna()
+    real = paired.loc[(paired["metric"] == metric) & (paired["verdict"] == "better")].set_index("variant")["difference"]
+    if not len(means) or not len(real):
+        return None
+    best = str(means.idxmax() if real.iloc[0] > 0 else means.idxmin())  # the verdict knows the direction
+    return best if best in real.index else None
 
 
 def _mean(entry: dict[Any, Any], show: Callable[[float], str]) -> str:
@@ -153,7 +182,12 @@ def _interval(row: dict[Any, Any], show: Callable[[float], str]) -> str:
 
 
 def _n(row: dict[Any, Any]) -> str:
-    return f"{row['n']} ({row['missing']} missing)" if row["missing"] else str(row["n"])
+    text = (
+        str(row["n"])
+        if row["groups"] == row["n"]
+        else f"{row['n']} in {row['groups']} group{'s' * (row['groups'] > 1)}"
+    )
+    return f"{text} ({row['missing']} missing)" if row["missing"] else text
 
 
 def _p(p: float) -> str:
@@ -171,10 +205,13 @@ def _shown(values: pd.Series) -> Callable[[float], str]:
     return lambda value: "" if value != value else f"{value:.3f}" if fixed else f"{value:.2e}"
 
 
-def _title(metric: str) -> str:
-    if metric not in METRICS:
-        return metric
-    return f"{METRICS[metric].title} {'↑' if METRICS[metric].higher_is_better else '↓'}"
+def _title(metric: str, paired: pd.DataFrame | None) -> str:
+    """The title with an arrow, by the directions that ``paired`` was given, else by the metric's own."""
+    own = {} if paired is None else paired.attrs.get("higher_is_better", {})
+    title = METRICS[metric].title if metric in METRICS else metric
+    if metric not in METRICS and metric not in own:
+        return title
+    return f"{title} {'↑' if own.get(metric, metric in METRICS and METRICS[metric].higher_is_better) else '↓'}"
 
 
 def _escape(text: str) -> str:

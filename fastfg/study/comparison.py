@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
 from fastfg.attribution.choose_methods import methods_by_name
+from fastfg.checks import check_seed
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
 from fastfg.metrics.choose import choose_metrics
 from fastfg.metrics.evaluate import evaluate
-from fastfg.metrics.explanations import explains_again
+from fastfg.metrics.explanations import ByPlace, explains_again
 from fastfg.metrics.localisation import with_masks
 from fastfg.models import Adapter
 from fastfg.perturb import Baseline
+from fastfg.perturb.fills import is_per_image
 from fastfg.perturb.seeds import image_keys
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.study.pairs import group_entries
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGES_ON_CPU, IMAGES_ON_GPU = 8, 64  # images per attribution
+OF_EVALUATE = ("batch_size", "path", "precision", "explain")  # arguments that go on to it
+OF_A_BATCH = ("metrics", "baseline", "masks", "progress")  # those that compare has itself
 VANILLA: dict[str, Gate | None] = {"vanilla": None}
 
 
@@ -83,7 +87,9 @@ def compare(
             for each batch}.
         target: None (the predicted class), an int, one per image, a :class:`fastfg.Target`, or a function of the
             model's output.
-        keys: the images' names, one per image. groups: what images belong to, such as patients, one per image.
+        keys: the images' names, one per image; None: a hash of the pixels. Images with the same key count as one
+            image in the statistics (:func:`fastfg.study.paired`). groups: what images belong to, such as patients, one
+            per image.
         seed: what random draws of methods and metrics depend on, with the keys.
         metrics, baseline, masks: as in :func:`fastfg.evaluate`. Per-image arguments
             (``masks``, ``subsets``, a tensor ``baseline``) have one entry per image over all batches.
@@ -104,6 +110,8 @@ def compare(
     """
     import pandas as pd
 
+    _check_options("compare", options, OF_EVALUATE)
+    check_seed(seed)
     keys = None if keys is None else list(keys)
     groups = None if groups is None else group_entries(groups)
     by_name = methods_by_name(methods)
@@ -124,7 +132,7 @@ def compare(
             groups=_part("groups", groups, rows),
             seed=seed,
             metrics=[metric.for_images(rows) for metric in chosen],
-            **options,
+            **_starting_at(options, _part("integrated_gradients.baseline", _starts(options), rows)),
         )
         tables.append(_with_errors(found, first=done))
         done = rows.stop
@@ -132,14 +140,17 @@ def compare(
             progress(done, total)
     per_image = target.per_image() if isinstance(target, Target) else {"target": target}
     maps = {f"methods[{name!r}]": method for name, method in by_name.items() if hasattr(method, "__array__")}
-    for name, values in (per_image | maps | {"keys": keys, "groups": groups}).items():
+    others = {"keys": keys, "groups": groups, "integrated_gradients.baseline": _starts(options)}
+    for name, values in (per_image | maps | others).items():
         if _is_per_image(values) and len(values) != done:
             raise ValueError(f"{name}: expected {done} of them, one per image, got {len(values)}")
     for metric in chosen:
         metric.check_images(done)
     if not tables:
         raise ValueError("images: expected at least one batch, got none")
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs["metrics"] = [metric.name for metric in chosen]
+    return table
 
 
 def compare_batch(
@@ -156,28 +167,54 @@ def compare_batch(
     **options: Any,
 ) -> Comparison:
     """:func:`compare` for images that fit into one attribution; also returns the maps."""
+    _check_options("compare_batch", options, (*OF_EVALUATE, *OF_A_BATCH))
+    check_seed(seed)
     methods = methods_by_name(methods)
     _check_variants(gates, methods)
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"groups: expected {len(images)} of them, one per image, got {len(groups)}")
     own = {name: options.pop(name) for name in OTHER_METHODS if name in options}
-    explained: Callable[..., Attribution] = partial(attribute, saes=saes, gate=list(gates.values()), seed=seed, **own)
-    attribution = explained(model, images, target=target, methods=methods, keys=keys)
+    explained: Callable[..., Attribution] = partial(attribute, saes=saes, gate=list(gates.values()), seed=seed)
+    attribution = explained(model, images, target=target, methods=methods, keys=keys, **own)
     maps = dict(zip(gates, attribution.maps, strict=True)) | attribution.methods
     stacked = torch.stack(list(maps.values()))
     if explains_again(options.get("metrics", ())):
-        hashes = image_keys(images, None)
-        known = dict(zip(hashes, image_keys(images, keys), strict=True))  # an image with noise has a key of its own
+        hashes, names, starts = image_keys(images, None), image_keys(images, keys), _starts(own)
 
-        def explain(given: Any, images: Tensor, target: Any) -> list[Tensor | None]:
-            own_keys = [known.get(key, key) for key in image_keys(images, None)]
+        def explain(given: Any, images: Tensor, target: Any, places: list[int]) -> list[Tensor | None]:
+            pairs = zip(image_keys(images, None), places, strict=True)
+            own_keys = [names[i] if key == hashes[i] else key for key, i in pairs]  # an image with noise has its own
             others = _made_again(methods, given is model)
-            again = explained(given, images, target=target, methods=others, keys=own_keys)
+            more = _starting_at(own, None if starts is None else starts[places])
+            again = explained(given, images, target=target, methods=others, keys=own_keys, **more)
             return [*again.maps, *(again.methods.get(name) for name in methods)]
 
-        options = {"explain": explain} | options
+        options = {"explain": ByPlace(explain)} | options
     scores = evaluate(model, images, stacked, target=attribution.target, keys=keys, seed=seed, **options)
     return Comparison(*tidy(scores, list(maps), attribution.target, groups), attribution, maps)
+
+
+def _check_options(function: str, options: Mapping[str, Any], others: Sequence[str]) -> None:
+    """Require names of metrics and methods, or of ``others``."""
+    if unknown := [name for name in options if name not in (*METRICS, *OTHER_METHODS, *others)]:
+        raise TypeError(
+            f"{function}: unexpected argument {unknown[0]!r}; expected options of metrics and methods by their name, "
+            f"or {', '.join(others)}"
+        )
+
+
+def _starts(options: Mapping[str, Any]) -> Tensor | None:
+    """The baseline of integrated gradients, if it has one entry per image."""
+    given = options.get("integrated_gradients")
+    baseline = given.get("baseline") if isinstance(given, Mapping) else None
+    return baseline if is_per_image(baseline) else None
+
+
+def _starting_at(options: Mapping[str, Any], baseline: Tensor | None) -> dict[str, Any]:
+    """``options`` with another baseline for integrated gradients; None: unchanged."""
+    if baseline is None:
+        return dict(options)
+    return {**options, "integrated_gradients": {**options["integrated_gradients"], "baseline": baseline}}
 
 
 def _made_again(methods: Mapping[str, Any], same_model: bool) -> dict[str, Any]:
@@ -191,6 +228,9 @@ def _check_variants(gates: Mapping[str, Gate | None], methods: Iterable[str]) ->
     """Require at least one gate, and another name for each variant."""
     if not isinstance(gates, Mapping) or not gates:
         raise ValueError(f"gates: expected {{name: Gate or None}} with at least one of them, got {gates!r}")
+    other = [name for name in gates if not isinstance(name, str)]
+    if other:
+        raise ValueError(f"gates: expected names as text, got {other}")
     both = [name for name in methods if name in gates]
     if both:
         raise ValueError(f"methods: expected other names than those of the gates, got {both}")
@@ -219,8 +259,10 @@ def tidy(
         {"index": e.image, "image": e.key, "variant": variants[e.config or 0], "metric": e.metric, "message": e.message}
         for e in scores.errors
     ]
+    table = pd.DataFrame(rows, columns=["index", "image", *group, "variant", "target", *scores])
+    table.attrs["metrics"] = list(scores)  # so that a column which is added later is not judged as a metric
     return (
-        pd.DataFrame(rows, columns=["index", "image", *group, "variant", "target", *scores]),
+        table,
         pd.DataFrame(errors, columns=["index", "image", "variant", "metric", "message"]),
     )
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastfg.study.pairs import Pairs, direction_of, metric_columns, pairs
+from fastfg.checks import check_seed
+from fastfg.study.pairs import Pairs, direction_of, pairs
 from fastfg.study.resampling import (
     ALPHA,
     EXACT,
@@ -20,7 +21,7 @@ from fastfg.study.resampling import (
     smallest_p,
     standard_error,
 )
-from fastfg.study.statistics import summarize
+from fastfg.study.statistics import depends_on_scale, metric_columns, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,14 +48,17 @@ def paired(
 
     Images are paired by the column ``index`` (else ``path``, else ``image``). An image counts if both variants have a
     score, and means are over images. Images of one group, such as one patient's, are not independent: with ``groups``,
-    the test and the interval use whole groups.
+    the test and the interval use whole groups. So they do for images with the same key (the column ``key``, else
+    ``image``): the same picture twice is no more evidence than once, and groups that share a picture are one group. A
+    difference of rounding size (1e-9 of the scores; for float32 scores, four units of their rounding) counts as 0.
 
     Args:
         scores: a table of :func:`fastfg.compare`.
         against: the variant to compare with.
         groups: a column of ``scores``, or one entry per image, in the order in which the images first appear. None:
             the column ``group`` if there is one, as ``compare(groups=)`` makes it.
-        metrics: the metrics to test; None: all. A smaller family needs less correction.
+        metrics: the metrics to test; None: all. A smaller family needs less correction. It is needed where the table
+            has other columns with numbers.
         family: the comparisons that Holm's correction counts together: ``all`` of the call (the probability of a wrong
             ``better`` or ``worse`` anywhere in the table is at most 5%), or those of each ``metric``.
         higher_is_better: {metric: direction} for metrics of your own.
@@ -62,19 +66,24 @@ def paired(
 
     Returns a table with the columns ``variant``, ``metric``, and
 
-    - ``n`` (pairs), ``missing`` (images without a pair), ``groups`` (their number; ``n`` if no groups are given),
+    - ``n`` (pairs), ``missing`` (images without a pair), ``groups`` (their number; without groups, that of the
+      different images),
     - ``mean``, ``mean_against``, ``difference``: over the pairs,
     - ``low``, ``high``: 95% bootstrap interval of the difference,
     - ``p``, ``p_holm``: sign-flip test, two-sided, before and after Holm's correction,
     - ``mde``: the minimum detectable effect of one comparison, at 80% power and level .05,
     - ``verdict``: ``better`` or ``worse`` if ``p_holm < .05`` (``higher`` or ``lower`` if the direction is unknown),
       else ``no real difference``; ``cannot tell`` if even the clearest differences on so few images could not give
-      ``p_holm < .05``; ``not tested`` if there are fewer than two pairs or groups,
+      ``p_holm < .05``; ``not tested`` if there are fewer than two pairs or groups, and for a metric that depends on
+      the scale of the map (``infidelity``), which differs between variants,
     - ``p_welch``: Welch's t-test as in :func:`summarize`, for comparison with the paper,
     - ``reason``: why a value is NaN or the verdict is ``cannot tell``, else None.
 
-    Raises ValueError if ``against`` or a metric is not in the table, if an image has two rows of the same variant, if a
-    score is infinite, and if ``groups`` does not give one group per image. docs/statistics.md explains the choices.
+    Its ``attrs`` have ``against``, ``family`` and ``higher_is_better``, which :mod:`fastfg.report` reads.
+
+    Raises ValueError if ``against`` or a metric is not in the table, if a column may be no metric, if an image has two
+    rows of the same variant, if a score is infinite, and if ``groups`` does not give one group per image.
+    docs/statistics.md explains the choices.
 
     >>> import pandas as pd
     >>> scores = {"vanilla": [0.1, 0.3, 0.2, 0.4, 0.1, 0.2], "gated": [0.2, 0.5, 0.3, 0.6, 0.2, 0.4]}
@@ -90,16 +99,20 @@ def paired(
     for name, number in (("n_permutations", n_permutations), ("n_resamples", n_resamples)):
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
+    check_seed(seed)
     if groups is None and "group" in scores.columns:
         groups = "group"
-    chosen = metric_columns(scores, metrics, groups)
+    chosen = metric_columns(scores, metrics, groups, higher_is_better or ())
     found = pairs(scores, chosen, against, groups)
-    table = _estimates(found, "pair" if groups is None else "group", n_permutations, n_resamples, seed)
-    welch = summarize(scores[["variant", *chosen]], against).set_index(["variant", "metric"])["p"]
+    unit = "group" if groups is not None else "different image" if found.repeated else "pair"
+    table = _estimates(found, unit, n_permutations, n_resamples, seed)
+    welch = summarize(scores, against, metrics=chosen).set_index(["variant", "metric"])["p"]
     table["p_welch"] = [float(welch[name]) for name in found.names]
     families = [table] if family == "all" else [part for _, part in table.groupby("metric", sort=False)]
     decided = [_decide(part, higher_is_better) for part in families if len(part)]
-    return pd.concat([table[:0], *decided]).sort_index().reindex(columns=COLUMNS)
+    table = pd.concat([table[:0], *decided]).sort_index().reindex(columns=COLUMNS)
+    table.attrs |= {"against": against, "family": family, "higher_is_better": dict(higher_is_better or {})}
+    return table
 
 
 def _estimates(found: Pairs, unit: str, n_permutations: int, n_resamples: int, seed: int) -> pd.DataFrame:
@@ -110,14 +123,15 @@ def _estimates(found: Pairs, unit: str, n_permutations: int, n_resamples: int, s
     totals, counts = found.by_group()
     n, groups = there.sum(0), (counts > 0).sum(0)
     error, largest = standard_error(totals, counts), np.abs(np.where(there, found.differences, 0)).max(0, initial=0)
-    tested = groups > 1
+    comparable = np.array([not depends_on_scale(metric) for _, metric in found.names], dtype=bool)
+    tested = (groups > 1) & comparable
     varies = tested & (error > ROUNDING * largest)
     low, high = np.where(varies, bootstrap_interval(totals, counts, n_resamples, seed), np.nan)
     with np.errstate(invalid="ignore"):
         mean, base, difference = (
             np.where(there, values, 0).sum(0) / n for values in (found.values, found.base, found.differences)
         )
-    reasons = [_reason(*row, unit) for row in zip(n, groups, varies, largest, strict=True)]
+    reasons = [_reason(*row, unit) for row in zip(n, groups, comparable, varies, largest, strict=True)]
     return pd.DataFrame(found.names, columns=["variant", "metric"]).assign(
         n=n,
         missing=len(there) - n,
@@ -135,10 +149,12 @@ def _estimates(found: Pairs, unit: str, n_permutations: int, n_resamples: int, s
     )
 
 
-def _reason(n: int, groups: int, varies: bool, largest: float, unit: str) -> str | None:
+def _reason(n: int, groups: int, comparable: bool, varies: bool, largest: float, unit: str) -> str | None:
     """Why a comparison has no interval, or None."""
     if n == 0:
         return "no image has both scores"
+    if not comparable:
+        return "the score depends on the scale of the map, and each variant has its own"
     if groups == 1:
         return f"only one {unit}: a test needs at least two"
     if varies:

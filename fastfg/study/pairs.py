@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from fastfg.metrics import METRICS
-from fastfg.metrics.choose import RESERVED
 from fastfg.study.resampling import Array
-from fastfg.study.statistics import check_against
+from fastfg.study.statistics import check_against, key_column
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.intp]]
+
 IMAGE = ("index", "path", "image")  # the first of these columns that is there tells the images apart
+SAME = 1e-9  # relative; scores of two variants that differ by less are equal, as readings have seven digits
 
 
 class Pairs(NamedTuple):
@@ -24,17 +26,17 @@ class Pairs(NamedTuple):
     Attributes:
         names: (variant, metric) of each comparison.
         values, base: [n, K] scores of the variant and of the one it is compared with; NaN where missing.
-        group: [n] the number of each image's group, from 0.
+        differences: [n, K] ``values - base``; 0 where it is as small as rounding.
+        group: [n] the number of each image's group, from 0. Images with the same key are in one group.
+        repeated: whether several images have the same key.
     """
 
     names: list[tuple[str, str]]
     values: Array
     base: Array
-    group: np.ndarray[Any, np.dtype[np.intp]]
-
-    @property
-    def differences(self) -> Array:
-        return self.values - self.base
+    differences: Array
+    group: Numbers
+    repeated: bool
 
     def by_group(self) -> tuple[Array, Array]:
         """Totals and counts [G, K] of the differences per group."""
@@ -43,22 +45,6 @@ class Pairs(NamedTuple):
         np.add.at(totals, self.group, np.where(there, self.differences, 0))
         np.add.at(counts, self.group, there)
         return totals, counts
-
-
-def metric_columns(
-    scores: pd.DataFrame, metrics: Sequence[str] | None = None, groups: str | Sequence[Any] | None = None
-) -> list[str]:
-    """The columns of ``scores`` that hold metrics. Raises ValueError for unknown or non-numeric ones."""
-    from pandas.api.types import is_numeric_dtype
-
-    others = {*RESERVED, groups} if isinstance(groups, str) else set(RESERVED)
-    found = [name for name in scores.columns if name not in others]
-    for name in found if metrics is None else metrics:
-        if name not in found:
-            raise ValueError(f"metrics: expected some of {found}, got {name!r}")
-        if not is_numeric_dtype(scores[name]):
-            raise ValueError(f"scores: expected numbers in the column {name!r}, got {scores[name].dtype}")
-    return found if metrics is None else list(metrics)
 
 
 def pairs(
@@ -80,8 +66,54 @@ def pairs(
                 values.append(columns[variant])
                 base.append(columns[against])
     shape = (len(names), len(images))
+    v, w = np.reshape(values, shape).T, np.reshape(base, shape).T
+    d = _differences(v, w, np.array([_rounding(scores[metric]) for _, metric in names]))
     group = np.arange(len(images)) if groups is None else _group_numbers(scores, image, images, groups)
-    return Pairs(names, np.reshape(values, shape).T, np.reshape(base, shape).T, group)
+    key = _keys(scores, image)
+    compared = ~np.isnan(d).all(1)  # blank images share a key, and have no scores that could depend on each other
+    merged = _merged(group, np.where(compared, key, key.max(initial=-1) + 1 + np.arange(len(key))))
+    return Pairs(names, v, w, d, merged, repeated=len(np.unique(key[compared])) < compared.sum())
+
+
+def _rounding(column: pd.Series) -> float:
+    """The largest relative difference of two scores in ``column`` that is rounding."""
+    dtype = getattr(column.dtype, "numpy_dtype", column.dtype)  # of pandas' own types, such as Float32
+    return max(SAME, 4 * float(np.finfo(dtype).eps)) if dtype.kind == "f" else SAME
+
+
+def _differences(values: Array, base: Array, rounding: Array) -> Array:
+    """``values - base`` [n, K], 0 where it is rounding [K] for scores of this size: the image's, or typical ones."""
+    d, size = values - base, np.fmax(np.abs(values), np.abs(base))
+    typical = np.array([np.median(one[~np.isnan(one)]) if (~np.isnan(one)).any() else 0.0 for one in size.T])
+    d[np.abs(d) <= rounding * np.maximum(size, typical)] = 0
+    return d
+
+
+def _keys(scores: pd.DataFrame, image: str) -> Numbers:
+    """The number of each image's key, from 0. Images with the same key are the same picture."""
+    import pandas as pd
+
+    key = key_column(scores)
+    n = scores[image].nunique(dropna=False)
+    if key is None or key == image:
+        return np.arange(n)
+    numbers, _ = pd.factorize(scores.drop_duplicates(image)[key])
+    return np.where(numbers < 0, np.arange(n) + n, numbers)  # without a key, an image is its own
+
+
+def _merged(group: Numbers, key: Numbers) -> Numbers:
+    """The number of each image's unit, from 0, where images of one group or with one key are in one unit."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if len(np.unique(key)) == len(key):
+        return group
+    first = int(group.max()) + 1
+    size = first + int(key.max()) + 1
+    edges = coo_array((np.ones(len(group)), (group, first + key)), shape=(size, size))
+    _, unit = connected_components(edges, directed=False)
+    _, place, numbers = np.unique(unit[group], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(place))[numbers]  # in the order in which they appear
 
 
 def image_column(scores: pd.DataFrame) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastfg.study.pairs import direction_of, image_column, metric_columns
-from fastfg.study.resampling import ROUNDING
+from fastfg.study.pairs import SAME, direction_of, image_column
+from fastfg.study.statistics import metric_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ def rank_test(
     if len(set(names)) < len(names):
         raise ValueError(f"shuffled: expected different variants, none of them {variant!r}, got {list(shuffled)}")
     image, rows = image_column(scores), []
-    for metric in metric_columns(scores, metrics):
+    for metric in metric_columns(scores, metrics, own=higher_is_better or ()):
         direction = direction_of(metric, higher_is_better)
         if direction is None:
             raise ValueError(f"higher_is_better: expected an entry for {metric!r}, got none")
@@ -66,7 +66,7 @@ def rank_test(
         row |= {"n_shuffled": len(others), "p": float("nan"), "reason": None}
         if n:
             ahead = others - means[variant] if direction else means[variant] - others
-            as_good = ahead >= -ROUNDING * abs(means[variant])
+            as_good = ahead >= -SAME * wide.dropna().abs().stack().median()  # means that differ by rounding are tied
             row["rank"] = 1.0 + as_good.sum()
             row["p"] = row["rank"] / len(names)
         else:

@@ -5,16 +5,19 @@ What decides whether two variants differ is :func:`fastfg.study.paired`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastfg.metrics import METRICS
 from fastfg.metrics.choose import RESERVED
-from fastfg.study.resampling import ROUNDING
+from fastfg.study.resampling import ROUNDING, standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
+KEY = ("key", "image")  # the first of these columns that is there tells pictures apart
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
@@ -31,49 +34,138 @@ def check_against(scores: pd.DataFrame, against: str) -> list[str]:
     return variants
 
 
-def summarize(scores: pd.DataFrame, against: str = "vanilla") -> pd.DataFrame:
+def metric_columns(
+    scores: pd.DataFrame,
+    metrics: Sequence[str] | None = None,
+    groups: str | Sequence[Any] | None = None,
+    own: Iterable[str] = (),
+) -> list[str]:
+    """The columns of ``scores`` that hold metrics.
+
+    Args:
+        metrics: their names; None: all columns that are not about the image, if fastfg has metrics of these names, or
+            ``compare`` was given them, or they are among ``own``, or no column is such a metric.
+        groups: the column of the groups, if it is one.
+
+    Raises ValueError for unknown columns, for those without numbers, and where a column may be no metric.
+    """
+    from pandas.api.types import is_numeric_dtype
+
+    others = {*RESERVED, groups} if isinstance(groups, str) else set(RESERVED)
+    found = [name for name in scores.columns if name not in others]
+    if isinstance(metrics, str):
+        raise TypeError(f"metrics: expected a list of names among {found}, got the text {metrics!r}")
+    chosen = found if metrics is None else list(metrics)
+    for name in chosen:
+        if name not in found:
+            raise ValueError(f"metrics: expected some of {found}, got {name!r}")
+        if not is_numeric_dtype(scores[name]):
+            hint = f" (metrics= names the columns to judge, among {found})" if metrics is None else ""
+            raise ValueError(f"scores: expected numbers in the column {name!r}, got {scores[name].dtype}{hint}")
+    known = {*METRICS, *scores.attrs.get("metrics", ()), *own}
+    extra = [name for name in chosen if name not in known]
+    if metrics is None and 0 < len(extra) < len(chosen):
+        raise ValueError(
+            f"metrics: expected the names of the columns to judge, as {extra} may be no metrics beside "
+            f"{[name for name in chosen if name in known]}, got None"
+        )
+    return chosen
+
+
+def key_column(scores: pd.DataFrame) -> str | None:
+    """The column with the images' keys, which are equal where two images are the same picture; None without one."""
+    return next((name for name in KEY if name in scores.columns), None)
+
+
+def depends_on_scale(metric: str) -> bool:
+    """Whether the scores of fastfg's ``metric`` change with the unit of the maps."""
+    return metric in METRICS and METRICS[metric].depends_on_scale
+
+
+def summarize(scores: pd.DataFrame, against: str = "vanilla", *, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """One row per variant and metric: ``mean``, ``se`` (standard error over images), ``n``, ``missing``, ``p`` and
     ``stars``.
 
     ``p`` is Welch's t-test (unequal variances, two-sided) against the variant ``against``. It is NaN for ``against``
-    itself, if fewer than two images have a score, and if the scores of both variants are constant: the test is not
-    defined without variance. ``n`` scores are used; ``missing`` scores are left out.
+    itself, if fewer than two images have a score, if the scores of both variants are constant (the test is not
+    defined without variance), and for a metric that depends on the scale of the map. ``n`` scores are used;
+    ``missing`` scores are left out. Images with the same key (the column ``key``, else ``image``) count in the mean,
+    and as one image in ``se`` and ``p``.
 
     Args:
         scores: a table with the column ``variant`` and one column per metric, and with columns that identify the image
             (see :func:`fastfg.study.compare`).
         against: the name of one of the variants.
+        metrics: the columns of the metrics; None: all. It is needed where a table has other columns of its own.
 
-    Raises ValueError if ``against`` is not among the variants.
+    Raises ValueError if ``against`` is not among the variants, if a column of ``metrics`` is not there or holds no
+    numbers, and if ``metrics`` is None and a column may be no metric.
     """
     import pandas as pd
 
     rows = []
-    variants = check_against(scores, against)
-    for metric in (name for name in scores.columns if name not in RESERVED):
-        base = scores.loc[scores["variant"] == against, metric].dropna()
-        for variant in variants:
-            column = scores.loc[scores["variant"] == variant, metric]
-            values = column.dropna()
-            p = _welch(values, base) if variant != against else float("nan")
-            se = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-            mean = float(values.mean()) if len(values) else float("nan")
+    variants, key = check_against(scores, against), key_column(scores)
+    for metric in metric_columns(scores, metrics):
+        samples = {name: _sample(scores.loc[scores["variant"] == name], metric, key) for name in variants}
+        for variant, own in samples.items():
+            p = _welch(own, samples[against]) if variant != against and not depends_on_scale(metric) else float("nan")
             rows.append(
-                {"variant": variant, "metric": metric, "mean": mean, "se": se, "n": len(values)}
-                | {"missing": len(column) - len(values), "p": p, "stars": stars(p)}
+                {"variant": variant, "metric": metric, "mean": own.mean, "se": own.error, "n": own.n}
+                | {"missing": own.missing, "p": p, "stars": stars(p)}
             )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["variant", "metric", "mean", "se", "n", "missing", "p", "stars"])
+    table.attrs["against"] = against
+    return table
 
 
-def _welch(values: pd.Series, base: pd.Series) -> float:
+class _Sample(NamedTuple):
+    """The scores of one variant: their mean, its standard error, and what they were computed from.
+
+    Attributes:
+        n: scores. missing: images without one. different: images with a score and with different keys.
+        deviation: the standard deviation over these, 0 where the scores differ by rounding alone.
+    """
+
+    n: int
+    missing: int
+    different: int
+    mean: float
+    error: float
+    deviation: float
+
+
+def _sample(rows: pd.DataFrame, metric: str, key: str | None) -> _Sample:
+    """``rows`` of one variant, in numbers."""
+    import pandas as pd
+
+    there = rows[rows[metric].notna()]
+    values, n = there[metric].astype(float), len(there)
+    missing, mean = len(rows) - n, float(values.mean()) if n else float("nan")
+    again = 0 if key is None else int(there[key].dropna().duplicated().sum())
+    if n - again < 2:
+        return _Sample(n, missing, n - again, mean, float("nan"), float("nan"))
+    if again:
+        assert key is not None
+        numbers, _ = pd.factorize(there[key])
+        units = np.where(numbers < 0, np.arange(n) + n, numbers)  # without a key, an image is its own
+        _, unit = np.unique(units, return_inverse=True)
+        totals, counts = np.zeros((2, n - again))
+        np.add.at(totals, unit, values.to_numpy(float))
+        np.add.at(counts, unit, 1)
+        error = float(standard_error(totals[:, None], counts[:, None])[0])
+        deviation = error * (n - again) ** 0.5
+    else:
+        deviation = float(values.std(ddof=1))
+        error = deviation / n**0.5
+    flat = np.ptp(values) <= ROUNDING * abs(values).max()
+    return _Sample(n, missing, n - again, mean, error, 0.0 if flat else deviation)
+
+
+def _welch(one: _Sample, other: _Sample) -> float:
     """The p of Welch's t-test, two-sided. Values that differ by rounding alone have no variance."""
     from scipy import stats
 
-    if min(len(values), len(base)) < 2:
+    if min(one.different, other.different) < 2 or not (one.deviation or other.deviation):
         return float("nan")
-    spread = [0.0 if np.ptp(v) <= ROUNDING * abs(v).max() else float(v.std(ddof=1)) for v in (values, base)]
-    if not any(spread):
-        return float("nan")
-    sizes, means = (len(values), len(base)), (float(values.mean()), float(base.mean()))
-    test = stats.ttest_ind_from_stats(means[0], spread[0], sizes[0], means[1], spread[1], sizes[1], equal_var=False)
-    return float(test.pvalue)
+    a, b = ((sample.mean, sample.deviation, sample.different) for sample in (one, other))
+    return float(stats.ttest_ind_from_stats(*a, *b, equal_var=False).pvalue)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.attribution import relevancy_pass
 from fastfg.attribution.blurred import blur, blurred, correlation
 from fastfg.types import SCORE_KINDS
 from tests.tools import ACTIVATIONS, random_sae, record
@@ -76,6 +77,9 @@ def test_lists_of_seeds():
     assert gate.permuted(range(1), name="moved") == {"moved 0": replace(gate, permute_seed=0)}
     with pytest.raises(TypeError, match="seeds: expected integers"):
         gate.shuffled([0.5])
+    for control in (gate.shuffled, gate.permuted):
+        with pytest.raises(ValueError, match=r"seeds: expected each seed once, got \[1, 1\]"):
+            control([1, 1])
     with pytest.raises(ValueError, match="shuffle_seed: expected None with score='gradient'"):
         replace(gate, score="gradient").shuffled([1])
 
@@ -149,3 +153,14 @@ def test_blurred_gates(model, images, saes):
     with_vanilla = fastfg.attribute(model, images, saes=saes, gate=[control, None]).maps
     torch.testing.assert_close(with_vanilla[0], alone.maps, rtol=1e-9, atol=0)
     torch.testing.assert_close(with_vanilla[1], vanilla, rtol=1e-12, atol=0)
+
+
+def test_a_score_of_rounding_is_said(model, images, caplog):
+    """Block 3 of 4 reads the patches of block 2 through its LayerNorm alone."""
+    relevancy_pass._warn_of_rounding.cache_clear()
+    fastfg.attribute(model, images, gate=fastfg.Gate((1,), score="gradient_x_residual"))
+    assert caplog.records == []
+    for _ in range(2):
+        fastfg.attribute(model, images, gate=fastfg.Gate((2,), score="gradient_x_residual"))
+    (record,) = caplog.records
+    assert "the score gradient_x_residual is 0 up to rounding at block 2" in record.message

@@ -354,6 +354,18 @@ def test_methods_that_do_not_fit(model, images, methods, error, message):
 
 
 def test_integrated_gradients_start_at_an_image(model, images):
+    def starting_at(baseline):
+        options = {"steps": 2, "baseline": baseline}
+        found = fastfg.attribute(model, images, methods=["integrated_gradients"], integrated_gradients=options)
+        return found.methods["integrated_gradients"]
+
+    colours = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+    whole = colours[:, :, None, None].expand_as(images)
+    torch.testing.assert_close(starting_at(whole), starting_at(colours), rtol=1e-12, atol=0)
+    assert not torch.equal(starting_at(whole.flip(0)), starting_at(whole))
+    for wrong, got in ((whole[:2], r"\[2, 3, 32, 48\]"), (whole * torch.nan, "NaN or infinity")):
+        with pytest.raises(ValueError, match=rf"integrated_gradients.baseline: expected finite images .* got {got}"):
+            starting_at(wrong)
     with pytest.raises(ValueError, match="baseline: expected one of .* got 'removed'"):
         fastfg.attribute(model, images, methods=["integrated_gradients"], integrated_gradients={"baseline": "removed"})
 

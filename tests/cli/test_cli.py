@@ -129,6 +129,112 @@ def test_metrics_and_methods(files, tmp_path, capsys):
     assert "Which differences are real" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """Two photographs, with a mask of the bright pixels of the first one."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "masks").mkdir()
+    for name in ("flower", "china"):
+        photo = datasets.load_sample_image(f"{name}.jpg")
+        Image.fromarray(photo).save(tmp_path / "photos" / f"{name}.png")
+    bright = datasets.load_sample_image("flower.jpg").mean(-1) > 110
+    Image.fromarray(np.where(bright, 255, 0).astype(np.uint8)).save(tmp_path / "photos" / "masks" / "flower.png")
+    return tmp_path / "photos"
+
+
+def test_masks(files, photographs, tmp_path, capsys):
+    """The scores are those of Python; the photograph without a mask has a reason, and the mask is not judged itself."""
+    from fastfg.data import read_image, read_mask
+
+    arguments = [*model_arguments(files), "--metrics", "roc_auc", "saco", "--methods", "edges", "--masks"]
+    table = evaluated([photographs], tmp_path / "out", *arguments, str(photographs / "masks"))
+    assert [Path(path).name for path in table["path"]] == ["china.png"] * 2 + ["flower.png"] * 2
+    assert table["saco"].notna().all()
+    assert table["roc_auc"].isna().tolist() == [True, True, False, False]
+    missing = read_rows(tmp_path / "out" / "score_errors.csv")
+    assert [(Path(row["path"]).name, row["metric"], row["message"]) for row in missing] == [
+        ("china.png", "roc_auc", f"no mask: expected china.* in {photographs / 'masks'}")
+    ] * 2
+    (left,) = read_rows(tmp_path / "out" / "errors.csv")
+    assert (Path(left["path"]).name, left["error"]) == ("flower.png", "in the folder of the masks")
+    assert "Judging 2 images x 2 variants" in capsys.readouterr().out
+
+    vit = load_model(NAME, files / "vit.safetensors", pretrained=False)
+    picture = read_image(photographs / "flower.png").image
+    image = preprocessing(vit)(picture)[None]
+    mask = read_mask(photographs / "masks" / "flower.png", preprocessing(vit), picture.size)[None]
+    found = fastfg.attribute(vit, image, methods=["edges"])
+    maps = torch.stack([found.maps, found.methods["edges"]])
+    expected = fastfg.evaluate(vit, image, maps, target=found.target, metrics=["roc_auc"], masks=mask)["roc_auc"]
+    np.testing.assert_allclose(table["roc_auc"][2:], expected[:, 0], rtol=1e-3)
+
+    Image.new("L", (5, 5)).save(photographs / "masks" / "china.png")
+    again = evaluated([photographs], tmp_path / "out", *arguments, str(photographs / "masks"))
+    assert again["roc_auc"].equals(table["roc_auc"])
+    reasons = {row["message"] for row in read_rows(tmp_path / "out" / "score_errors.csv")}
+    assert reasons == {
+        f"mask {photographs / 'masks' / 'china.png'}: ValueError: mask: expected 640 x 427 pixels, as the image has, "
+        "got 5 x 5"
+    }
+
+
+def test_groups_and_equal_images(files, photographs, tmp_path, capsys):
+    shutil.copy(photographs / "flower.png", photographs / "again.png")
+    shutil.copy(photographs / "masks" / "flower.png", photographs / "masks" / "china.png")
+    table = pd.DataFrame({"image": ["china.png", "photos/flower.png", "again.png"], "group": ["01", "01", "02"]})
+    table.to_csv(tmp_path / "groups.csv", index=False)
+    table.to_parquet(tmp_path / "groups.parquet")
+    images = [photographs / name for name in ("china.png", "flower.png", "again.png")]
+    arguments = [*model_arguments(files), "--metrics", "iou", "--methods", "edges", "--masks"]
+    arguments += [str(photographs / "masks"), "--groups"]
+    shutil.copy(photographs / "masks" / "china.png", photographs / "masks" / "again.png")
+    for name in ("groups.csv", "groups.parquet"):
+        found = evaluated(images, tmp_path / "out", *arguments, str(tmp_path / name))
+        assert list(found.columns) == ["path", "key", "group", "variant", "target", "iou"]
+        assert found["group"].tolist() == ["01", "01", "01", "01", "02", "02"]
+    (row,) = study.paired(found).to_dict("records")
+    assert (row["n"], row["groups"], row["verdict"]) == (3, 1, "not tested")  # flower and again are one picture
+    assert "Same pixels as another image: 1 image; the tests count each picture once" in capsys.readouterr().out
+    assert "| 3 in 1 group |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics", "iou", "saco"], "masks: expected --masks DIR with iou, got none"),
+        (["--masks", "{files}"], "metrics: expected one of pointing_game, "),
+        (["--metrics", "iou", "--masks", "{files}/vit.pt"], "masks: expected a folder, got {files}/vit.pt"),
+        (["--metrics", "iou", "--masks", "{files}/saes"], "masks: expected a file with the name of an image, such as"),
+        (["--groups", "{files}/vit.pt"], "groups: expected a .csv or .parquet file, got {files}/vit.pt"),
+        (["--groups", "{files}/nowhere.csv"], "[Errno 2]"),
+        (["--groups", "{files}/columns.csv"], "groups: expected the columns 'image' and 'group' in"),
+        (["--groups", "{files}/none.csv"], "groups: expected a group in {files}/none.csv for each image, got none for"),
+        (["--groups", "{files}/empty.csv"], "groups: expected a group for each image in {files}/empty.csv, got none"),
+        (["--groups", "{files}/several.csv"], "groups: expected one group per image in {files}/several.csv, got"),
+        (["--groups", "{files}/short.csv"], "groups: expected names in {files}/short.csv that tell the images apart"),
+    ],
+)
+def test_masks_and_groups_that_do_not_fit(files, tmp_path, capsys, arguments, message):
+    tables = {"columns": "path,group\na.png,1", "none": "image,group\nb.png,1", "empty": "image,group\na.png,"}
+    tables |= {"several": "image,group\na.png,1\na.png,2", "short": "image,group\na.png,1"}
+    for name, text in tables.items():
+        (files / f"{name}.csv").write_text(text)
+    images = [str(files / "images" / name) for name in ("a.png", "more/a.png")]
+    arguments = [argument.format(files=files) for argument in arguments]
+    assert main(["evaluate", *images, *model_arguments(files), "--out", str(tmp_path), *arguments]) == 1
+    check_error(capsys, message.format(files=files))
+
+
+@pytest.mark.parametrize("option", ["--methods", "--metrics"])
+def test_a_name_that_is_given_twice_is_a_wrong_command_line(capsys, option):
+    name = {"--methods": "random", "--metrics": "saco"}[option]
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "a.png", "--model", NAME, "--out", "o", option, name, name])
+    assert stopped.value.code == 2
+    check_error(capsys, f"argument {option}: expected each name once, got {name!r} twice")
+
+
 def all_maps(files, out):
     assert main(["attribute", str(files / "images"), *model_arguments(files), "--out", str(out)]) == 0
     return out

@@ -137,6 +137,50 @@ def test_refused_files(tmp_path):
         read_mask(save(tmp_path / "b.png", np.zeros((2, 3))), lambda image: grey(image).exp(), (3, 2))
 
 
+class RandomShift:
+    """Moves the picture by random pixels; with ``seed``, by a generator of its own."""
+
+    def __init__(self, seed=None, p=1.0):
+        self.own, self.p = None if seed is None else np.random.default_rng(seed), p
+
+    def __call__(self, image):
+        draw = self.own.random if self.own else np.random.random
+        return image.rotate(90 * int(8 * draw())) if draw() < self.p else image
+
+
+def test_random_transforms_are_refused_by_name(tmp_path):
+    """Also where the geometry is by chance the same: the generator has moved on."""
+    import random
+
+    file = save(tmp_path / "a.png", np.arange(35).reshape(5, 7) % 3 == 0)
+    shift, own, never = RandomShift(), RandomShift(seed=0), RandomShift(p=0.0)
+
+    def plain(image):
+        return grey(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 1e-9 else image)
+
+    def drawn(image):
+        return grey(image) if float(torch.rand(())) < 2 else None
+
+    for transform, name in (
+        (lambda image: grey(shift(image)), "RandomShift"),
+        (lambda image: grey(own(image)), "RandomShift"),
+        (lambda image: grey(never(image)), "RandomShift"),
+        (plain, "one that draws random numbers"),
+        (drawn, "one that draws random numbers"),
+    ):
+        expected = f"transform: expected one without random parts, .* got {name}$"
+        with pytest.raises(ValueError, match=expected):
+            read_mask(file, transform, (7, 5))
+
+
+def test_timms_training_transform_is_refused(files):
+    from timm.data import create_transform
+
+    training = create_transform((3, 56, 56), is_training=True, hflip=0.5)
+    with pytest.raises(ValueError, match="transform: expected one without random parts, .* got .*RandomResizedCrop"):
+        read_mask(files / "mask.png", training, (140, 90))
+
+
 def test_padding_is_outside(tmp_path):
     file = save(tmp_path / "a.png", np.ones((2, 3)))
     mask = read_mask(file, lambda image: torch.nn.functional.pad(grey(image), (1, 1, 0, 0), value=7.0), (3, 2))

@@ -364,6 +364,14 @@ def test_iou_with_a_threshold_on_the_range():
         assert float(scores["iou"]) == pytest.approx(expected), threshold
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 3e-5])
+def test_a_patch_at_the_mean_is_not_above_it(scale, dtype):
+    maps = (torch.tensor([[0.2, 0.3, 0.2, 0.1]], dtype=dtype) * scale).double()
+    _, details = METRICS["iou"]().compare(maps, torch.tensor([[True, False, True, False]]))
+    assert details["n_above"].tolist() == [1]
+
+
 def test_masks_may_be_given_to_a_metric_itself():
     one = METRICS["iou"](masks=mask_of([1, 2]))
     scores = judged([1.0, 2.0, 6.0, 4.0, 0.0, -1.0], mask_of([0]), [one, "pointing_game"])

@@ -78,6 +78,12 @@ def test_alone_or_in_any_batch(model, images):
         assert float(alone[name]) == pytest.approx(float(together[name][1]), rel=1e-9)
 
 
+def test_a_patch_twice_in_a_subset():
+    given = torch.tensor([[0, 1], [2, 2], [1, 3]])[None, :, None]
+    with pytest.raises(ValueError, match="infidelity: expected subsets of different patches, got one with the same"):
+        scores([2, 4, 6, 8], [1.0, 2, 3, 4], metrics=["infidelity"], infidelity={"subsets": given})
+
+
 def test_subsets_are_given_per_image():
     with pytest.raises(ValueError, match="infidelity: expected subsets for 1 images in dimension 2"):
         fastfg.evaluate(

@@ -35,13 +35,20 @@ CUT = [
 def passes(monkeypatch):
     """A list that gets an entry for each forward pass: whether it is of the first rows, and succeeds."""
     found = []
-    leave = FirstRows.__exit__
+    leave, check = FirstRows.__exit__, FirstRows.check
 
-    def counted(self, *exception):
-        found.append(exception[0] is None and bool(self.held))
+    def left(self, *exception):
         leave(self, *exception)
+        if exception[0] is not None:
+            found.append(False)
 
-    monkeypatch.setattr(FirstRows, "__exit__", counted)
+    def checked(self, *given):
+        found.append(False)
+        check(self, *given)
+        found[-1] = bool(self.held)
+
+    monkeypatch.setattr(FirstRows, "__exit__", left)
+    monkeypatch.setattr(FirstRows, "check", checked)
     return found
 
 
@@ -85,6 +92,7 @@ class Multiplied(TorchDispatchMode):
 
 
 def test_it_saves_work(model, images, monkeypatch):
+    fastfg.attribute(model, images)  # the first time, the output is compared with that of the model in full
     with Multiplied() as some:
         fastfg.attribute(model, images)
     with Multiplied() as everything:
@@ -156,7 +164,36 @@ def own_function(x, block):
     return x + Sums.apply(x)
 
 
-USES = [mean_inside, in_place, a_convolution, attention_twice, own_function]
+@torch.jit.script
+def scripted_scale(x):
+    return x * torch.sigmoid(x.mean(1, keepdim=True))
+
+
+def scripted(x, block):
+    return scripted_scale(x + block.attn(block.norm1(x)))
+
+
+def mapped(x, block):
+    x = x + block.attn(block.norm1(x))
+    return torch.vmap(lambda tokens: tokens - tokens.mean(0))(x)
+
+
+def error_caught(x, block):
+    x = x + block.attn(block.norm1(x))
+    try:
+        return x + x.mean(1, keepdim=True)
+    except Exception:
+        return x
+
+
+def gradient_clipped(x, block):
+    x = x + block.attn(block.norm1(x))
+    x.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    return x + block.mlp(block.norm2(x))
+
+
+USES = [mean_inside, in_place, a_convolution, attention_twice, own_function, scripted, mapped, error_caught]
+USES += [gradient_clipped]
 
 
 @pytest.mark.parametrize("forward", USES, ids=lambda f: f.__name__)
@@ -217,6 +254,8 @@ def test_a_target_that_reads_other_tokens_of_an_object(passes):
 
 
 def test_wrong_arguments_run_one_forward(model, images, passes):
+    fastfg.attribute(model, images)
+    passes.clear()
     with pytest.raises(ValueError, match="target: expected classes"):
         fastfg.attribute(model, images, target=77)
     assert len(passes) == 1

@@ -93,6 +93,24 @@ def test_one_metric_may_remove_while_others_fill(model, images):
     assert removed.forwards["run"] == 3 * 25
 
 
+def test_a_target_that_reads_the_patches_of_the_output(model, images):
+    """The last block then computes all tokens."""
+    maps = torch.rand(3, 4, 6)
+    model.forward = model.forward_features  # [B, N, d]
+
+    def target(tokens):
+        return tokens[:, 1:].mean(1)[:, 2]
+
+    options = {"target": target, "metrics": ["saco"], "saco": {"n_bins": 4}}
+    filled = fastfg.evaluate(model, images, maps, **options)
+    assert filled.path == "tokens"
+    pixels = fastfg.evaluate(model, images, maps, path="pixels", **options)
+    torch.testing.assert_close(filled.details["saco"], pixels.details["saco"], rtol=1e-9, atol=1e-9)
+    removed = fastfg.evaluate(model, images, maps, baseline="removed", **options)
+    assert removed.errors == []
+    assert removed.path == "removed"
+
+
 def test_all_metrics_may_remove(model, images):
     scores = fastfg.evaluate(model, images, torch.rand(2, 3, 4, 6), target=1, baseline="removed")
     assert not scores.errors

@@ -27,7 +27,7 @@ def test_names_are_escaped(tmp_path):
         tmp_path / "report.html",
         title=EVIL,
         subtitle=EVIL,
-        summary=summarize(scores),
+        summary=summarize(scores, EVIL, metrics=["saco", EVIL]),
         scores=scores,
         errors=pd.DataFrame([{EVIL: EVIL, "message": EVIL}]),
         figure=figure(tmp_path / "figure.png"),

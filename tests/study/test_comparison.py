@@ -112,6 +112,70 @@ def test_arguments_that_hold_one_entry_per_image_follow_the_batches(model, image
         fastfg.compare(model, images, **options | {"baseline": torch.zeros(2)})
 
 
+@pytest.mark.parametrize("whole_images", [False, True])
+def test_starts_of_integrated_gradients_follow_the_batches(model, images, monkeypatch, whole_images):
+    """One colour or picture per image, cut to each batch, and to the images that a metric explains again."""
+    starts = torch.arange(9.0, dtype=torch.float64).reshape(3, 3)
+    starts = images.roll(1, 0) if whole_images else starts
+    options = {"methods": ["integrated_gradients"], "metrics": ["saco", "max_sensitivity"]}
+    options |= {"max_sensitivity": {"n_samples": 1}, "saco": {"n_bins": 4}, "target": 1}
+
+    def starting_at(baseline):
+        return {"integrated_gradients": {"steps": 2, "baseline": baseline}}
+
+    whole = fastfg.compare(model, images, **options, **starting_at(starts))
+    monkeypatch.setattr("fastfg.study.comparison.IMAGES_ON_CPU", 2)
+    parts = fastfg.compare(model, images, **options, **starting_at(starts))
+    for metric in options["metrics"]:
+        assert parts[metric].tolist() == pytest.approx(whole[metric].tolist(), rel=1e-9)
+    for wrong, message in ((starts[:2], "expected one per image, got 2 for 3"), (starts[[0, 1, 2, 0]], "got 4")):
+        with pytest.raises(ValueError, match=f"integrated_gradients.baseline: .*{message}"):
+            fastfg.compare(model, images, **options, **starting_at(wrong))
+
+
+def test_the_same_image_under_two_keys_is_explained_again_as_each(model, images):
+    """``random`` depends on the key, so equal pixels do not say which map is to be made again."""
+    twice = images[[0, 0, 1]]
+    options = {"methods": ["random"], "metrics": ["random_logit"], "target": 1}
+    table = fastfg.compare(model, twice, keys=["a", "b", "c"], **options)
+    assert table["random_logit"].notna().all()
+    swapped = fastfg.compare(model, twice, keys=["b", "a", "c"], **options)
+    rows = [t.set_index(["image", "variant"])["random_logit"] for t in (table, swapped)]
+    assert rows[0].to_dict() == pytest.approx(rows[1].to_dict(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"identity": "paper"},
+            "unexpected argument 'identity'; expected options of metrics and methods by their name",
+        ),
+        ({"seed": 1.0}, "seed: expected an int, got 1.0"),
+        ({"seed": True}, "seed: expected an int, got True"),
+        ({"methods": None}, r"methods: expected a list of names among \(.*got None"),
+        ({"methods": "random"}, r"methods: expected a list of names among \(.*got 'random'"),
+        ({"methods": ["grad_cam"], "grad_cam": {"layer": 0.5}}, "grad_cam.layer: expected a block, an int .* got 0.5"),
+    ],
+)
+def test_wrong_arguments_are_named(model, images, options, message):
+    for function in (fastfg.compare, compare_batch):
+        with pytest.raises(TypeError, match=message):
+            function(model, images[:1], **({"metrics": ["saco"]} | options))
+
+
+def test_names_of_variants_are_text(model, images):
+    with pytest.raises(ValueError, match=r"gates: expected names as text, got \[0\]"):
+        fastfg.compare(model, images, gates={0: None, "a": fastfg.Gate((1,), score="gradient_x_residual")})
+
+
+def test_a_column_that_is_added_is_not_judged(model, images):
+    table = fastfg.compare(model, images, methods=["random"], metrics=["saco"], saco={"n_bins": 4})
+    assert set(fastfg.study.paired(table)["metric"]) == {"saco"}
+    with pytest.raises(ValueError, match=r"metrics: expected the names .* as \['age'\] may be no metrics"):
+        fastfg.study.paired(table.assign(age=range(len(table))))
+
+
 def test_images_that_share_a_key_keep_their_own_errors(model, images):
     images = images.clone()
     images[1] = 0.5  # blank

@@ -39,6 +39,27 @@ def test_mean_error_and_welch():
     assert math.isnan(summary.loc[("vanilla", "saco")]["p"])
 
 
+def test_a_column_that_may_be_no_metric_is_not_judged():
+    """A column of one's own is judged where it is named, made by compare, or beside no metric of fastfg."""
+    table = scores(vanilla=[0.1, 0.2, 0.4], gated=[0.3, 0.4, 0.35])
+    for judged in (summarize, paired):
+        with pytest.raises(ValueError, match=r"metrics: expected the names .* as \['age'\] may be no metrics beside"):
+            judged(table.assign(age=[50, 60, 70] * 2))
+        with pytest.raises(ValueError, match=r"scores: expected numbers in the column 'patient', got .*metrics= names"):
+            judged(table.assign(patient="a"))
+        with pytest.raises(TypeError, match="metrics: expected a list of names among .* got the text 'saco'"):
+            judged(table, metrics="saco")
+        named = judged(table.assign(age=[50, 60, 70] * 2, patient="a"), metrics=["saco"])
+        assert set(named["metric"]) == {"saco"}
+        made = table.assign(own=table["saco"])
+        made.attrs["metrics"] = ["saco", "pixel_flipping", "own"]
+        assert set(judged(made)["metric"]) == {"saco", "pixel_flipping", "own"}
+        alone = table.rename(columns={"saco": "own"}).drop(columns="pixel_flipping")
+        assert set(judged(alone)["metric"]) == {"own"}
+    directed = paired(table.assign(own=table["saco"]), higher_is_better={"own": True})
+    assert set(directed["metric"]) == {"saco", "pixel_flipping", "own"}
+
+
 def test_stars():
     assert [stars(p) for p in (0.0005, 0.005, 0.03, 0.05, math.nan)] == ["***", "**", "*", "", ""]
 
@@ -93,7 +114,7 @@ def test_the_variant_to_test_against_must_be_there():
 )
 def test_names_are_shown_as_they_are(name):
     table = scores(**{name: [0.1, 0.2, 0.15], "gated": [0.3, 0.4, 0.35]}).rename(columns={"pixel_flipping": name})
-    text = markdown_table(summarize(table, against=name), against=name)
+    text = markdown_table(summarize(table, against=name, metrics=["saco", name]), against=name)
     lines, shown = text.splitlines(), " ".join(name.split())
     assert len(lines) == 6
     (table_tokens, footnote) = cells(text)
@@ -181,6 +202,56 @@ def test_many_metrics_and_variants_fit_a_terminal():
     assert text.count("| --- |") == 5 + 15
 
 
+def test_the_table_names_the_variant_that_the_statistics_compare_with():
+    vanilla = np.linspace(0.2, 0.5, 12)
+    found = scores(vanilla=vanilla, gated=vanilla + 0.2 + np.linspace(0, 0.1, 12))
+    summary, table = summarize(found, "gated"), paired(found, "gated")
+    text = markdown_table(summary, paired=table)
+    assert "finds it better than gated (Holm" in text
+    assert "Worse than gated: vanilla" in text
+    with pytest.raises(ValueError, match="against: expected 'gated', which the statistics compare with, got 'vanilla'"):
+        markdown_table(summary, "vanilla", table)
+    with pytest.raises(
+        ValueError, match=r"paired: expected the same variant .* as in summary, got \['vanilla', 'gated'\]"
+    ):
+        markdown_table(summarize(found), paired=table)
+    for lost in (summary, table):
+        lost.attrs.clear()  # as a CSV file does
+    assert "better than gated (Holm" in markdown_table(summary, "gated", table)
+    with pytest.raises(ValueError, match="against: expected the variant that paired compares with, got 'vanilla'"):
+        markdown_table(summary, paired=table)
+
+
+def test_the_note_names_the_family():
+    found = scores(vanilla=np.zeros(6), gated=np.linspace(0.1, 0.3, 6))
+    summary, table = summarize(found), paired(found, family="metric")
+    assert "corrected for the comparisons of one metric. Welch" in markdown_table(summary, paired=table)
+    assert "corrected for all comparisons. Welch" in markdown_table(summary, paired=paired(found))
+    table.attrs.clear()
+    assert "corrected. Welch" in markdown_table(summary, paired=table)
+
+
+def test_bold_and_arrows_follow_the_directions_that_were_given():
+    vanilla = np.linspace(0.2, 0.5, 12)
+    found = scores(vanilla=vanilla, gated=vanilla + 0.2 + np.linspace(0, 0.1, 12)).rename(
+        columns={"pixel_flipping": "own"}
+    )
+    directions = {"saco": False, "own": False}
+    table = paired(found, higher_is_better=directions)
+    text = markdown_table(summarize(found, metrics=["saco", "own"]), paired=table)
+    (vanilla_row, gated_row) = text.splitlines()[2:4]
+    assert "SaCo ↓ | own ↓" in text
+    assert "**" not in vanilla_row
+    assert "| **-0.600 ±" in gated_row
+    assert gated_row.count("**0.") == 0  # saco: lower is better now
+
+
+def test_the_number_of_units_is_shown():
+    found = scores(vanilla=np.zeros(12), gated=np.linspace(0.1, 0.3, 12))
+    table = paired(found, groups=[i // 2 for i in range(12)])
+    assert "| 12 in 6 groups |" in markdown_table(summarize(found), paired=table)
+
+
 def test_very_small_and_large_numbers_keep_their_digits():
     table = markdown_table(summarize(scores(vanilla=[1e-6, 2e-6], gated=[3e-6, 4e-6])))
     assert "1.50e-06 ± 5.00e-07" in table
@@ -199,3 +270,23 @@ def test_scores_that_differ_by_rounding_have_no_variance():
     assert found["constant"] != found["constant"]  # NaN: neither varies
     expected = stats.ttest_1samp([0.2, 0.4, 0.6], 1.0).pvalue
     assert found["other"] == pytest.approx(expected)
+
+
+def test_no_mean_is_bold_among_means_over_other_images():
+    """``few`` has scores for the easy images alone: the largest mean, and the smallest gain."""
+    random = np.random.default_rng(0)
+    base = random.normal(0, 1, 40)
+    few = np.where(base > 0.5, base + 0.1 + random.normal(0, 0.01, 40), np.nan)
+    columns = {"vanilla": base, "full": base + 0.5 + random.normal(0, 0.1, 40), "few": few}
+    for given, bold in ((columns, 0), ({k: columns[k] for k in ("vanilla", "full")}, 1)):
+        table = scores(**given).drop(columns="pixel_flipping")
+        shown = markdown_table(summarize(table), paired=paired(table)).split("Mean ± standard error")[0]
+        assert shown.count("**") == 2 * bold
+
+
+def test_truth_values_are_scores():
+    table = scores(vanilla=[True, True, False, True], gated=[False, True, False, False])
+    table = table[["image", "variant", "saco"]].rename(columns={"saco": "pointing_game"})
+    table["pointing_game"] = table["pointing_game"].astype(bool)
+    assert summarize(table)["mean"].tolist() == [0.75, 0.25]
+    assert paired(table)["difference"].tolist() == [-0.5]

@@ -24,7 +24,7 @@ NAN = math.nan
 def scores(metric="saco", **columns):
     """A table of :func:`fastfg.compare` with one metric, from {variant: one score per image}."""
     rows = [
-        {"index": i, "image": "same", "variant": variant, "target": 0, metric: value, "error": None}
+        {"index": i, "image": f"picture {i}", "variant": variant, "target": 0, metric: value, "error": None}
         for variant, values in columns.items()
         for i, value in enumerate(values)
     ]
@@ -210,14 +210,90 @@ def test_a_comparison_without_a_test_is_not_in_the_family():
 def test_images_are_paired_by_position_and_not_by_key_or_row():
     random = np.random.default_rng(0)
     table = scores(vanilla=random.normal(0, 1, 9), gated=random.normal(0, 1, 9))
-    assert table["image"].nunique() == 1
+    table["image"] = table["image"].replace("picture 1", "picture 0")
     expected = one(table)
+    assert (expected["n"], expected["groups"]) == (9, 8)
     shuffled = table.sample(frac=1, random_state=0)
     assert one(shuffled).drop(["low", "high"]).to_dict() == pytest.approx(expected.drop(["low", "high"]).to_dict())
-    with pytest.raises(ValueError, match="expected one row per image and variant, got two for image 'same'"):
+    with pytest.raises(ValueError, match="expected one row per image and variant, got two for image 'picture 0'"):
         paired(table.drop(columns="index"))
     some = table[~((table["variant"] == "gated") & table["index"].isin([2, 5]))]  # rows that are not there
     assert (one(some)["n"], one(some)["missing"]) == (7, 2)
+
+
+def repeated(table, times):
+    """``table`` with each image ``times`` times, each time at a place of its own."""
+    n = table["index"].nunique()
+    return pd.concat([table.assign(index=table["index"] + n * k) for k in range(times)], ignore_index=True)
+
+
+def test_the_same_image_again_is_no_new_evidence():
+    """Six images five times each: the signs of all five flip together, so p is that of six images."""
+    random = np.random.default_rng(0)
+    table = scores(vanilla=random.normal(0, 1, 6), gated=random.normal(0.4, 1, 6))
+    first, again = one(table), one(repeated(table, 5))
+    assert (again["n"], again["groups"], first["groups"]) == (30, 6, 6)
+    names = ["p", "p_holm", "p_welch", "mean", "difference", "low", "high", "mde"]
+    assert again[names].tolist() == pytest.approx(first[names].tolist(), rel=1e-9)
+    summaries = [summarize(t)[["mean", "se", "p"]].to_numpy() for t in (table, repeated(table, 5))]
+    np.testing.assert_allclose(summaries[1], summaries[0], rtol=1e-9)
+    by_path = repeated(table, 5).rename(columns={"index": "path", "image": "key"})  # as the command writes it
+    assert one(by_path)["p"] == again["p"]
+    unnamed = repeated(table, 5).assign(image=None)  # without keys, nothing says that they are the same
+    assert one(unnamed)["groups"] == 30
+
+
+def test_few_different_images_have_a_reason():
+    four = one(repeated(scores(vanilla=[0.0] * 4, gated=[1.0, 2.0, 1.5, 1.2]), 5))
+    assert (four["p"], four["verdict"]) == (0.125, "cannot tell")
+    assert four["reason"].startswith("4 different images give no p below 0.12")
+    alone = one(repeated(scores(vanilla=[0.1], gated=[0.2]), 8))
+    assert (alone["verdict"], alone["reason"]) == (
+        "not tested",
+        "only one different image: a test needs at least two",
+    )
+
+
+def test_groups_that_share_an_image_are_one_group():
+    """Images 0 and 3 are one picture, so the groups a and b are one; c and d share only a picture without scores."""
+    table = scores(vanilla=[0.0] * 6, gated=[1.0, 2.0, 4.0, 1.0, NAN, NAN]).assign(
+        image=[*"pqrpzz"] * 2, group=[*"aacbcd"] * 2
+    )
+    row = one(table)
+    assert (row["groups"], row["p"]) == (2, 2 / 4)  # totals 4 and 4
+    apart = one(table.assign(image=[*"pqrszz"] * 2))
+    assert apart["groups"] == 3
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_differences_of_rounding_size_are_none(scale):
+    base = scale * np.linspace(0.1, 1, 12)
+    row = one(scores(vanilla=base, gated=base * (1 + 2e-15)))
+    assert (row["verdict"], row["p"], row["reason"]) == ("no real difference", 1.0, "all differences are 0")
+    assert one(scores(vanilla=base, gated=base * 1.001))["verdict"] == "better"  # small, and no rounding
+    zeros = np.where(np.arange(12) % 2, base, 0.0)  # next to scores of this size, 1e-16 of it is rounding as well
+    assert one(scores(vanilla=zeros, gated=zeros + 1e-16 * scale))["p"] == 1.0
+    low = scores(vanilla=base, gated=base * (1 + 1e-7)).astype({"saco": np.float32})
+    assert one(low)["verdict"] == "no real difference"
+
+
+def test_an_image_with_huge_scores_does_not_hide_the_others():
+    base = np.array([1e12, *np.linspace(0.1, 1, 11)])
+    assert one(scores(vanilla=base, gated=base * 1.01))["verdict"] == "better"
+
+
+def test_a_metric_that_depends_on_the_scale_is_not_tested():
+    table = scores("infidelity", vanilla=np.linspace(2, 3, 10), gated=np.linspace(1, 1.5, 10))
+    row = one(table.assign(saco=table["infidelity"]), metrics=["infidelity"])
+    assert (row["verdict"], row["reason"]) == (
+        "not tested",
+        "the score depends on the scale of the map, and each variant has its own",
+    )
+    assert np.isnan(row[["p", "p_holm", "low", "high", "mde", "p_welch"]].tolist()).all()
+    assert (row["mean"], row["mean_against"]) == (1.25, 2.5)
+    both = paired(table.assign(saco=table["infidelity"])).set_index("metric")
+    assert both["p_holm"]["saco"] == both["p"]["saco"]  # a comparison without a test is not in the family
+    assert set(summarize(table)["stars"]) == {""}
 
 
 def test_groups_by_column_and_by_sequence_are_the_same():
@@ -251,7 +327,7 @@ def test_wrong_arguments_are_named(options, message):
     table = scores(vanilla=[0.1, 0.2, 0.3], gated=[0.2, 0.4, 0.1])
     table["target"] = [0, 0, 0, 0, 0, 1]
     if message is None:
-        assert paired(table, **options)["groups"].tolist() == [1]
+        assert paired(table, **options)["groups"].tolist() == [3]
         return
     with pytest.raises(ValueError, match=message):
         paired(table, **options)
@@ -288,6 +364,26 @@ def test_the_rank_by_hand():
     assert (row["mean"], row["best_shuffled"]) == (0.4, 0.5)
     lower = rank_test(table.rename(columns={"saco": "pixel_flipping"}), "real", ["a", "b", "c"]).iloc[0]
     assert (lower["rank"], lower["p"], lower["best_shuffled"]) == (3, 3 / 4, pytest.approx(0.3))
+
+
+def test_equal_means_around_zero_are_ties_whatever_their_rounding():
+    """The same values in another order: their means differ by rounding, which is large beside a mean of 0."""
+    values = np.random.default_rng(3).normal(size=40)
+    values -= values.mean()
+    orders = {f"shuffled {seed}": np.random.default_rng(seed).permutation(values).tolist() for seed in range(19)}
+    assert rank_test(scores(real=values.tolist(), **orders), "real", list(orders))["p"].tolist() == [1.0]
+
+
+def test_means_that_differ_by_rounding_are_tied():
+    table = scores(real=[1.0, -1.0], a=[1.0, -1.0 - 3e-16], b=[1.0, -1.5])
+    row = rank_test(table, "real", ["a", "b"]).iloc[0]
+    assert (row["mean"], row["rank"]) == (0.0, 2)  # its size is not that of the scores
+
+
+def test_pandas_own_types_have_their_rounding():
+    table = scores(vanilla=np.linspace(0.1, 1, 12), gated=np.linspace(0.1, 1, 12) * (1 + 1e-7))
+    verdicts = [one(table.astype({"saco": kind}))["verdict"] for kind in ("Float32", "Float64")]
+    assert verdicts == ["no real difference", "better"]
 
 
 def test_nineteen_seeds_give_a_p_of_5_percent():

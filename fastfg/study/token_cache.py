@@ -1,0 +1,156 @@
+"""Residual tokens on disk, as :func:`fastfg.study.cache_tokens` writes them: several layers from one pass over images.
+
+A cache is a folder: ``tokens.json`` says how the tokens were made, and each line of ``shards.jsonl`` names a complete
+shard, its images, and the tokens per image. A shard is a safetensors file with ``layer_<l>`` [B, n, d] per layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfg.perturb.seeds import generator
+
+FORMAT = "fastfg tokens 1"
+RECIPE, SHARDS = "tokens.json", "shards.jsonl"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache: its images, and how many tokens of each it holds."""
+
+    name: str
+    keys: tuple[str, ...]
+    tokens_per_image: int
+
+
+class TokenCache:
+    """The tokens in ``folder``.
+
+    Attributes:
+        recipe: how they were made. layers: the blocks. width: d. shards: in the order in which they were written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.recipe = _recipe(self.folder / RECIPE)
+        self.layers, self.width = tuple(self.recipe["layers"]), int(self.recipe["width"])
+        self.shards = _shards(self.folder / SHARDS)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all images."""
+        return [key for shard in self.shards for key in shard.keys]
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens per layer."""
+        return sum(len(shard.keys) * shard.tokens_per_image for shard in self.shards)
+
+    def read(self, layer: int, shard: Shard, keys: Collection[str] | None = None) -> Tensor:
+        """The tokens [n, d] of one shard in float32: of all its images, or of those among ``keys``."""
+        from safetensors import safe_open
+
+        if layer not in self.layers:
+            raise ValueError(f"layer: expected one of {self.layers}, which {self.folder} holds, got {layer}")
+        with safe_open(self.folder / shard.name, framework="pt") as file:
+            tokens = file.get_tensor(f"layer_{layer}")
+        if keys is not None:
+            tokens = tokens[[i for i, key in enumerate(shard.keys) if key in keys]]
+        return tokens.flatten(0, 1).float()
+
+    def tokens(self, layer: int, keys: Collection[str] | None = None) -> Tensor:
+        """All tokens [T, d] of one layer in memory, in float32: of all images, or of those among ``keys``."""
+        wanted = None if keys is None else set(keys)
+        return torch.cat([self.read(layer, shard, wanted) for shard in self.shards])
+
+    def batches(
+        self,
+        layer: int,
+        batch_size: int,
+        *,
+        epoch: int = 0,
+        seed: int = 0,
+        buffer: int = 2**18,
+        keys: Collection[str] | None = None,
+    ) -> Iterator[Tensor]:
+        """Full batches [batch_size, d] of one pass over the tokens, shuffled through a buffer of bounded size.
+
+        Shards come in random order. When the buffer holds ``buffer`` tokens or more, it is shuffled and all but half of
+        ``buffer`` is given out. The order depends on ``seed`` and ``epoch`` alone, so a pass can be repeated. Tokens at
+        the end that do not fill a batch are left out.
+
+        Args:
+            buffer: tokens in memory beside those of one shard. keys: the images; None: all of them.
+        """
+        if batch_size < 1 or buffer < 2 * batch_size:
+            raise ValueError(f"buffer: expected at least two batches of {batch_size} tokens, got {buffer}")
+        wanted = None if keys is None else set(keys)
+        random = generator(seed, f"epoch {epoch}", "tokens")
+        held = torch.empty(0, self.width, dtype=torch.float32)
+        order = torch.randperm(len(self.shards), generator=random).tolist()
+        for number, shard in enumerate(order, 1):
+            held = torch.cat([held, self.read(layer, self.shards[shard], wanted)])
+            last = number == len(order)
+            if last or len(held) >= buffer:
+                held = held[torch.randperm(len(held), generator=random)]
+                n = (len(held) - (0 if last else buffer // 2)) // batch_size * batch_size
+                yield from held[:n].split(batch_size) if n else ()
+                held = held[n:].clone()  # a view would keep the whole buffer in memory
+
+    def split(
+        self, held_out: float = 0.1, *, groups: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> tuple[list[str], list[str]]:
+        """The keys of the images to train on, and those of the images to report on.
+
+        Args:
+            held_out: share of the images, or of the groups, to report on. groups: {key: group}, such as the patient of
+                each image; a group is never on both sides.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
+        missing = [key for key in self.keys if groups is not None and key not in groups]
+        if missing:
+            raise ValueError(f"groups: expected one per image, got none for {missing[:3]}")
+        group_of = {key: key if groups is None else groups[key] for key in self.keys}
+        names = list(dict.fromkeys(group_of.values()))
+        n = round(held_out * len(names))
+        if not 0 < n < len(names):
+            raise ValueError(
+                f"held_out: expected a share that leaves some of {len(names)} on both sides, got {held_out}"
+            )
+        order = torch.randperm(len(names), generator=generator(seed, "split", "tokens")).tolist()
+        reported = {names[i] for i in order[:n]}
+        sides: tuple[list[str], list[str]] = ([], [])
+        for key, group in group_of.items():
+            sides[group in reported].append(key)
+        return sides
+
+
+def _recipe(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"folder: expected a folder with {RECIPE}, got {file.parent}") from None
+    except ValueError as error:
+        raise ValueError(f"folder: expected JSON in {file}, got {error}") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"folder: expected {FORMAT!r} in {file}, got {found!r:.80}")
+    return found
+
+
+def _shards(file: Path) -> list[Shard]:
+    """The shards that are named. A line that was being written when a run was stopped names none."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    found = [json.loads(line) for line in lines]
+    shards = [Shard(one["name"], tuple(one["keys"]), one["tokens_per_image"]) for one in found]
+    for shard in shards:
+        if Path(shard.name).name != shard.name:
+            raise ValueError(f"folder: expected the name of a file in {file}, got {shard.name!r}")
+    return shards

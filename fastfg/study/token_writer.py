@@ -1,0 +1,189 @@
+"""Write the residual tokens of many images to disk, to train SAEs of several layers from one pass over the images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfg.attribution.residuals import residuals
+from fastfg.models import Adapter, adapt
+from fastfg.perturb.seeds import generator, image_keys
+from fastfg.study.token_cache import FORMAT, RECIPE, SHARDS, TokenCache
+from fastfg.types import integers
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARD_BYTES = 2**26
+
+
+def cache_tokens(
+    model: nn.Module | Adapter,
+    batches: Iterable[tuple[Tensor, Sequence[str] | None]],
+    layers: int | Iterable[int],
+    folder: str | Path,
+    *,
+    tokens_per_image: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> TokenCache:
+    """Write the residual stream after ``layers`` at the patches of many images to ``folder``.
+
+    All layers come from one forward pass per image. A shard is written under another name and renamed when it is
+    complete. So a run that was stopped goes on with the images that are missing: images that the folder already holds
+    are not computed again.
+
+    Args:
+        batches: (images [B, C, H, W], their keys or None); without keys, a hash of the pixels is the key.
+        layers: 0-based blocks.
+        tokens_per_image: patches per image, drawn by ``seed`` and the image's key, in the order of the grid; None: all.
+        dtype: of the tokens on disk: float32, float16 or bfloat16.
+        max_bytes: the most that the tokens may take on disk; None: no limit.
+        progress: called with the number of images that are done.
+
+    Raises ValueError or TypeError that names the argument: for a folder with tokens of another model, other layers or
+    another seed; where ``dtype`` can't hold a value; and before ``max_bytes`` would be passed. Complete shards stay.
+
+    >>> import tempfile, timm, torch, fastfg
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cache = fastfg.study.cache_tokens(model, [(torch.randn(6, 3, 32, 32), None)], [1, 2], folder)
+    ...     cache.n_tokens, cache.tokens(layer=2).shape
+    (24, torch.Size([24, 192]))
+    """
+    layers = integers("layers", layers)
+    if tokens_per_image is not None and (isinstance(tokens_per_image, bool) or not tokens_per_image >= 1):
+        raise ValueError(f"tokens_per_image: expected at least 1, got {tokens_per_image!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
+    recipe = {"layers": list(layers), "tokens_per_image": tokens_per_image, "seed": seed, "dtype": str(dtype)}
+    writer = _Writer(Path(folder), recipe | {"model": fingerprint(adapt(model).model)}, max_bytes)
+    try:
+        for images, keys in batches:
+            names = image_keys(images, keys)
+            new = [i for i, name in enumerate(names) if name not in writer.known and names.index(name) == i]
+            if new:
+                own = [names[i] for i in new]
+                found = residuals(model, images[new], layers)
+                chosen = {block: _cast(_chosen(x, own, tokens_per_image, seed), dtype) for block, x in found.items()}
+                writer.add(chosen, own)
+            if progress is not None:
+                progress(len(writer.known))
+    finally:
+        writer.flush()
+    if not writer.known:
+        raise ValueError("batches: expected at least one image, got none")
+    return TokenCache(folder)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _chosen(x: Tensor, keys: Sequence[str], n: int | None, seed: int) -> Tensor:
+    """``n`` of the tokens of each image: [B, P, d] -> [B, n, d]."""
+    if n is None:
+        return x
+    if n > x.shape[1]:
+        raise ValueError(f"tokens_per_image: expected at most {x.shape[1]}, the patches per image, got {n}")
+    kept = [torch.randperm(x.shape[1], generator=generator(seed, key, "tokens"))[:n].sort().values for key in keys]
+    return torch.stack([image[rows.to(x.device)] for image, rows in zip(x, kept, strict=True)])
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` on the CPU in the dtype of the disk. Raises ValueError for values that it can't hold."""
+    cast = x.to(dtype).cpu()
+    if not bool(cast.isfinite().all()):
+        largest = float(x.abs().max())
+        raise ValueError(f"dtype: expected one that holds the tokens, whose largest value is {largest:g}, got {dtype}")
+    return cast
+
+
+class _Writer:
+    """Collects the tokens of images, and writes a shard when they are :data:`SHARD_BYTES` or more."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any], max_bytes: int | None) -> None:
+        self.folder, self.recipe, self.max_bytes = folder, recipe, max_bytes
+        self.width: int | None = None
+        self.known: set[str] = set()
+        self.bytes = self.written = self.pending_bytes = 0
+        self.pending: list[tuple[dict[int, Tensor], list[str]]] = []
+        if (folder / RECIPE).exists():
+            self._go_on(TokenCache(folder))
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"folder: expected a new or empty folder, or one with tokens, got {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _go_on(self, earlier: TokenCache) -> None:
+        before = {name: earlier.recipe.get(name) for name in self.recipe}
+        other = [name for name, value in self.recipe.items() if before[name] != value]
+        if other:
+            got = ", ".join(f"{name}={before[name]!r}" for name in other)
+            wanted = ", ".join(f"{name}={self.recipe[name]!r}" for name in other)
+            raise ValueError(f"folder: expected tokens made with {wanted}, got {got} in {earlier.folder}")
+        self.width, self.written, self.known = earlier.width, len(earlier.shards), set(earlier.keys)
+        self.bytes = sum((self.folder / shard.name).stat().st_size for shard in earlier.shards)
+        index = self.folder / SHARDS
+        text = index.read_text(encoding="utf-8") if index.exists() else ""
+        if not text.endswith("\n"):  # a run was stopped in the middle of a line
+            _replace(index, text[: text.rfind("\n") + 1])
+
+    def add(self, tokens: dict[int, Tensor], keys: list[str]) -> None:
+        """Add the tokens [B, n, d] per layer of images that are new."""
+        first = next(iter(tokens.values()))
+        size = sum(x.numel() * x.element_size() for x in tokens.values())
+        if self.max_bytes is not None and self.bytes + self.pending_bytes + size > self.max_bytes:
+            raise ValueError(
+                f"max_bytes: expected room for more than {len(self.known)} images, got {self.max_bytes} bytes; one "
+                f"image takes {size // len(keys)}"
+            )
+        if self.pending and next(iter(self.pending[0][0].values())).shape[1] != first.shape[1]:
+            self.flush()  # images of another size
+        if self.width is None:
+            self.width = first.shape[2]
+            _replace(self.folder / RECIPE, json.dumps({"format": FORMAT, "width": self.width, **self.recipe}, indent=2))
+        self.pending.append((tokens, keys))
+        self.pending_bytes += size
+        self.known.update(keys)
+        if self.pending_bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a shard with all that was added since the last one."""
+        from safetensors.torch import save_file
+
+        if not self.pending:
+            return
+        parts, keys = [tokens for tokens, _ in self.pending], [key for _, own in self.pending for key in own]
+        joined = {f"layer_{block}": torch.cat([part[block] for part in parts]).contiguous() for block in parts[0]}
+        name = f"tokens_{self.written:05d}.safetensors"
+        hidden = self.folder / f".{name}"
+        save_file(joined, hidden)
+        hidden.replace(self.folder / name)
+        line = {"name": name, "keys": keys, "tokens_per_image": next(iter(joined.values())).shape[1]}
+        with (self.folder / SHARDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.bytes += self.pending_bytes
+        self.written += 1
+        self.pending, self.pending_bytes = [], 0
+
+
+def _replace(file: Path, text: str) -> None:
+    hidden = file.with_name(f".{file.name}")
+    hidden.write_text(text, encoding="utf-8")
+    hidden.replace(file)
