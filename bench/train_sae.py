@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dead-batches", type=int, default=8, help="batches after which an inactive feature is dead")
     parser.add_argument("--losses", type=int, default=0, metavar="STEPS")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the comparison of losses")
+    parser.add_argument("--lr", type=float, default=2e-4, help="of the comparison of losses; near that of Gao et al.")
     parser.add_argument("--memory", nargs="?", const="measured")
     parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
