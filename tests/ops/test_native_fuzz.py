@@ -119,7 +119,7 @@ def test_topk_of_values_with_ties_infinities_and_nan():
 @pytest.mark.parametrize(("T", "F", "k"), [(1024, 40, 5), (1031, 333, 40), (1100, 1500, 1), (1025, 17, 17)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_topk_of_many_tokens_with_ties_and_nan(T, F, k, turned):
-    """Many tokens take another way on some processors. Whole numbers, so that sums are exact and ties are everywhere."""
+    """Many tokens take another way on some processors. Whole numbers: sums are exact, and ties everywhere."""
     draw = Draw(T)
     x, W_enc = (draw.integers(3, *sizes).float() - 1 for sizes in ((T, 7), (7, F)))
     b_enc = torch.where(draw.integers(50, F) == 0, torch.nan, draw.integers(3, F) - 1.0)
