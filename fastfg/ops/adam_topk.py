@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def adam_topk(
 
     Raises:
         ValueError: for shapes, dtypes or layouts that don't fit, or ``step`` below 1.
-        IndexError: on the CPU, for an index out of range. On a GPU such pairs are left out.
+        IndexError: for an index out of range. A Triton kernel can't raise: it leaves such pairs out.
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: Adam of Kingma and Ba 2015; gradients and AuxK of Gao et al. 2024, arXiv 2406.04093.
@@ -102,14 +103,14 @@ def adam_topk(
     chosen = choose("adam_topk", backend, x.device, x.dtype)
     codes = [without_gradient(t) for t in (x, g, values, indices, aux_g, aux_values, aux_indices)]
     state = [[without_gradient(t) for t in tensors] for tensors in (weights, m, v)]
-    options = (lr, *betas, eps, step, unit_norm)
+    arguments: list[Any] = [*codes, *state, lr, *betas, eps, step, unit_norm]
     with torch.inference_mode(False), torch.no_grad():
         if chosen == "reference":
-            for given in (indices, aux_indices):
-                if given is not None:
-                    check_indices(given, sizes["F"])
-            return reference.adam_topk(*codes, *state, *options)
-        return torch_op("adam_topk", chosen)(*codes, *state, *options)
+            check_indices(indices, sizes["F"])
+            if aux_indices is not None:
+                check_indices(aux_indices, sizes["F"], "aux_indices")
+            return reference.adam_topk(*arguments)
+        return torch_op("adam_topk", chosen)(*arguments)
 
 
 def _check_state(sizes: dict[str, int], name: str, tensors: list[Tensor], x: Tensor) -> None:

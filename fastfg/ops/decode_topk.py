@@ -32,8 +32,7 @@ def decode_topk(
 
     Raises:
         ValueError: for shapes that don't fit.
-        IndexError: on the CPU, for an index out of range. A Triton kernel can't raise: that token's reconstruction is
-            NaN.
+        IndexError: for an index out of range. A Triton kernel can't raise: that token's reconstruction is NaN.
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: the TopK SAEs of Gao et al. 2024, arXiv 2406.04093.

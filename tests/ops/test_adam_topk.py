@@ -132,12 +132,14 @@ def test_nan_stays_in_its_features(backend):
 @pytest.mark.parametrize("n", [2, 3])
 def test_results_do_not_depend_on_the_number_of_threads(n):
     before, results = torch.get_num_threads(), []
-    for threads in (1, n):
-        torch.set_num_threads(threads)
-        given = on("cpp", arguments(300, 33, 200, 40, 9))
-        found = ops.adam_topk(**given, lr=0.01, step=1, backend="cpp")
-        results.append([*found, *(t for name in STATE for t in given[name])])
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, n):
+            torch.set_num_threads(threads)
+            given = on("cpp", arguments(300, 33, 200, 40, 9))
+            found = ops.adam_topk(**given, lr=0.01, step=1, backend="cpp")
+            results.append([*found, *(t for name in STATE for t in given[name])])
+    finally:
+        torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
 
 
@@ -154,11 +156,14 @@ def test_weights_may_require_gradients(backend):
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "triton"])
 @pytest.mark.parametrize("index", [-1, 40])
-def test_an_index_out_of_range(backend, index):
+@pytest.mark.parametrize("name", ["indices", "aux_indices"])
+def test_an_index_out_of_range(backend, name, index):
     given = on(backend, arguments())
-    given["indices"][3, 1] = index
-    with pytest.raises(IndexError, match=f"indices: expected features from 0 to 39, got {index}"):
+    (given["indices"] if name == "indices" else given["aux"][2])[3, 1] = index
+    kept = [t.clone() for part in STATE for t in given[part]]
+    with pytest.raises(IndexError, match=f"^{name}: expected features from 0 to 39, got {index}"):
         ops.adam_topk(**given, lr=0.01, step=1, backend=backend)
+    assert all(map(torch.equal, kept, (t for part in STATE for t in given[part])))
 
 
 WRONG = [
