@@ -47,7 +47,7 @@ def hold(model: nn.Module, flags: Iterable[tuple[Any, str, Any]] = ()) -> Iterat
     Raises RuntimeError if another holder needs another value of the same attribute.
     """
     modules = list(model.modules())
-    wanted = [(module, "training", False) for module in modules]
+    wanted: list[tuple[Any, str, Any]] = [(module, "training", False) for module in modules]
     wanted += [(weight, "requires_grad", False) for weight in parameters_of(modules)]
     with ExitStack() as stack:
         taken: list[tuple[int, str]] = []
