@@ -25,6 +25,11 @@ def required() -> tuple[str, ...]:
     return ("reference", "cpp", "triton") if DEVICE.type == "cuda" else ("reference", "cpp")
 
 
+if INTERPRETED:
+    from tests.kernels.interpreter import serve_cpu_tensors
+
+    serve_cpu_tensors()
+
 BACKENDS = required()
 OPS = [op for op in ops.__all__ if op != "adam_topk"]  # that one changes its arguments; see test_adam_topk.py
 PAIRS = [(op, backend) for op in OPS for backend in BACKENDS]

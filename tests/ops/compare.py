@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastfg import ops, reference
-from tests.ops.cases import INTERPRETED, cast, outputs
-
-if INTERPRETED:
-    from tests.kernels.interpreter import serve_cpu_tensors
-
-    serve_cpu_tensors()
+from tests.ops.cases import cast, outputs
 
 
 def exact(op, arguments):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastfg import reference
+from fastfg import ops, reference
+from tests.ops import test_adam_topk
 from tests.ops.native_cases import BUILD, Draw, judge, run
 
 
@@ -189,6 +190,20 @@ def test_results_are_the_same_in_every_mode(op, mode):
         made_inside = {n: a.clone() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
     for ours, theirs in zip(run(op, made_inside), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_training_step_does_not_depend_on_the_number_of_threads(n):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, n):
+            torch.set_num_threads(threads)
+            given = test_adam_topk.on("cpp", test_adam_topk.arguments(300, 33, 200, 40, 9))
+            found = ops.adam_topk(**given, lr=0.01, step=1, backend="cpp")
+            results.append([*found, *(t for name in test_adam_topk.STATE for t in given[name])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("op", BUILD)
