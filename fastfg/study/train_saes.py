@@ -133,8 +133,7 @@ class _Run:
 
     def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:
         recipe, started, before = trainer.recipe, time.monotonic(), trainer.done
-        for batch in self._batches(trainer, layer):
-            tokens = batch.to(self.device)
+        for tokens in self._batches(trainer, layer):
             trainer.train(tokens)
             done = trainer.done
             if done % EVERY == 0 or done == recipe.steps:
@@ -151,7 +150,7 @@ class _Run:
         while trainer.done < recipe.steps:
             epoch, first = divmod(trainer.done, self._per_epoch(recipe))
             options = {"epoch": epoch, "seed": recipe.seed, "buffer": self.buffer, "keys": self.trained}
-            batches = self.cache.batches(layer, recipe.batch_size, **options)
+            batches = self.cache.batches(layer, recipe.batch_size, **options, device=self.device)
             yield from islice(batches, first, first + recipe.steps - trainer.done)
 
     def _per_epoch(self, recipe: Recipe) -> int:
@@ -168,8 +167,8 @@ class _Run:
     def _some(self, layer: int, keys: set[str], n: int) -> Tensor:
         """About ``n`` tokens of the images among ``keys``, or all if there are fewer, spread over all of them."""
         every = max(1, -(-self._count(keys) // n))
-        parts = [self.cache.read(layer, shard, keys)[::every].clone() for shard in self.cache.shards]
-        return torch.cat(parts).to(self.device)
+        parts = [self.cache.read(layer, shard, keys, self.device)[::every].clone() for shard in self.cache.shards]
+        return torch.cat(parts)
 
 
 def _earlier(file: Path, described: dict[str, Any]) -> SAEReport:
