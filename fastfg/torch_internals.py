@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -15,9 +15,19 @@ TRIED_ON = ("2.11", "2.13")  # the torch versions that fastfg was tested with: 2
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` or ``Module.compile`` was called for ``model`` or for a part of it."""
-    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules())
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` was called for one of ``modules``."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters of these modules, without those of their parts."""
+    return (weight for m in modules for weight in m._parameters.values() if weight is not None)
+
+
+def buffers_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The buffers of these modules, without those of their parts."""
+    return (buffer for m in modules for buffer in m._buffers.values() if buffer is not None)
 
 
 def uncompiled(model: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from fastfg.perturb.masks import PatchGrid
 from fastfg.reference.relevancy import IDENTITIES
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.targets import Function, Target, TargetLike, as_given, as_target, map_tensors
+from fastfg.torch_internals import buffers_of, parameters_of
 from fastfg.types import Attribution, Features, Gate, Methods
 
 
@@ -236,8 +238,11 @@ def _check(
 
 def _check_weights(model: nn.Module) -> None:
     """Refuse weights that were created under ``torch.inference_mode``: autograd can't use them."""
-    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+    modules = list(model.modules())
+    for weight in chain(parameters_of(modules), buffers_of(modules)):
         if weight.is_inference() and weight.is_floating_point():
+            every = chain(model.named_parameters(), model.named_buffers())
+            name = next(name for name, other in every if other is weight)
             raise ValueError(
                 f"model: expected weights that gradients can flow through, got {name} made under "
                 "torch.inference_mode(): build and load the model outside of it"

@@ -98,6 +98,7 @@ class Capture(TorchFunctionMode):
         self.met: list[int | None] = []  # for each attention, the block in which it ran
         self.arrived: list[int] = []  # attentions whose gradient has arrived
         self.residuals: set[int] = set()  # blocks at whose output the gradient has arrived
+        self.read: tuple[Tensor, Tensor, Tensor] | None = None  # by the head: see _note_pooled
 
     # The forward pass ----------------------------------------------------------------------------------------
 
@@ -147,7 +148,7 @@ class Capture(TorchFunctionMode):
             self.inside = None
             self.stream = stream = stream_of(output, block, self.shape)
             if block == len(self.adapter.blocks) - 1 and not self.adapter.later_attentions and stream.requires_grad:
-                stream.register_hook(self._check_pooled)
+                stream.register_hook(self._note_pooled)
             if block in self.layers and stream.requires_grad:
                 x = stream.detach().clone()  # the model may write into its tensors after the block
                 stream.register_hook(lambda g: self._residual_arrives(block, x, g))
@@ -158,11 +159,10 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if reader() == self.owner:
-            if func is F.scaled_dot_product_attention:
-                return self._attention(*args, **kwargs)
-            if func is F.multi_head_attention_forward:
-                return multi_head_attention_forward(self._attention, *args, **kwargs)
+        if func is F.scaled_dot_product_attention and reader() == self.owner:
+            return self._attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward and reader() == self.owner:
+            return multi_head_attention_forward(self._attention, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -244,6 +244,7 @@ class Capture(TorchFunctionMode):
                 f"model: expected the target to depend on the attention of every block of {self.name}, but it does "
                 f"not depend on that of {missing}"
             )
+        self._check_pooled()
         return gradient
 
     def _check_forward(self) -> None:
@@ -260,13 +261,20 @@ class Capture(TorchFunctionMode):
                 f"{self.adapter.later_attentions} after them, met {len(where)}, in blocks {where}. {HINT}"
             )
 
-    def _check_pooled(self, g: Tensor) -> None:
-        """Check that the gradient ``g`` [B, N, d] at the last block's output reaches just the pooled tokens."""
+    def _note_pooled(self, g: Tensor) -> None:
+        """Note which tokens the gradient ``g`` [B, N, d] at the last block's output reaches."""
         pooled = self.adapter.first_row(g.shape[1], torch.float32, g.device) != 0
         others = (g.abs() > 0).any(-1).any(0) & ~pooled  # NaN is not > 0
         unread = pooled & (g == 0).all(-1).all(0)
-        if bool((others.any() | unread.any()) & (g != 0).any()):
-            read = (g != 0).any(-1).any(0)
+        read = (g != 0).any(-1).any(0)
+        self.read = pooled, read, (others.any() | unread.any()) & read.any()
+
+    def _check_pooled(self) -> None:
+        """Check that it reaches just the pooled tokens. This waits for the device, so it comes last."""
+        if self.read is None:
+            return
+        pooled, read, wrong = self.read
+        if bool(wrong):
             raise RuntimeError(
                 f"model: expected the head of {self.name} to read the tokens {_numbers(pooled)}, as its adapter's "
                 f"`pooled` says, but the target depends on the tokens {_numbers(read)} of the last block"

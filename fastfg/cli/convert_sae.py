@@ -8,8 +8,9 @@ from typing import Any
 
 from fastfg.cli.console import add_command, file_or_folder, say
 
-NOTES = """What the files of an SAE do not say must be given, such as --site resid_post (the block's output).
-What they do say can't be changed. fastfg never runs pickled code."""
+NOTES = """What the files do not say must be given, for example --site resid_post (the
+block's output). What they say can't be changed. No pickled code is run.
+docs/saes.md has the formats, and what each of them needs."""
 
 
 def add(commands: Any) -> None:

@@ -15,7 +15,7 @@ OPTIONAL = ("timm", "transformers", "torchvision", "vit-prisma", "triton", "matp
 
 def add(commands: Any) -> None:
     command = add_command(
-        commands, "info", run, "Show versions, devices, and for each op which backends can run it; or show an SAE."
+        commands, "info", run, "Show versions, devices and which backends can run each op; or show an SAE."
     )
     help = "show what this SAE is instead: its format, where it plugs in, its norms and thresholds"
     command.add_argument("--sae", type=file_or_folder, metavar="PATH", help=help)

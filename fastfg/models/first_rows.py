@@ -86,10 +86,11 @@ class FirstRows(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.held:  # in all blocks but the last
+            attention = self.inside and func is F.scaled_dot_product_attention
+            return self._attention(*args, **kwargs) if attention else func(*args, **kwargs)
         if any(self._holds(value) for value in (*args, *kwargs.values())):
             return self._pass_on(func, args, kwargs)
-        if self.inside and func is F.scaled_dot_product_attention and not self.held:
-            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _holds(self, value: Any) -> bool:

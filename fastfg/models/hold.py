@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.models.hooks import reading
-from fastfg.torch_internals import is_compiled
+from fastfg.torch_internals import is_compiled, parameters_of
 
 
 class _Held:
     """One held attribute of one object: its original value, its held value, and the number of holders."""
+
+    __slots__ = ("attribute", "before", "holders", "thing", "value")
 
     def __init__(self, thing: Any, attribute: str, value: Any) -> None:
         self.thing, self.attribute, self.value = thing, attribute, value
@@ -44,42 +46,45 @@ def hold(model: nn.Module, flags: Iterable[tuple[Any, str, Any]] = ()) -> Iterat
 
     Raises RuntimeError if another holder needs another value of the same attribute.
     """
+    modules = list(model.modules())
+    wanted: list[tuple[Any, str, Any]] = [(module, "training", False) for module in modules]
+    wanted += [(weight, "requires_grad", False) for weight in parameters_of(modules)]
     with ExitStack() as stack:
-        for module in model.modules():
-            _take(stack, module, "training", False)
-        for parameter in model.parameters():
-            _take(stack, parameter, "requires_grad", False)
-        for thing, attribute, value in flags:
-            _take(stack, thing, attribute, value)
-        if is_compiled(model):
+        taken: list[tuple[int, str]] = []
+        stack.callback(_give_back, taken)
+        _take((*wanted, *flags), taken)
+        if is_compiled(modules):
             _take_eager(stack)
         stack.enter_context(reading())
         yield
 
 
-def _take(stack: ExitStack, thing: Any, attribute: str, value: Any) -> None:
-    """Hold one attribute at ``value`` until ``stack`` closes."""
-    key = (id(thing), attribute)
+def _take(wanted: Iterable[tuple[Any, str, Any]], taken: list[tuple[int, str]]) -> None:
+    """Hold the attributes of ``wanted`` (object, attribute, value), and add their keys to ``taken``."""
     with _lock:
-        held = _held.get(key) or _Held(thing, attribute, value)
-        if held.value != value:
-            raise RuntimeError(
-                f"{attribute}: expected {value!r} while the model is read, but another reader of the same "
-                f"{type(thing).__name__} holds it at {held.value!r}"
-            )
-        held.set(value)
-        held.holders += 1
-        _held[key] = held
-    stack.callback(_give_back, key)
+        for thing, attribute, value in wanted:
+            key = (id(thing), attribute)
+            held = _held.get(key) or _Held(thing, attribute, value)
+            if held.value != value:
+                raise RuntimeError(
+                    f"{attribute}: expected {value!r} while the model is read, but another reader of the same "
+                    f"{type(thing).__name__} holds it at {held.value!r}"
+                )
+            held.set(value)
+            held.holders += 1
+            _held[key] = held
+            taken.append(key)
 
 
-def _give_back(key: tuple[int, str]) -> None:
-    with _lock:
-        held = _held[key]
-        held.holders -= 1
-        if held.holders == 0:
-            del _held[key]
-            held.set(held.before)
+def _give_back(taken: list[tuple[int, str]]) -> None:
+    with _lock, ExitStack() as restored:  # if one attribute can't be restored, the others are
+        for key in taken:
+            held = _held[key]
+            held.holders -= 1
+            if held.holders == 0:
+                del _held[key]
+                if held.before != held.value:
+                    restored.callback(held.set, held.before)
 
 
 def _take_eager(stack: ExitStack) -> None:

@@ -10,12 +10,18 @@ import torch
 log = logging.getLogger("fastfg")
 
 IMAGES_ON_CPU = 16
+CHECKED_ON_CPU = 8
 PATCHES_ON_GPU = 256 * 196  # 256 images of 224 pixels, in patches of 16
 
 
 def default_size(device: torch.device, n_patches: int) -> int:
     """The number of images per batch that keeps ``device`` busy, for images of ``n_patches`` each."""
     return max(1, PATCHES_ON_GPU // n_patches) if device.type == "cuda" else IMAGES_ON_CPU
+
+
+def checked_size(device: torch.device, n_patches: int) -> int:
+    """The number of images at a time whose paths are compared: each is perturbed and run several times."""
+    return max(CHECKED_ON_CPU, default_size(device, n_patches) // 4) if device.type == "cuda" else CHECKED_ON_CPU
 
 
 class Batches:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fastfg.models import Adapter
-from fastfg.perturb.batches import Batches
+from fastfg.perturb.batches import Batches, checked_size
 from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.masks import PatchGrid
 from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision, grown_rounding
 from fastfg.perturb.removal import Removal
-from fastfg.perturb.removal_check import CHECKED_AT_ONCE, check_removal
+from fastfg.perturb.removal_check import check_removal
 from fastfg.perturb.tokens import Tokens
 from fastfg.perturb.views import Fill, View
 from fastfg.targets import Target
@@ -119,7 +119,7 @@ def _compare(
             _compare_logits(pixels, tokens, views, masks, target)
 
     try:
-        Batches(CHECKED_AT_ONCE).run(len(images), work)
+        Batches(checked_size(images.device, pixels.grid.n_patches)).run(len(images), work)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

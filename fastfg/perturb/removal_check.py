@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from fastfg.models import Adapter
-from fastfg.perturb.batches import Batches
+from fastfg.perturb.batches import CHECKED_ON_CPU, Batches, checked_size
 from fastfg.perturb.precision import grown_rounding
 from fastfg.perturb.removal import Removal
 from fastfg.targets import Target
-
-CHECKED_AT_ONCE = 8
 
 
 def check_removal(adapter: Adapter, images: Tensor, target: Target) -> bool:
@@ -35,10 +33,10 @@ def check_removal(adapter: Adapter, images: Tensor, target: Target) -> bool:
         found = target.source(path.run(path.inputs(prepared, of, nothing)), len(some))
         _same(found, whole, "with no patch removed its tokens give another output than the image")
         if rows.start == 0:
-            _check_kept(path, prepared, some, target)
+            _check_kept(path, prepared, some[:CHECKED_ON_CPU], target)
 
     try:
-        Batches(CHECKED_AT_ONCE).run(len(images), work)
+        Batches(checked_size(images.device, path.n_patches)).run(len(images), work)
         return path.reads_prefix_alone(images[:1])
     except torch.OutOfMemoryError:
         raise
