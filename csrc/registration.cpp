@@ -4,6 +4,11 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastfg, m) {
+  m.def(
+      "adam_topk(Tensor x, Tensor g, Tensor values, Tensor indices, Tensor? aux_g, Tensor? aux_values,"
+      " Tensor? aux_indices, Tensor(a7!)[] weights, Tensor(a8!)[] m, Tensor(a9!)[] v, float lr, float beta1,"
+      " float beta2, float eps, int step, bool unit_norm) -> (Tensor, Tensor)");
+  m.def("decode_topk(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor");
   m.def("encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k) -> (Tensor, Tensor)");
   m.def(
       "encode_project(Tensor x, Tensor g, Tensor W_enc, Tensor b_enc, Tensor W_dec, str activation, Tensor? threshold,"
@@ -21,7 +26,7 @@ TORCH_LIBRARY(fastfg, m) {
 // The ops have no derivative. If an input requires grad, the result does too, and its backward raises an error. Without
 // these kernels, backward would silently leave the gradients out.
 TORCH_LIBRARY_IMPL(fastfg, Autograd, m) {
-  for (const char* op : {"encode_topk", "encode_project", "gate", "gated_relevancy", "project", "relevancy"}) {
+  for (const char* op : {"adam_topk", "decode_topk", "encode_topk", "encode_project", "gate", "gated_relevancy", "project", "relevancy"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

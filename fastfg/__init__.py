@@ -19,6 +19,7 @@ _WHERE = {
     "evaluate": "fastfg.metrics.evaluate",
     "load_saes": "fastfg.sae.checkpoints",
     "residuals": "fastfg.attribution.residuals",
+    "sae_report": "fastfg.attribution.sae_report",
     "train_sae": "fastfg.sae.train",
 }
 _MODULES = ("data", "metrics", "models", "ops", "perturb", "reference", "report", "sae", "study")
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "load_saes",
     "residuals",
+    "sae_report",
     "train_sae",
 ]
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from fastfg.attribution.attribute import attribute
     from fastfg.attribution.feature_gradient import FeatureGradient
     from fastfg.attribution.residuals import residuals
+    from fastfg.attribution.sae_report import sae_report
     from fastfg.metrics.evaluate import evaluate
     from fastfg.sae.checkpoints import load_saes
     from fastfg.sae.model import SparseAutoencoder

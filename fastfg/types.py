@@ -36,9 +36,9 @@ class Gate:
             residual stream at the output of the same block.
         kappa: sharpness, > 0: ``w = exp(log(c_max) * tanh(kappa * z))``.
         c_max: strength, > 1: gates lie in [1/c_max, c_max].
-        score: ``combined`` (the method: each feature times its gradient), ``activation``, ``gradient`` (absolute),
-            ``gradient_signed``, ``gradient_x_residual`` (``g . x``, the control without an SAE), or ``sae_error``
-            (``g . (x - x_hat)``, what the SAE leaves out of ``x``).
+        score: ``combined`` (the method: each feature times its gradient), ``activation`` (the sum of the codes'
+            magnitudes), ``gradient`` (absolute), ``gradient_signed``, ``gradient_x_residual`` (``g . x``, the control
+            without an SAE), or ``sae_error`` (``g . (x - x_hat)``, what the SAE leaves out of ``x``).
         shuffle_seed: pairs the codes with a decoder whose rows are permuted with this seed (``combined`` only).
         rescale: multiplies the scores of a normalised SAE by each token's own scale. ``x_hat`` has it already.
         permute_seed: a control for every score: the finished gates are handed to other patches, ``w[perm]`` with

@@ -33,7 +33,7 @@ ALLOWED = {
     "torch_internals": set(),
     "ops": {"reference", "torch_internals"},
     "models": {"targets", "torch_internals"},
-    "sae": {"reference", "types"},
+    "sae": {"ops", "reference", "types"},
     "checks": {"models", "sae", "targets", "types"},
     "data": set(),
     "attribution": {"checks", "models", "ops", "perturb", "reference", "sae", "targets", "torch_internals", "types"},

@@ -95,7 +95,7 @@ def dense_score(gate, sae, x, g):
     feature_gradient = g @ W_dec.T
     score = {
         "combined": lambda: (feature_gradient * f).sum(-1),
-        "activation": lambda: f.sum(-1),
+        "activation": lambda: f.abs().sum(-1),
         "gradient": lambda: feature_gradient.abs().sum(-1),
         "gradient_signed": lambda: feature_gradient.sum(-1),
     }[gate.score]()

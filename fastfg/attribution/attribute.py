@@ -19,6 +19,7 @@ from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods, explain
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
+from fastfg.attribution.sae_report import on_blank_images
 from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target
 from fastfg.models import Adapter, adapt
 from fastfg.models.first_rows import FirstRows, first_rows
@@ -196,7 +197,8 @@ def _of_no_images(
 ) -> Attribution:
     """Empty results, cut from the result for one blank image, because many models can't run an empty batch."""
     explained = as_target(target).bound(adapter.logits)
-    one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=explained.for_one_image(), **options)
+    with on_blank_images():
+        one = attribute(adapter, images.new_zeros(1, *images.shape[1:]), target=explained.for_one_image(), **options)
 
     def cut(t: Tensor) -> Tensor:
         return t[:0] if single else t[:, :0]

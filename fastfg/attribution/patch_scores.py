@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +81,16 @@ class PatchScores:
 
     @cached_property
     def codes(self) -> tuple[Tensor, Tensor]:
-        """Values and indices [T, K] of a TopK SAE."""
+        """Values and indices [T, K] of an SAE with the same number of codes for every token."""
         sae = self.sae
         assert sae.k is not None
-        return ops.encode_topk(
-            self.normalized.values, sae.W_enc, sae.b_enc, sae.subtracted, sae.k, backend=self.backend
-        )
+        variant: dict[str, Any] = {
+            "post": sae.post,
+            "ranking": sae.ranking,
+            "groups": sae.activation_name == "groupmax",
+        }
+        weights = (sae.W_enc, sae.b_enc, sae.subtracted)
+        return ops.encode_topk(self.normalized.values, *weights, sae.k, **variant, backend=self.backend)
 
     @cached_property
     def centred(self) -> Tensor:
@@ -112,7 +117,7 @@ class PatchScores:
     # The score kinds -----------------------------------------------------------------------------------------
 
     def _combined(self, gate: Gate) -> Tensor:
-        if self.sae.activation_name == "topk":
+        if self.sae.fixed_k:
             return self._project_codes(gate)[0]
         sae, W_dec = self.sae, self.sae.W_dec
         if gate.shuffle_seed is not None:
@@ -122,8 +127,8 @@ class PatchScores:
         )
 
     def _activation(self, gate: Gate) -> Tensor:
-        if self.sae.activation_name == "topk":
-            return self.codes[0].sum(-1)
+        if self.sae.fixed_k:
+            return self.codes[0].abs().sum(-1)
         return torch.cat([f.sum(-1) for f in self._dense_codes()])
 
     def _gradient(self, gate: Gate) -> Tensor:
@@ -144,7 +149,7 @@ class PatchScores:
     def _reconstructed(self) -> Tensor:
         """``x_hat`` [T, d] at the scale of the residual stream. No array [T, F] or [T, K, d] is stored."""
         sae, like = self.sae, self.normalized
-        if sae.activation_name == "topk":
+        if sae.fixed_k:
             values, indices = self.codes
             decoded = F.embedding_bag(indices, sae.W_dec, mode="sum", per_sample_weights=values.to(sae.W_dec.dtype))
         else:
@@ -161,7 +166,7 @@ class PatchScores:
 
     def _terms(self, gate: Gate) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Terms of eq. 3, values and indices of the active features, each [T, K], in chunks of tokens."""
-        if self.sae.activation_name == "topk":
+        if self.sae.fixed_k:
             yield self._project_codes(gate)[1], *self.codes
             return
         for g, f in zip(self.g_sae.split(TOKENS_AT_ONCE), self._dense_codes(), strict=True):
@@ -182,7 +187,7 @@ BY_KIND: dict[str, Callable[[PatchScores, Gate], Tensor]] = {
 def _strongest(n: int, terms: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and terms [T, n] of the ``n`` largest terms by absolute value, padded with index -1 and value 0."""
     _, order = topk_lowest_index(terms.abs(), min(n, terms.shape[-1]))
-    active = values.gather(-1, order) > 0
+    active = values.gather(-1, order) != 0
     strongest = torch.where(active, terms.gather(-1, order), 0.0)
     chosen = torch.where(active, indices.gather(-1, order), -1)
     short = n - order.shape[-1]

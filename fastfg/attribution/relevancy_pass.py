@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastfg import ops
 from fastfg.attribution.patch_scores import PatchScores, shuffled
+from fastfg.attribution.sae_report import warn_of_poor_fit
 from fastfg.checks import check_width
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import pooling_row
@@ -68,6 +69,8 @@ class RelevancyPass:
         if sae is not None:
             check_width(sae, x, block)
         first = self.adapter.num_prefix_tokens
+        if sae is not None:
+            warn_of_poor_fit(sae, x[:, first:], block)
         self._sources[block] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
@@ -140,10 +143,10 @@ class RelevancyPass:
     def _in_one_launch(self, block: int, source: PatchScores) -> bool:
         """Whether ``ops.gated_relevancy`` is to compute all gates of ``block``.
 
-        It can on CUDA, for ``combined`` TopK scores. For one gate and many patches, the separate ops are faster.
+        It can on CUDA, for ``combined`` scores of K codes. For one gate and many patches, the separate ops are faster.
         """
         sae = self.saes.get(block)
-        if not source.x.is_cuda or self.n_features or sae is None or sae.activation_name != "topk":
+        if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k:
             return False
         if len(self.configs) == 1 and math.prod(source.shape) > PATCHES_IN_ONE_LAUNCH:
             return False

@@ -1,4 +1,4 @@
-"""``fastfg info``: show versions, devices, and which backend can run which op."""
+"""``fastfg info``: show versions, devices, and which backend can run which op, or what an SAE is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from fastfg.cli.console import add_command, console, say
+from fastfg.cli import convert_sae
+from fastfg.cli.console import add_command, console, file_or_folder, say
 
 OPTIONAL = ("timm", "transformers", "torchvision", "vit-prisma", "triton", "matplotlib", "pandas", "scipy")
 
 
 def add(commands: Any) -> None:
-    add_command(commands, "info", run, "Show versions, devices, and for each op which backends can run it.")
+    command = add_command(
+        commands, "info", run, "Show versions, devices and which backends can run each op; or show an SAE."
+    )
+    help = "show what this SAE is instead: its format, where it plugs in, its norms and thresholds"
+    command.add_argument("--sae", type=file_or_folder, metavar="PATH", help=help)
+    convert_sae.add_overrides(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    given = convert_sae.overrides(arguments)
+    if arguments.sae is not None:
+        convert_sae.show(arguments.sae, given)
+        return
+    if given:
+        raise ValueError(f"{next(iter(given))}: expected it with --sae PATH only, got it without")
     import torch
     from rich.table import Table
 

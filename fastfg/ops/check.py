@@ -29,7 +29,7 @@ def check_shapes(sizes: dict[str, int], **arguments: tuple[Tensor | None, str]) 
             raise ValueError(f"{name}: expected [{expected}] ({letters}), got {list(tensor.shape)}")
 
 
-def check_indices(indices: Tensor, F: int) -> None:
+def check_indices(indices: Tensor, F: int, name: str = "indices") -> None:
     """Raise IndexError for a feature that the decoder does not have.
 
     For the reference, which may wait for a GPU: torch's own check there is an assertion that ends the whole process's
@@ -39,7 +39,7 @@ def check_indices(indices: Tensor, F: int) -> None:
         return
     for extreme in map(int, indices.aminmax()):
         if not 0 <= extreme < F:
-            raise IndexError(f"indices: expected features from 0 to {F - 1}, got {extreme}")
+            raise IndexError(f"{name}: expected features from 0 to {F - 1}, got {extreme}")
 
 
 def check_identity(identity: str) -> None:

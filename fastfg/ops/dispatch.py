@@ -39,23 +39,23 @@ class BackendError(RuntimeError):
 # Registration with torch --------------------------------------------------------------------------------------------
 
 
-def register(fake: Fake) -> Fake:
+def register(fake: Fake, mutates: tuple[str, ...] = ()) -> Fake:
     """Register the torch op that ``fake`` describes, for every backend that has it. Runs once, on import.
 
     The function ``_gate`` describes the op ``gate``. Its signature is the op's schema. Its body returns tensors with
-    the shapes and dtypes of the results, for tracing.
+    the shapes and dtypes of the results, for tracing. ``mutates`` names the arguments that the op changes.
     """
     op = fake.__name__.removeprefix("_")
-    schema = schema_of(op, fake)
+    schema = schema_of(op, fake, mutates)
     native.register(op, schema, fake)
     launch.register(op, schema, fake)
     OPS.append(op)
     return fake
 
 
-def schema_of(op: str, fake: Callable[..., Any]) -> str:
+def schema_of(op: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> str:
     """The schema of ``op`` for torch, for example ``gate(Tensor scores, Tensor kappa, Tensor c_max) -> Tensor``."""
-    return op + torch.library.infer_schema(fake, mutates_args=()).replace("SymInt", "int")
+    return op + torch.library.infer_schema(fake, mutates_args=mutates).replace("SymInt", "int")
 
 
 def torch_op(op: str, backend: str) -> Callable[..., Any]:
@@ -69,17 +69,19 @@ def detached(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     Kernels run in threads where ``no_grad`` and inference mode are not active, so they get tensors without a gradient.
     """
 
-    def without_gradient(value: Any) -> Any:
-        if isinstance(value, Activation):
-            return value.map(Tensor.detach)
-        return value.detach() if isinstance(value, Tensor) else value
-
     @functools.wraps(op)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with torch.inference_mode(False):
             return op(*map(without_gradient, args), **{name: without_gradient(arg) for name, arg in kwargs.items()})
 
     return run
+
+
+def without_gradient(value: Any) -> Any:
+    """The value itself, or the same tensor without a gradient."""
+    if isinstance(value, Activation):
+        return value.map(Tensor.detach)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 # Which backend, and why not -----------------------------------------------------------------------------------------
@@ -107,6 +109,14 @@ def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     if against := reasons(op, backend, device, dtype):
         raise BackendError(f"backend: {backend!r} can't run {op}: {'; '.join(against)}")
     return backend
+
+
+def only_reference(op: str, backend: str, what: str) -> None:
+    """Require ``auto`` or the reference, for ``what`` the other backends do not have."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    if backend not in ("auto", "reference"):
+        raise BackendError(f"backend: {backend!r} can't run {op}: only the reference has {what}")
 
 
 def why_not(op: str, backend: str, like: Tensor | None = None) -> str | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastfg import reference
 from fastfg.ops.check import check_shapes
-from fastfg.ops.dispatch import choose, detached, register, torch_op
+from fastfg.ops.dispatch import choose, detached, only_reference, register, torch_op
 
 NEEDED = {"jumprelu": ("threshold",), "batch_topk": ("threshold",), "gated": ("r_mag", "b_gate", "b_mag")}
 
@@ -47,20 +47,23 @@ def encode_project(
         b_enc: [F]. Not used by a ``gated`` SAE.
         W_dec: [F, d] decoder, with ``g``'s dtype.
         activation: ``relu``, ``tanh_relu``, ``jumprelu``, ``batch_topk`` or ``gated``, with its parameters.
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``. The reference alone has thresholds that are not strict.
 
     Returns:
         Scores [T], of ``x``'s dtype.
 
     Raises:
         ValueError: for shapes that don't fit, a missing parameter, or an activation that needs all features
-            at once (``topk``).
+            at once (``topk``, ``groupmax``).
         BackendError: if the named backend can't run; the message has every reason.
 
     Source: equations 2 and 3.
     """
     check_shapes({}, W_enc=(W_enc, "d F"), x=(x, "T d"), g=(g, "T d"), b_enc=(b_enc, "F"), W_dec=(W_dec, "F d"))
     _check_parameters(activation, len(b_enc))
+    if not activation.strict:
+        only_reference("encode_project", backend, "thresholds that are not strict")
+        return reference.encode_project(x, g, W_enc, b_enc, W_dec, activation)
     chosen = choose("encode_project", backend, x.device, x.dtype)
     if chosen == "reference":
         return reference.encode_project(x, g, W_enc, b_enc, W_dec, activation)

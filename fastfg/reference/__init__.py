@@ -7,9 +7,11 @@ gate configurations, ``T`` tokens in a flat batch.
 Every function runs on any device, and in float64 for float64 inputs.
 """
 
+from fastfg.reference.adam_topk import adam_topk, topk_gradients
+from fastfg.reference.decode_topk import decode_topk
 from fastfg.reference.encode import Activation, Normalized, encode, normalize, preactivations
 from fastfg.reference.encode_project import encode_project
-from fastfg.reference.encode_topk import encode_topk
+from fastfg.reference.encode_topk import encode_groupmax, encode_topk
 from fastfg.reference.gate import gate
 from fastfg.reference.gated_relevancy import gated_relevancy
 from fastfg.reference.project import project, project_dense
@@ -18,9 +20,12 @@ from fastfg.reference.relevancy import attend, attention_map, pooling_row, relev
 __all__ = [
     "Activation",
     "Normalized",
+    "adam_topk",
     "attend",
     "attention_map",
+    "decode_topk",
     "encode",
+    "encode_groupmax",
     "encode_project",
     "encode_topk",
     "gate",
@@ -33,4 +38,5 @@ __all__ = [
     "relevancy",
     "relevancy_matrix",
     "rollout",
+    "topk_gradients",
 ]

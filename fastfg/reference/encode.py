@@ -1,17 +1,18 @@
-"""Dense codes of an SAE: ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, ``f >= 0``."""
+"""Dense codes of an SAE: ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``; ``f >= 0``, except with ``post="none"``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastfg.reference.encode_topk import topk_lowest_index
+from fastfg.reference.encode_topk import dense, groupmax_lowest_index, post_activate, topk_ranked
 
-ACTIVATIONS = ("topk", "batch_topk", "relu", "jumprelu", "gated", "tanh_relu")
+ACTIVATIONS = ("topk", "batch_topk", "relu", "jumprelu", "gated", "tanh_relu", "groupmax")
+ALL_AT_ONCE = ("topk", "groupmax")  # activations that compare features; the others act on each feature alone
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm")
 LAYER_NORM_EPS = 1e-5  # added to the standard deviation, outside the square root
 
@@ -20,8 +21,10 @@ LAYER_NORM_EPS = 1e-5  # added to the standard deviation, outside the square roo
 class Activation:
     """An SAE's nonlinearity and its parameters.
 
-    ``topk`` needs ``k``, ``batch_topk`` a scalar ``threshold``, and ``jumprelu`` a ``threshold`` [F]. ``gated`` needs
-    ``r_mag``, ``b_gate`` and ``b_mag``, each [F]; it has no ``b_enc``. ``relu`` and ``tanh_relu`` need nothing.
+    ``topk`` and ``groupmax`` need ``k``, ``batch_topk`` a scalar ``threshold``, and ``jumprelu`` a ``threshold`` [F].
+    ``gated`` needs ``r_mag``, ``b_gate`` and ``b_mag``, each [F]; it has no ``b_enc``. ``relu`` and ``tanh_relu`` need
+    nothing. For ``topk``, ``post`` (``relu`` or ``none``) is applied to the chosen pre-activations, which rank by
+    ``value`` or by ``magnitude``. A ``strict`` threshold is one that a pre-activation must exceed, not just reach.
     """
 
     name: str
@@ -30,15 +33,19 @@ class Activation:
     r_mag: Tensor | None = None  # [F]
     b_gate: Tensor | None = None  # [F]
     b_mag: Tensor | None = None  # [F]
+    post: str = "relu"
+    ranking: str = "value"
+    strict: bool = True
 
     def slice(self, start: int, stop: int) -> Activation:
-        """The same activation for the features ``start:stop``. Not for ``topk``, which compares all features."""
+        """The same activation for the features ``start:stop``. Not for those of ``ALL_AT_ONCE``."""
         return self.map(lambda t: t[start:stop] if t.ndim else t)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Activation:
         """The same activation with ``change`` applied to each of its tensors."""
-        tensors = (self.threshold, self.r_mag, self.b_gate, self.b_mag)
-        return Activation(self.name, self.k, *(None if t is None else change(t) for t in tensors))
+        tensors = {name: getattr(self, name) for name in ("threshold", "r_mag", "b_gate", "b_mag")}
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if t is not None}
+        return replace(self, **changed)
 
 
 class Normalized(NamedTuple):
@@ -78,7 +85,8 @@ def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None
 def activate(pre: Tensor, activation: Activation) -> Tensor:
     """The codes of pre-activations [..., F]. For ``gated``, pre-activations are ``(x - b_dec) @ W_enc``, without bias.
 
-    A code is 0 where the pre-activation is at most the threshold. This comparison is false for NaN, so NaN stays NaN.
+    A code is 0 where the pre-activation is at most the threshold (below it, if the threshold is not strict). This
+    comparison is false for NaN, so NaN stays NaN.
     """
     kind = activation
     if kind.name == "relu":
@@ -87,15 +95,19 @@ def activate(pre: Tensor, activation: Activation) -> Tensor:
         return pre.relu().tanh()
     if kind.name in ("jumprelu", "batch_topk"):
         assert kind.threshold is not None
-        return torch.where(pre <= kind.threshold.to(pre), 0.0, pre).relu()
+        threshold = kind.threshold.to(pre)
+        return torch.where(pre <= threshold if kind.strict else pre < threshold, 0.0, pre).relu()
     if kind.name == "gated":
         assert kind.r_mag is not None and kind.b_gate is not None and kind.b_mag is not None
         magnitude = (pre * kind.r_mag.to(pre).exp() + kind.b_mag.to(pre)).relu()
         return torch.where(pre + kind.b_gate.to(pre) <= 0, 0.0, magnitude)
     if kind.name == "topk":
         assert kind.k is not None
-        values, indices = topk_lowest_index(pre, kind.k)
-        return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+        values, indices = topk_ranked(pre, kind.k, kind.ranking)
+        return dense(post_activate(values, kind.post), indices, pre)
+    if kind.name == "groupmax":
+        assert kind.k is not None
+        return dense(*groupmax_lowest_index(pre, kind.k), pre)
     raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {kind.name!r}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.reference.encode import Activation, encode
+from fastfg.reference.encode import ALL_AT_ONCE, Activation, encode
 from fastfg.reference.project import project_dense
 
 FEATURES_AT_ONCE = 4096
@@ -18,9 +18,11 @@ def encode_project(
     W_dec: Tensor,  # [F, d]
     activation: Activation,
 ) -> Tensor:
-    """Scores [T] of an SAE with any activation but ``topk``, which needs all features at once."""
-    if activation.name == "topk":
-        raise ValueError("activation: expected one that acts on each feature alone, got 'topk' (use encode_topk)")
+    """Scores [T] of an SAE with any activation but those of ``ALL_AT_ONCE``, which need all features at once."""
+    if activation.name in ALL_AT_ONCE:
+        raise ValueError(
+            f"activation: expected one that acts on each feature alone, got {activation.name!r} (use encode_topk)"
+        )
     scores = x.new_zeros(x.shape[0])
     for start in range(0, W_enc.shape[1], FEATURES_AT_ONCE):
         part = slice(start, start + FEATURES_AT_ONCE)

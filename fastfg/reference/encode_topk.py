@@ -1,9 +1,12 @@
-"""Sparse codes of a TopK SAE: the K largest pre-activations per token, then ReLU."""
+"""Sparse codes of SAEs with K codes per token: the K largest pre-activations, or the largest of each group."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+POSTS = ("relu", "none")
+RANKINGS = ("value", "magnitude")
 
 
 def topk_lowest_index(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -32,14 +35,57 @@ def _lowest_of_equal(x: Tensor, threshold: Tensor, k: int) -> Tensor:
     return chosen.byte().topk(k, dim=-1).indices
 
 
+def topk_ranked(pre: Tensor, k: int, ranking: str) -> tuple[Tensor, Tensor]:
+    """The ``k`` pre-activations of ``pre`` [..., F] that rank first by value or by magnitude; of equals, the lowest."""
+    if ranking == "value":
+        return topk_lowest_index(pre, k)
+    _, indices = topk_lowest_index(pre.abs(), k)
+    return pre.gather(-1, indices), indices
+
+
+def post_activate(values: Tensor, post: str) -> Tensor:
+    return values.relu() if post == "relu" else values
+
+
+def groupmax_lowest_index(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest of each of ``k`` runs of neighbouring features, then ReLU: values and indices [..., K], by run."""
+    runs = pre.unflatten(-1, (k, -1))
+    values, within = topk_lowest_index(runs, 1)
+    first = torch.arange(0, pre.shape[-1], runs.shape[-1], device=pre.device)
+    return values.squeeze(-1).relu(), within.squeeze(-1) + first
+
+
+def dense(values: Tensor, indices: Tensor, pre: Tensor) -> Tensor:
+    """Sparse codes [..., K] as dense ones with the shape of ``pre`` [..., F]."""
+    return torch.zeros_like(pre).scatter(-1, indices, values)
+
+
 def encode_topk(
     x: Tensor,  # [T, d], already normalised
     W_enc: Tensor,  # [d, F]
     b_enc: Tensor,  # [F]
     b_dec: Tensor | None,  # [d], or None: not subtracted
     k: int,
+    post: str = "relu",
+    ranking: str = "value",
 ) -> tuple[Tensor, Tensor]:
-    """Values [T, K] >= 0 in descending order, and indices [T, K]. Of equal values, the lowest index comes first."""
+    """Values [T, K] in descending order of their rank, and indices [T, K]. Of equals, the lowest index comes first.
+
+    With ``post="relu"``, values are >= 0. ``ranking`` is ``value`` or ``magnitude``.
+    """
     centred = x if b_dec is None else x - b_dec
-    values, indices = topk_lowest_index(centred.to(W_enc.dtype) @ W_enc + b_enc, k)
-    return torch.relu(values).to(x.dtype), indices
+    values, indices = topk_ranked(centred.to(W_enc.dtype) @ W_enc + b_enc, k, ranking)
+    return post_activate(values, post).to(x.dtype), indices
+
+
+def encode_groupmax(
+    x: Tensor,  # [T, d], already normalised
+    W_enc: Tensor,  # [d, F]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor | None,  # [d], or None: not subtracted
+    k: int,  # it divides F
+) -> tuple[Tensor, Tensor]:
+    """Values [T, K] >= 0 and indices [T, K]: the largest pre-activation of each of K runs of F / K features."""
+    centred = x if b_dec is None else x - b_dec
+    values, indices = groupmax_lowest_index(centred.to(W_enc.dtype) @ W_enc + b_enc, k)
+    return values.to(x.dtype), indices

@@ -2,6 +2,7 @@
 
 from fastfg.sae.checkpoints import load_sae, load_saes
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.sae.train import SAEReport, train_sae
+from fastfg.sae.report import SAEReport
+from fastfg.sae.train import train_sae
 
 __all__ = ["SAEReport", "SparseAutoencoder", "load_sae", "load_saes", "train_sae"]

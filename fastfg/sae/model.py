@@ -9,18 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.reference.encode import ACTIVATIONS, NORMALIZATIONS, Activation, Normalized, encode, normalize
-from fastfg.reference.encode_topk import encode_topk, topk_lowest_index
+from fastfg.reference.encode import (
+    ACTIVATIONS,
+    ALL_AT_ONCE,
+    NORMALIZATIONS,
+    Activation,
+    Normalized,
+    encode,
+    normalize,
+)
+from fastfg.reference.encode_topk import POSTS, RANKINGS, encode_groupmax, encode_topk, topk_lowest_index
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAY_BE_INFINITE = {"b_enc": -torch.inf, "threshold": torch.inf}  # either one switches a feature off
 ACTIVATION_TENSORS = ("threshold", "r_mag", "b_gate", "b_mag")
+INPUT_TENSORS = ("input_mean", "input_scale")
+OPTIONAL_TENSORS = (*ACTIVATION_TENSORS, *INPUT_TENSORS)
 
 
 class SparseAutoencoder(nn.Module):
-    """A sparse autoencoder over the residual stream: codes ``f >= 0`` and their dictionary.
+    """A sparse autoencoder over the residual stream: codes ``f`` and their dictionary.
 
-    ``f = act((norm(x) - b_dec) @ W_enc + b_enc)``, reconstruction ``f @ W_dec + b_dec``.
+    ``f = act((norm((x - input_mean) / input_scale) - b_dec) @ W_enc + b_enc)``, reconstruction ``f @ W_dec + b_dec``.
+    Codes are ``>= 0``, except with ``post="none"``.
 
     Args:
         W_enc: [d, F], floating; all tensors have its dtype and are on its device.
@@ -28,12 +39,20 @@ class SparseAutoencoder(nn.Module):
         W_dec: [F, d], the dictionary, one feature per row.
         b_dec: [d].
         activation: ``topk`` (with ``k``), ``batch_topk`` (scalar ``threshold``), ``relu``, ``jumprelu``
-            (``threshold`` [F]), ``gated`` (``r_mag``, ``b_gate``, ``b_mag``, each [F]) or ``tanh_relu``.
-        k: active features per token of a ``topk`` SAE.
+            (``threshold`` [F]), ``gated`` (``r_mag``, ``b_gate``, ``b_mag``, each [F]), ``tanh_relu``, or
+            ``groupmax`` (with ``k``: the largest of each of k runs of F / k neighbouring features).
+        k: active features per token of a ``topk`` or ``groupmax`` SAE.
         normalize: ``none``, ``layer_norm`` (subtract the mean, divide by unbiased std + 1e-5) or
             ``constant_norm`` (times sqrt(d) / norm).
         subtract_b_dec: whether ``b_dec`` is subtracted from the normalised input before encoding.
         threshold, r_mag, b_gate, b_mag: parameters of the activations above.
+        post: what a ``topk`` SAE applies to the pre-activations that it chooses: ``relu``, or ``none``, which keeps
+            their sign.
+        ranking: whether a ``topk`` SAE chooses by ``value`` or by ``magnitude``; the latter needs ``post="none"``.
+        strict: whether a pre-activation must exceed its threshold to be active, and not just reach it.
+        input_mean: [d], subtracted from ``x`` before everything else. None: nothing is.
+        input_scale: a number or tensor [] > 0, by which ``x`` is then divided. None: 1.
+        provenance: where the weights come from, a JSON object: see :func:`fastfg.load_saes`. It is saved with them.
 
     The weights do not require gradients. Raises ValueError or TypeError that names the wrong argument.
 
@@ -49,6 +68,8 @@ class SparseAutoencoder(nn.Module):
     b_enc: Tensor  # [F]
     W_dec: Tensor  # [F, d]
     b_dec: Tensor  # [d]
+    input_mean: Tensor | None  # [d]
+    input_scale: Tensor | None  # []
 
     def __init__(
         self,
@@ -65,22 +86,30 @@ class SparseAutoencoder(nn.Module):
         r_mag: Tensor | None = None,
         b_gate: Tensor | None = None,
         b_mag: Tensor | None = None,
+        post: str = "relu",
+        ranking: str = "value",
+        strict: bool = True,
+        input_mean: Tensor | None = None,
+        input_scale: Tensor | float | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        weights: dict[str, Tensor | None] = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-        if isinstance(threshold, bool):
-            raise TypeError(f"threshold: expected a tensor or a number, got {threshold}")
-        if isinstance(threshold, (int, float)):
-            threshold = torch.tensor(threshold, dtype=W_enc.dtype, device=W_enc.device)
-        tensors = weights | {"threshold": threshold, "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag}
+        tensors: dict[str, Tensor | None] = {
+            **{"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec},
+            **{"threshold": _tensor("threshold", threshold, W_enc), "r_mag": r_mag, "b_gate": b_gate, "b_mag": b_mag},
+            **{"input_mean": input_mean, "input_scale": _tensor("input_scale", input_scale, W_enc)},
+        }
         _check_tensors(tensors)
         _check_shapes(tensors)
         _check_options(activation, k, normalize, subtract_b_dec, tensors)
+        _check_variant(activation, post, ranking, strict, tensors)
         check_finite(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self.activation_name, self.k = activation, k
         self.normalization, self.subtract_b_dec = normalize, subtract_b_dec
+        self.post, self.ranking, self.strict = post, ranking, strict
+        self.provenance = dict(provenance or {})
 
     @property
     def d(self) -> int:
@@ -95,7 +124,15 @@ class SparseAutoencoder(nn.Module):
     @property
     def activation(self) -> Activation:
         """The nonlinearity and its parameters, as the functions in ``fastfg.reference`` take them."""
-        return Activation(self.activation_name, self.k, *(getattr(self, name) for name in ACTIVATION_TENSORS))
+        tensors = {name: getattr(self, name) for name in ACTIVATION_TENSORS}
+        return Activation(
+            self.activation_name, self.k, **tensors, post=self.post, ranking=self.ranking, strict=self.strict
+        )
+
+    @property
+    def fixed_k(self) -> bool:
+        """Whether every token has the same number ``k`` of codes."""
+        return self.activation_name in ALL_AT_ONCE
 
     @property
     def subtracted(self) -> Tensor | None:
@@ -103,8 +140,19 @@ class SparseAutoencoder(nn.Module):
         return self.b_dec if self.subtract_b_dec else None
 
     def normalize(self, x: Tensor) -> Normalized:
-        """The normalised ``x`` [..., d] in the SAE's dtype, with the scale and shift of each token."""
-        return normalize(x.to(self.W_enc.dtype), self.normalization)
+        """The normalised ``x`` [..., d] in the SAE's dtype, with the scale and shift of each token.
+
+        With ``input_mean``, the shift is [..., d].
+        """
+        x = x.to(self.W_enc.dtype)
+        if self.input_mean is not None:
+            x = x - self.input_mean
+        if self.input_scale is not None:
+            x = x / self.input_scale
+        values, scale, shift = normalize(x, self.normalization)
+        if self.input_scale is not None:
+            scale, shift = scale * self.input_scale, shift * self.input_scale
+        return Normalized(values, scale, shift if self.input_mean is None else shift + self.input_mean)
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes: ``x`` [..., d] -> [..., F]."""
@@ -114,14 +162,20 @@ class SparseAutoencoder(nn.Module):
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
 
-        ``K`` is ``k`` for a TopK SAE. For other SAEs it is the largest number of active features of any token; rows
-        with fewer are padded with values of 0.
+        With ``ranking="magnitude"``, the largest magnitude is first; for ``groupmax``, the codes are in the order of
+        the runs. ``K`` is ``k`` for SAEs that have one. For others it is the largest number of active features of any
+        token; rows with fewer are padded with values of 0.
         """
         _check_width(x, self.d)
         flat = self.normalize(x).values.flatten(0, -2)
         if self.activation_name == "topk":
             assert self.k is not None
-            values, indices = encode_topk(flat, self.W_enc, self.b_enc, self.subtracted, self.k)
+            values, indices = encode_topk(
+                flat, self.W_enc, self.b_enc, self.subtracted, self.k, self.post, self.ranking
+            )
+        elif self.activation_name == "groupmax":
+            assert self.k is not None
+            values, indices = encode_groupmax(flat, self.W_enc, self.b_enc, self.subtracted, self.k)
         else:
             f = encode(flat, self.W_enc, self.b_enc, self.subtracted, self.activation)
             most = int((f > 0).sum(-1).max()) if f.numel() else 0
@@ -147,13 +201,17 @@ class SparseAutoencoder(nn.Module):
             "k": self.k,
             "normalize": self.normalization,
             "subtract_b_dec": self.subtract_b_dec,
+            "post": self.post,
+            "ranking": self.ranking,
+            "strict": self.strict,
             "d": self.d,
             "n_features": self.n_features,
+            **({"provenance": self.provenance} if self.provenance else {}),
         }
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``sae.safetensors`` into ``folder``, which is created if it does not exist."""
-        from fastfg.sae.checkpoints import own
+        from fastfg.sae.formats import own
 
         own.write(self, Path(folder))
 
@@ -169,6 +227,34 @@ class SparseAutoencoder(nn.Module):
         return f"d={self.d}, F={self.n_features}, {self.activation_name}{k}, normalize={self.normalization!r}"
 
 
+def _tensor(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A number as a tensor [] like the weights."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a tensor or a number, got {value}")
+    if isinstance(value, (int, float)):
+        return torch.tensor(value, dtype=like.dtype, device=like.device)
+    return value
+
+
+def _check_variant(
+    activation: str, post: str, ranking: str, strict: bool, tensors: Mapping[str, Tensor | None]
+) -> None:
+    for name, value, known in (("post", post, POSTS), ("ranking", ranking, RANKINGS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict: expected True or False, got {strict!r}")
+    if post == "none" and activation != "topk":
+        raise ValueError(f"post: expected relu for a {activation} SAE, got none")
+    if ranking == "magnitude" and (activation != "topk" or post != "none"):
+        raise ValueError("ranking: expected value, except for a topk SAE with post='none', got magnitude")
+    if not strict and activation not in ("jumprelu", "batch_topk"):
+        raise ValueError(f"strict: expected True for a {activation} SAE, got False")
+    scale = tensors["input_scale"]
+    if scale is not None and not scale.is_meta and not bool(scale > 0):
+        raise ValueError(f"input_scale: expected a number > 0, got {float(scale):g}")
+
+
 def _check_width(x: Tensor, d: int) -> None:
     if x.shape[-1] != d:
         raise ValueError(f"x: expected [..., {d}] for this SAE, got {list(x.shape)}")
@@ -178,7 +264,7 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
     """Require floating tensors with the same dtype and device."""
     first = tensors["W_enc"]
     for name, tensor in tensors.items():
-        if tensor is None and name in ACTIVATION_TENSORS:
+        if tensor is None and name in OPTIONAL_TENSORS:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -215,6 +301,7 @@ def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"W_enc: expected [d, F], got {list(W_enc.shape)}")
     d, F = W_enc.shape
     expected = {"b_enc": [F], "W_dec": [F, d], "b_dec": [d], "r_mag": [F], "b_gate": [F], "b_mag": [F]}
+    expected |= {"input_mean": [d], "input_scale": []}
     for name, tensor in tensors.items():
         if tensor is not None and name in expected and list(tensor.shape) != expected[name]:
             raise ValueError(f"{name}: expected {expected[name]} for W_enc [{d}, {F}], got {list(tensor.shape)}")
@@ -234,8 +321,10 @@ def _check_options(
         raise TypeError(f"subtract_b_dec: expected True or False, got {subtract_b_dec!r}")
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
         raise TypeError(f"k: expected an int, got {k!r}")
-    if activation == "topk" and (k is None or not 1 <= k <= F):
-        raise ValueError(f"k: expected 1 to {F} for a topk SAE, got {k}")
+    if activation in ALL_AT_ONCE and (k is None or not 1 <= k <= F):
+        raise ValueError(f"k: expected 1 to {F} for a {activation} SAE, got {k}")
+    if activation == "groupmax" and k is not None and F % k:
+        raise ValueError(f"k: expected a divisor of F={F} for a groupmax SAE, got {k}")
     needed = {"batch_topk": ["threshold"], "jumprelu": ["threshold"], "gated": ["r_mag", "b_gate", "b_mag"]}
     for name in needed.get(activation, []):
         if tensors[name] is None:
@@ -243,5 +332,5 @@ def _check_options(
     shape = [F] if activation == "jumprelu" else []
     if threshold is not None and list(threshold.shape) != shape:
         raise ValueError(f"threshold: expected {shape} for a {activation} SAE, got {list(threshold.shape)}")
-    if activation != "topk" and k is not None:
+    if activation not in ALL_AT_ONCE and k is not None:
         raise ValueError(f"k: expected None for a {activation} SAE, got {k}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
@@ -13,33 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.report import TOKENS_AT_ONCE, SAEReport, all_same, report
+from fastfg.sae.topk_step import TopKStep
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
 LARGEST = 1e15  # largest value in a token: its norm is computed in float32
-TOKENS_AT_ONCE = 2048
 SMALLEST = 1e-18  # smallest mean deviation of the tokens from their mean, for the same reason
 ROUNDING = 1e-2  # largest share of the deviation that float64 tokens may lose in float32
-
-
-@dataclass(frozen=True)
-class SAEReport:
-    """Quality of a trained SAE, measured on tokens that it was not trained on.
-
-    Attributes:
-        explained_variance: ``1 - sum (x - x_hat)^2 / sum (x - mean x)^2``, with the mean per dimension.
-        dead_share: share of the features that are not active on any of these tokens.
-        l0: mean number of active features per token.
-        tokens: number of tokens that the three values above were measured on.
-        steps: number of training steps.
-        revived: number of features revived during training.
-    """
-
-    explained_variance: float
-    dead_share: float
-    l0: float
-    tokens: int
-    steps: int = 0
-    revived: int = 0
 
 
 def train_sae(
@@ -52,17 +31,23 @@ def train_sae(
     lr: float = 3e-3,
     held_out: float = 0.1,
     revivals: int = 4,
+    k_aux: int = 0,
+    dead_after: int = 10_000_000,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SparseAutoencoder, SAEReport]:
     """Train a TopK SAE on the tokens ``x`` [T, d] (see :func:`fastfg.residuals`). Returns the SAE and its report.
 
     Adam minimises the squared error, with unit-norm dictionary rows and a learning rate that is warmed up and cooled
-    down. Training runs in float32, regardless of the dtype of ``x``, torch's default dtype and device, and autocast.
+    down. The part of a row's gradient along the row is removed. Training runs in float32, regardless of the dtype of
+    ``x``, torch's default dtype and device, and autocast.
 
     ``revivals`` times in the first half of training, each feature that has not fired since the last time is
     reinitialised from the error of a token, drawn in proportion to its squared error (Bricken et al. 2023). Its encoder
     gets the average norm of the other encoders, because TopK would never choose a feature with a shorter one.
+
+    ``k_aux`` adds the auxiliary loss AuxK of Gao et al. 2024, in which dead features reconstruct what the others leave
+    over; :class:`fastfg.sae.topk_step.TopKStep` defines it.
 
     Args:
         x: [T, d] floating and finite, at least one batch of training tokens that are not all the same.
@@ -74,6 +59,8 @@ def train_sae(
         held_out: the share of tokens, the LAST of ``x``, that is kept for the report. Do not split the tokens of an
             image between the two parts.
         revivals: how often dead features are revived; 0 is never.
+        k_aux: dead features per token of the auxiliary loss; 0 leaves it out. Gao et al. use a power of two near d / 2.
+        dead_after: for ``k_aux``: a feature is dead if it was active for none of this number of training tokens.
         seed: seed of the initialisation and of the order of tokens.
         progress: called with (steps done, total steps).
 
@@ -85,66 +72,49 @@ def train_sae(
     >>> 0 < report.explained_variance < 1
     True
     """
-    positive = {"n_features": n_features, "k": k, "epochs": epochs, "batch_size": batch_size}
+    positive = {
+        "n_features": n_features,
+        "k": k,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "dead_after": dead_after,
+    }
     whole = {name: (value, 1.0) for name, value in positive.items()}
-    _check_options(whole | {"revivals": (revivals, 0), "seed": (seed, -math.inf)}, lr, held_out)
+    whole |= {"revivals": (revivals, 0), "k_aux": (k_aux, 0), "seed": (seed, -math.inf)}
+    _check_options(whole, lr, held_out)
     x = x.detach() if isinstance(x, Tensor) else x
     n_train = _check_tokens(x, held_out, batch_size)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
-        stack.enter_context(torch.enable_grad())
-        training = _Training(x[:n_train].float(), n_features, k, lr, seed)
+        stack.enter_context(torch.no_grad())
+        training = _Training(x[:n_train].float(), n_features, k, lr, seed, k_aux, dead_after)
         steps = epochs * (n_train // batch_size)
         revive_at = {round(steps * (i + 1) / (2 * revivals)) for i in range(revivals)} if revivals else set()
         for step, tokens in enumerate(training.batches(epochs, batch_size)):
             if step in revive_at and step:
                 training.revive(tokens)
-            training.step(tokens, step / steps)
+            training.scheduled_step(tokens, step / steps)
             if progress is not None:
                 progress(step + 1, steps)
         sae = training.finish()
     return sae, report(sae, x[n_train:], steps=steps, revived=training.revived)
 
 
-@torch.no_grad()
-def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 0) -> SAEReport:
-    """The :class:`SAEReport` of any SAE on tokens ``x`` [T, d], summed in float64.
-
-    Raises ValueError if all tokens are the same, because their variance is 0.
+class _Training(TopKStep):
+    """The weights and the order of the tokens, which are scaled so that their deviation from the mean has norm sqrt(d)
+    on average.
     """
-    if len(x) == 0 or _all_same(x):
-        raise ValueError(f"x: expected tokens that differ to report on, got {len(x)} that are all the same")
-    mean = x.double().mean(0)
-    error = variance = active = 0.0
-    alive = torch.zeros(sae.n_features, dtype=torch.bool, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        for tokens in x.split(TOKENS_AT_ONCE):
-            f = sae.encode(tokens)
-            decoded = sae.decode(f, sae.normalize(tokens))
-            error += float((tokens.double() - decoded.double()).square().sum())
-            variance += float((tokens.double() - mean).square().sum())
-            active += float((f > 0).sum())
-            alive |= (f > 0).any(0)
-    dead = 1 - float(alive.double().mean())
-    return SAEReport(1 - error / variance, dead, active / len(x), len(x), steps, revived)
 
-
-class _Training:
-    """Weights and optimiser. Tokens are scaled so that their deviation from the mean has norm sqrt(d) on average."""
-
-    def __init__(self, x: Tensor, n_features: int, k: int, lr: float, seed: int) -> None:
+    def __init__(
+        self, x: Tensor, n_features: int, k: int, lr: float, seed: int, k_aux: int = 0, dead_after: int = 1
+    ) -> None:
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.x, self.k, self.lr, self.revived = x, int(k), lr, 0
+        self.x, self.lr, self.revived = x, lr, 0
         self.mean = x.mean(0)
         self.unit = (x - self.mean).norm(dim=-1).mean() / x.shape[-1] ** 0.5
         rows = torch.randn(n_features, x.shape[-1], generator=self.generator, dtype=torch.float32, device="cpu")
-        self.W_dec = F.normalize(rows, dim=1).to(x.device)
-        self.W_enc = self.W_dec.T.clone()
-        self.b_enc = torch.zeros(n_features, dtype=torch.float32, device=x.device)
-        self.b_dec = torch.zeros_like(self.mean)
-        self.weights = [w.requires_grad_() for w in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)]
-        self.optimizer = torch.optim.Adam(self.weights, lr=lr, fused=True)
+        super().__init__(F.normalize(rows, dim=1).to(x.device), int(k), int(k_aux), int(dead_after))
         self.fired = torch.zeros(n_features, dtype=torch.bool, device=x.device)
 
     def batches(self, epochs: int, size: int) -> Iterator[Tensor]:
@@ -153,32 +123,17 @@ class _Training:
             for i in range(0, len(order) - size + 1, size):
                 yield (self.x[order[i : i + size]] - self.mean) / self.unit
 
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The reconstruction [T, d], and the values and indices [T, K] of the codes."""
-        values, indices = ((x - self.b_dec) @ self.W_enc + self.b_enc).topk(self.k, dim=-1, sorted=False)
-        values = values.relu()
-        decoded = F.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
-        return decoded + self.b_dec, values, indices
+    def scheduled_step(self, x: Tensor, done: float) -> None:
+        """A step with the learning rate at the share ``done`` of the training."""
+        _, counts = self.step(x, self.lr * min(1.0, (done + 1e-3) / WARM_UP, (1 - done) / COOL_DOWN))
+        self.fired |= counts > 0
 
-    def step(self, x: Tensor, done: float) -> None:
-        x_hat, values, indices = self.reconstruct(x)
-        loss = (x_hat - x).square().sum(-1).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (done + 1e-3) / WARM_UP, (1 - done) / COOL_DOWN)
-        self.optimizer.step()
-        with torch.no_grad():
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-            self.fired[indices[values > 0]] = True
-
-    @torch.no_grad()
     def revive(self, x: Tensor) -> None:
         """Reinitialise the features that have not fired since the last call, from the errors of tokens ``x``."""
         self._check_finite()
         dead = (~self.fired).nonzero().flatten()
         self.fired.zero_()
-        error = x - self.reconstruct(x)[0]
+        error = x - self.reconstruct(x)[1]
         chance = error.square().sum(-1).cpu()
         if not len(dead) or not bool(chance.any()):  # without an error there is no direction to start from
             return
@@ -187,26 +142,20 @@ class _Training:
         self.W_dec[dead] = directions
         self.W_enc[:, dead] = (directions * self.W_enc.norm(dim=0).mean()).T
         self.b_enc[dead] = 0
-        for weight, of_dead in ((self.W_dec, (dead,)), (self.W_enc, (slice(None), dead)), (self.b_enc, (dead,))):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[weight][moment][of_dead] = 0
+        for W_enc, b_enc, W_dec, _ in (self.m, self.v):
+            W_enc[:, dead] = 0
+            b_enc[dead] = 0
+            W_dec[dead] = 0
         self.revived += len(dead)
 
     def _check_finite(self) -> None:
-        if not all(bool(w.isfinite().all()) for w in self.weights):
+        if not all(bool(w.isfinite().all()) for w in (*self.weights, self.b_dec)):
             raise RuntimeError(f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.lr}")
 
     def finish(self) -> SparseAutoencoder:
         """The SAE in the tokens' own units: codes are multiplied by ``unit``, and dictionary rows keep norm 1."""
         self._check_finite()
-        W_enc, b_enc, W_dec, b_dec = (w.detach() for w in self.weights)
-        return SparseAutoencoder(
-            W_enc.clone(), b_enc * self.unit, W_dec.clone(), self.mean + self.unit * b_dec, "topk", self.k
-        )
-
-
-def _all_same(x: Tensor) -> bool:
-    return bool((x == x[0]).all())
+        return self.sae(self.mean, self.unit)
 
 
 def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: float) -> None:
@@ -246,7 +195,7 @@ def _check_tokens(x: Tensor, held_out: float, batch_size: int) -> int:
             f"{len(x) - n_train}"
         )
     for part, tokens in (("training", x[:n_train]), ("held-out", x[n_train:])):
-        if _all_same(tokens):
+        if all_same(tokens):
             raise ValueError(f"x: expected {part} tokens that differ, got {len(tokens)} that are all the same")
     largest = float(x.abs().max())
     if largest > LARGEST:

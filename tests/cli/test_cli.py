@@ -519,7 +519,7 @@ def test_an_empty_name_is_not_the_current_folder(capsys, images):
     check_error(capsys, "argument IMAGE: expected the name of a file or folder, got ''")
 
 
-@pytest.mark.parametrize("command", [[], ["attribute"], ["evaluate"], ["demo"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["attribute"], ["evaluate"], ["demo"], ["convert-sae"], ["info"]])
 def test_help(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
@@ -528,7 +528,7 @@ def test_help(capsys, monkeypatch, command):
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if "{" not in line]  # argparse does not break a list of choices
     assert max(map(len, lines)) <= 80
-    assert "Exit codes" in shown or command in (["demo"], ["info"])
+    assert "Exit codes" in shown or command in (["demo"], ["convert-sae"], ["info"])
 
 
 def test_the_defaults_of_the_gate(files, tmp_path, capsys, monkeypatch):

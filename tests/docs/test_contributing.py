@@ -1,12 +1,13 @@
 """The examples in CONTRIBUTING.md run as written, one after another."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastfg.sae.files import open_weights
+from fastfg.sae.formats.common import Config, Contents, Given
 from tests.docs.blocks import run_blocks
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -27,14 +28,18 @@ def test_a_model_of_your_own_is_explained_and_judged(namespace):
 
 
 def test_an_sae_format_of_your_own_is_read(namespace, tmp_path):
-    assert not namespace["reads"](tmp_path)
     d, F = 8, 20
     weights = {"encoder.weight": (F, d), "encoder.bias": (F,), "decoder.weight": (d, F), "decoder.bias": (d,)}
     state = {name: torch.randn(shape) for name, shape in weights.items()}
     save_file(state, tmp_path / "my_sae.safetensors")
-    (tmp_path / "my_sae.json").write_text(json.dumps({"format": "my format", "k": 3}))
-    assert namespace["reads"](tmp_path)
-    sae, x = namespace["read"](tmp_path), torch.randn(5, d)
+    found = open_weights(tmp_path / "my_sae.safetensors")
+    assert not namespace["matches"](Contents(found, {}))
+    config = Config({"format": "my format", "k": 3}, tmp_path / "config.json")
+    contents = Contents(found, {"config.json": config})
+    assert namespace["matches"](contents)
+    with pytest.raises(ValueError, match="site: expected it to be given"):
+        namespace["read"](contents, Given({}, contents.file))
+    sae, x = namespace["read"](contents, Given({"site": "resid_post"}, contents.file)), torch.randn(5, d)
     before = (x - state["decoder.bias"]) @ state["encoder.weight"].T + state["encoder.bias"]
     best = before.topk(3)
     torch.testing.assert_close(sae.encode(x), torch.zeros(5, F).scatter(1, best.indices, best.values.relu()))

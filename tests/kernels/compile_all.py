@@ -23,11 +23,22 @@ from typing import NamedTuple
 
 import torch
 import triton
-from fastfg.kernels import encode_project, encode_topk, gate, gated_relevancy, project, relevancy, tuning
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from fastfg.kernels import (
+    adam_topk,
+    decode_topk,
+    encode_project,
+    encode_topk,
+    gate,
+    gated_relevancy,
+    project,
+    relevancy,
+    tuning,
+)
 
 SHARED = {80: 160 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
@@ -205,6 +216,13 @@ def run_gated_relevancy(dtype: torch.dtype, C: int, P: int) -> None:
     gated_relevancy.gated_relevancy(torch.zeros(C, B, P + 1), q, k, v, q, 0.125, *gated, False)
 
 
+def run_adam_topk(x: torch.Tensor, W_dec: torch.Tensor, indices: torch.Tensor) -> None:
+    codes = (W_dec[: len(x), : indices.shape[1]].contiguous(), indices)
+    state = [W_dec.mT, W_dec[:, 0].contiguous(), W_dec]
+    for aux in ((None, None, None), (x, *codes)):
+        adam_topk.adam_topk(x, x, *codes, *aux, state, state, state, 1e-3, 0.9, 0.999, 1e-8, 2, True)
+
+
 def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
     """Run each op on small inputs with the strides of a real model, with all candidates or only the first."""
     T, d, F, K = 64, 768, 49152, 128
@@ -215,6 +233,9 @@ def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
         run_relevancy(dtype, C, 197, 64)
     project.project(x, W_dec, W_dec[:T, :K], indices)
     encode_topk.encode_topk(x, W_enc, b_enc, b_dec, K)
+    decode_topk.decode_topk(W_dec[:T, :K], indices, W_dec, b_dec)
+    if dtype == torch.float32:
+        run_adam_topk(x, W_dec[:4096], indices)
     run_encode_project = partial(encode_project.encode_project, x, x, W_enc, b_enc, W_dec)
     run_encode_project("relu", *[b_enc] * 4)
     if not every:

@@ -19,6 +19,9 @@ if torch.cuda.is_available():
 else:
     pytestmark = pytest.mark.slow
     test_in_the_interpreter = Suite(
-        shares=[["tests/ops/test_parity.py"], ["tests/ops/test_modes.py", "tests/kernels/internals.py"]],
+        shares=[
+            ["tests/ops/test_parity.py"],
+            ["tests/ops/test_modes.py", "tests/ops/test_adam_topk.py", "tests/kernels/internals.py"],
+        ],
         environment=lambda config: {"TRITON_INTERPRET": "1"},
     )

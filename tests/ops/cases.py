@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from fastfg import ops
-from fastfg.reference.encode import ACTIVATIONS, Activation
+from fastfg.reference.encode import ACTIVATIONS, ALL_AT_ONCE, Activation
 from fastfg.reference.relevancy import IDENTITIES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on CPU tensors
@@ -26,8 +26,9 @@ def required() -> tuple[str, ...]:
 
 
 BACKENDS = required()
-PAIRS = [(op, backend) for op in ops.__all__ for backend in BACKENDS]
-STREAMING = [name for name in ACTIVATIONS if name != "topk"]
+OPS = [op for op in ops.__all__ if op != "adam_topk"]  # that one changes its arguments; see test_adam_topk.py
+PAIRS = [(op, backend) for op in OPS for backend in BACKENDS]
+STREAMING = [name for name in ACTIVATIONS if name not in ALL_AT_ONCE]
 
 
 def device_of(backend):
@@ -46,6 +47,11 @@ def encode_topk(T, d, F, k, b_dec=True):
 def project(T, d, F, K):
     indices = torch.randint(0, F, (T, K), generator=torch.Generator().manual_seed(5))
     return (randn(T, d, seed=1), randn(F, d, seed=2), randn(T, K, seed=3).abs(), indices)
+
+
+def decode_topk(T, d, F, K, b_dec=True):
+    _, W_dec, values, indices = project(T, d, F, K)
+    return (values, indices, W_dec, randn(d, seed=4) if b_dec else None)
 
 
 def encode_project(name, T, d, F):
@@ -107,6 +113,14 @@ SHAPES = {  # small enough for Triton's interpreter
         (3, 33, 100, 0),
         (0, 33, 100, 5),
     ],
+    decode_topk: [
+        (1, 33, 300, 13),
+        (49, 192, 301, 1),
+        (49, 192, 300, 13, False),
+        (5, 300, 77, 77),
+        (3, 33, 100, 0),
+        (0, 33, 100, 5),
+    ],
     encode_project: [
         *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 300), (49, 192, 77)]),
         *((name, 49, 192, 300) for name in ("relu", "gated")),
@@ -144,6 +158,7 @@ COMPILED = {  # the interpreter would take minutes for these shapes
         (1370, 33, 501, 1),
     ],
     project: [(1, 33, 100, 1), (49, 33, 1000, 13), (197, 192, 300, 128), (5, 768, 50, 50), (1370, 33, 501, 13)],
+    decode_topk: [(49, 33, 1000, 13), (197, 192, 300, 128), (5, 768, 50, 50), (1370, 33, 501, 13, False)],
     encode_project: [
         *((name, *sizes) for name in STREAMING for sizes in [(1, 33, 100), (49, 33, 501), (0, 33, 101)]),
         ("gated", 49, 192, 4999),
@@ -173,6 +188,7 @@ COMPILED = {  # the interpreter would take minutes for these shapes
 INTERPRETED_HALVES = [
     "encode_topk 5 192 501 13",
     "project 49 192 300 13",
+    "decode_topk 49 192 301 1",
     "encode_project relu 49 192 300",
     "encode_project gated 49 192 300",
     "gate 3 50",
@@ -200,6 +216,7 @@ HALVES = (
 TYPICAL = {  # one case per op, with several tokens, images and configurations
     "encode_topk": partial(encode_topk, 7, 33, 300, 13),
     "project": partial(project, 7, 33, 300, 13),
+    "decode_topk": partial(decode_topk, 7, 33, 300, 13),
     "encode_project": partial(encode_project, "jumprelu", 7, 33, 300),
     "gate": partial(gate, 7, 49),
     "relevancy": partial(relevancy, 3, 2, 3, 50, 48, True, "paper"),
@@ -209,6 +226,7 @@ if not INTERPRETED:
     TYPICAL |= {
         "encode_topk": partial(encode_topk, 49, 33, 1000, 13),
         "project": partial(project, 49, 33, 1000, 13),
+        "decode_topk": partial(decode_topk, 49, 33, 1000, 13),
         "encode_project": partial(encode_project, "jumprelu", 49, 33, 1000),
     }
 
@@ -220,8 +238,7 @@ def each(arguments, change):
 
     def one(i, value):
         if isinstance(value, Activation):
-            fields = (value.threshold, value.r_mag, value.b_gate, value.b_mag)
-            return Activation(value.name, value.k, *(one(i, field) for field in fields))
+            return value.map(lambda tensor: one(i, tensor))
         return change(i, value) if isinstance(value, torch.Tensor) else value
 
     return tuple(one(i, value) for i, value in enumerate(arguments))

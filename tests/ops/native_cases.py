@@ -70,6 +70,12 @@ def project(draw):
     }
 
 
+def decode_topk(draw):
+    given = project(draw)
+    codes = {"values": given["values"], "indices": given["indices"], "W_dec": given["W_dec"]}
+    return codes | {"b_dec": draw.choice([None, draw.randn(given["W_dec"].shape[1])])}
+
+
 def relevancy(draw):
     C, B, H, N, dh = draw.size(0, 4), draw.size(0, 3), draw.size(1, 3), draw.size(0, 70), draw.size(0, 40)
     attention = {name: draw.randn(B, H, N, dh) for name in ("q", "k", "v", "dO")}
@@ -102,6 +108,7 @@ def gated_relevancy(draw):
 
 
 BUILD = {
+    "decode_topk": decode_topk,
     "encode_project": encode_project,
     "encode_topk": encode_topk,
     "gate": gate,

@@ -19,6 +19,8 @@ def wrong(op, number, value):
 ZEROS = torch.zeros(49, 13).long()
 MESSAGES = [
     (wrong("project", 1, randn(9, 5)), r"W_dec: expected \[F, 33\] \(F d\), got \[9, 5\]"),
+    (wrong("decode_topk", 2, randn(9)), r"W_dec: expected \[F, d\] \(F d\), got \[9\]"),
+    (wrong("decode_topk", 1, ZEROS[:, 1:]), r"indices: expected \[49, 13\] \(T K\), got \[49, 12\]"),
     (wrong("encode_topk", 4, True), "k: expected an int, got True"),
     (wrong("project", 3, ZEROS[:, 1:]), r"indices: expected \[49, 13\] \(T K\), got \[49, 12\]"),
     (wrong("encode_topk", 4, 1001), "k: expected 1 to 1000, got 1001"),

@@ -6,6 +6,7 @@ import torch
 from fastfg import ops, reference
 from fastfg.reference import Activation
 from tests.ops.cases import BACKENDS, PAIRS, TYPICAL, cast, device_of, each, outputs
+from tests.ops.cases import decode_topk as decode
 from tests.ops.cases import encode_project as dense
 from tests.ops.cases import encode_topk as topk
 from tests.ops.cases import gate as gated
@@ -61,6 +62,7 @@ def test_results_of_inference_tensors_work_outside(op, backend):
 EMPTY = {
     "encode_topk": [topk(0, 5, 9, 2)],
     "project": [sparse(0, 5, 9, 2), sparse(3, 5, 9, 0)],
+    "decode_topk": [decode(0, 5, 9, 2), decode(0, 5, 9, 0, False)],
     "encode_project": [dense("relu", 0, 5, 9), dense("gated", 0, 5, 9)],
     "gate": [gated(0, 5), gated(3, 0, 5)],
     "relevancy": [attention(*sizes, 2, 5, 4) for sizes in ((0, 2), (2, 0))] + [attention(2, 3, 2, 0, 4)],

@@ -85,7 +85,7 @@ def wrong(tensor, draw):
     return torch.ones(sizes, dtype=tensor.dtype)
 
 
-@pytest.mark.parametrize("op", ["project", "gated_relevancy"])
+@pytest.mark.parametrize("op", ["project", "decode_topk", "gated_relevancy"])
 def test_an_index_out_of_range(op):
     tried = 0
     for seed in SEEDS:
@@ -114,3 +114,17 @@ def test_topk_of_values_with_ties_infinities_and_nan():
         expected = b_enc.expand(T, F).sort(dim=-1, descending=True, stable=True)
         assert torch.equal(indices, expected.indices[:, :k]), seed
         torch.testing.assert_close(values, expected.values[:, :k].relu(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("T", "F", "k"), [(1024, 40, 5), (1031, 333, 40), (1100, 1500, 1), (1025, 17, 17)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_topk_of_many_tokens_with_ties_and_nan(T, F, k, turned):
+    """Many tokens take another way on some processors. Whole numbers: sums are exact, and ties everywhere."""
+    draw = Draw(T)
+    x, W_enc = (draw.integers(3, *sizes).float() - 1 for sizes in ((T, 7), (7, F)))
+    b_enc = torch.where(draw.integers(50, F) == 0, torch.nan, draw.integers(3, F) - 1.0)
+    expected = (x @ W_enc + b_enc).sort(dim=-1, descending=True, stable=True)
+    W_enc = W_enc.mT.contiguous().mT if turned else W_enc
+    values, indices = torch.ops.fastfg.encode_topk(x, W_enc, b_enc, None, k)
+    assert torch.equal(indices, expected.indices[:, :k])
+    torch.testing.assert_close(values, expected.values[:, :k].relu(), rtol=0, atol=0, equal_nan=True)

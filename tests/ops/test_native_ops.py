@@ -107,6 +107,9 @@ WRONG = [  # op, argument, what it becomes, error, message
     ("project", "indices", torch.zeros(3, 2), "indices: expected int64 or int32, got Float"),
     ("project", "indices", torch.tensor([[0, 1], [2, -1], [0, 0]]), "indices: expected features from 0 to 8, got -1"),
     ("project", "indices", torch.tensor([[0, 1], [2, 9], [0, 0]]), "indices: expected features from 0 to 8, got 9"),
+    ("decode_topk", "values", torch.zeros(3), "values: expected [T, K] (T K), got [3]"),
+    ("decode_topk", "b_dec", torch.zeros(3), "b_dec: expected [2] (d), got [3]"),
+    ("decode_topk", "indices", torch.tensor([[0, 1], [2, 9], [0, 0]]), "indices: expected features from 0 to 8, got 9"),
     ("relevancy", "rows", torch.zeros(1, 2, 4).half(), "rows: expected float32 or float64, got Half"),
     ("relevancy", "dO", torch.zeros(2, 1, 3, 4), "dO: expected [2, 1, 4, 4] (B H N dh), got [2, 1, 3, 4]"),
     ("relevancy", "gates", torch.zeros(2, 4), "gates: expected [1, 2, 4] (C B N), got [2, 4]"),
@@ -132,6 +135,7 @@ def small(op, P):
         "encode_project": {**x, "g": torch.randn(3, 2), "W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, **streaming},
         "gate": {"scores": torch.randn(3, 4), "kappa": torch.ones(3), "c_max": 5 * torch.ones(3)},
         "project": {"g": torch.randn(3, 2), "W_dec": W_dec, **codes},
+        "decode_topk": {**codes, "W_dec": W_dec, "b_dec": torch.zeros(2)},
         "relevancy": {**block, "scale": 1.0, "gates": None, "paper": False},
         "gated_relevancy": {**block, "scale": 1.0, **patches, **sparse, **gate},
     }[op]

@@ -93,7 +93,7 @@ def sizes(*bounds):
 def shapes(draw, op):
     """The builder's arguments for ``op``."""
     T = (0, 9 if INTERPRETED else 40)
-    if op in ("encode_topk", "project"):
+    if op in ("encode_topk", "project", "decode_topk"):
         T, d, F = draw(sizes(T, (1, 70), (1, 400)))
         return T, d, F, draw(st.integers(1 if op == "encode_topk" else 0, F))
     if op == "encode_project":

@@ -7,7 +7,7 @@ import torch
 
 import fastfg
 from fastfg.report.overlay import displayed, save_overlay
-from fastfg.sae.train import report
+from fastfg.sae.report import report
 from tests.rehearsal.card import OnCard
 from tests.sae.test_train import sparse_data
 from tests.tools import ACTIVATIONS, random_sae, tiny_vit

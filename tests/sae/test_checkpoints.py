@@ -1,7 +1,6 @@
 """Reading and writing SAEs: fastfg's own format round-trips, Prisma's is read, and pickled code is never run."""
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -233,7 +232,7 @@ def test_pickled_code_is_never_run(tmp_path):
     write_prisma(tmp_path, weights(random_sae(32, 100, "relu")) | {"trap": Trap()})
     with pytest.raises(ValueError, match="weights.pt, got a file that is damaged or holds pickled code") as caught:
         fastfg.load_saes(tmp_path)
-    assert isinstance(caught.value.__cause__.__cause__ or caught.value.__cause__, pickle.UnpicklingError)
+    assert "a call of _pytest.outcomes" in str(caught.value)
 
 
 def test_a_folder_with_one_sae_per_block(tmp_path):
@@ -262,17 +261,18 @@ def test_one_file_and_a_mapping(tmp_path):
 
 def test_a_file_given_by_name_is_that_file_or_an_error(tmp_path):
     write_prisma(tmp_path, weights(random_sae(32, 100, "relu")))
-    for name in ("n_images_5.pt", "a.pt"):
-        torch.save(weights(random_sae(32, 100, "relu", seed=1)), tmp_path / name)
-        with pytest.raises(ValueError, match=f"got .*{name}, which is not read: its folder's SAE is in weights.pt"):
-            fastfg.sae.load_sae(tmp_path / name)
-        with pytest.raises(ValueError, match=f"got .*{name}, which is not read"):
-            fastfg.load_saes(tmp_path / name, layers=[9])
-    with pytest.raises(ValueError, match="a.pt, which is not read"):
-        fastfg.load_saes({2: tmp_path / "a.pt", 3: tmp_path / "n_images_5.pt"})
+    for seed, name in enumerate(("n_images_5.pt", "a.pt"), 1):
+        other = random_sae(32, 100, "relu", seed=seed)
+        torch.save(weights(other), tmp_path / name)
+        assert torch.equal(fastfg.sae.load_sae(tmp_path / name).W_enc, other.W_enc)
+        assert torch.equal(fastfg.load_saes({2: tmp_path / name})[2].W_enc, other.W_enc)
+    with pytest.raises(
+        ValueError, match=r"expected one SAE in .*, got \['a.pt \(Prisma\)', 'n_images_5.pt .*name the file"
+    ):
+        fastfg.load_saes(tmp_path)
     own(tmp_path)  # the weights of both formats, and the config of one
     assert fastfg.sae.load_sae(tmp_path).k == 5
-    with pytest.raises(ValueError, match="weights.pt, which is not read: its folder's SAE is in sae.safetensors"):
+    with pytest.raises(ValueError, match="expected an SAE of a known format .*, got .*weights.pt, which is of none"):
         fastfg.sae.load_sae(tmp_path / "weights.pt")
 
 
@@ -320,7 +320,7 @@ def test_the_block_is_never_guessed(tmp_path):
     with pytest.raises(ValueError, match=r"source: expected one block in the name of .*, got \[1, 2\]"):
         fastfg.load_saes(tmp_path / "layer_1_layer_2")
     write_prisma(tmp_path / "l3", weights(one))
-    with pytest.raises(ValueError, match="source: expected one block for .*l3, got 9 in config.json and 3 in its name"):
+    with pytest.raises(ValueError, match="source: expected one block for .*l3, got 9 in its files and 3 in its name"):
         fastfg.load_saes(tmp_path / "l3")
     for wrong in (-2, "9", 2.0, True):
         write_prisma(tmp_path / "x", weights(one), hook_point_layer=wrong)

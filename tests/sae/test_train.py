@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastfg
-from fastfg.sae.train import _Training, report
+from fastfg.sae.report import report
+from fastfg.sae.train import _Training
 from tests.tools import random_sae
 
 
@@ -45,18 +46,17 @@ def test_training_is_repeatable_and_leaves_its_input():
 def test_dead_features_are_revived():
     x, _ = sparse_data(T=4000)
     training = _Training(x, 64, 3, 1e-3, seed=0)
-    with torch.no_grad():
-        training.b_enc[:20] = -1e6  # twenty features that never fire
+    training.b_enc[:20] = -1e6  # twenty features that never fire
     batches = list(training.batches(2, 500))
     for tokens in batches[:8]:
-        training.step(tokens, 0.5)
+        training.scheduled_step(tokens, 0.5)
     dead = (~training.fired).nonzero().flatten()
     assert set(range(20)) <= set(dead.tolist())
     training.revive(batches[8])
     assert training.revived == len(dead)
     assert training.b_enc[dead].eq(0).all()
     for tokens in batches[9:]:
-        training.step(tokens, 0.5)
+        training.scheduled_step(tokens, 0.5)
     assert training.fired[:20].double().mean() > 0.7
 
 

@@ -1,4 +1,4 @@
-"""Load SAEs from disk; one file per format. No other SAE library is imported, and no pickled code is run."""
+"""Load SAEs from disk. No other SAE library is imported, and no pickled code is run."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfg.sae.checkpoints import own, prisma
-from fastfg.sae.checkpoints.files import CONFIG, read_config
-from fastfg.sae.checkpoints.names import block_in_config, block_of, blocks_in_name
+from fastfg.sae.checkpoints.locate import CONFIGS, Found, holds_one, is_complete, known, locate, read_config, weights_in
+from fastfg.sae.checkpoints.names import block_of, blocks_in_name
+from fastfg.sae.formats.common import Given
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import integers
 
-FORMATS = (own, prisma)  # each has WEIGHTS, FILES, reads(folder) -> bool and read(folder) -> SparseAutoencoder
 
-
-def load_sae(path: str | Path) -> SparseAutoencoder:
+def load_sae(path: str | Path, **overrides: Any) -> SparseAutoencoder:
     """Load one SAE from its folder, or from the weights or config file in it.
 
-    Raises FileNotFoundError for a path that does not exist, and ValueError that names the file and what is wrong with
-    it. A file of no known format is refused; no other file is read instead.
+    ``overrides``: as in :func:`load_saes`. Raises FileNotFoundError for a path that does not exist, and ValueError that
+    names the file and what is wrong with it. A file of no known format is refused; no other file is read instead.
     """
-    folder, form = _locate(Path(path))
-    try:
-        return form.read(folder)
-    except (ValueError, TypeError) as error:
-        text = str(error)
-        raise ValueError(text if str(folder) in text else f"path: {folder}: {text}") from error
+    return _read(locate(Path(path)), overrides)
 
 
 def load_saes(
-    source: str | Path | Mapping[int, str | Path], layers: int | Iterable[int] | None = None
+    source: str | Path | Mapping[int, str | Path], layers: int | Iterable[int] | None = None, **overrides: Any
 ) -> dict[int, SparseAutoencoder]:
-    """Load SAEs by block: ``{block: SparseAutoencoder}``.
+    """Load SAEs by block: ``{block: SparseAutoencoder}``, from the files of any format in ``docs/saes.md``.
 
     Args:
         source: a folder with one folder per block, whose config or name contains the block (``layer_2``, ``l2``,
             ``blocks.2.hook_resid_post``, ``2``); the folder or a file of one SAE; or a mapping ``{block: path}``.
         layers: the 0-based blocks to load; None loads all. Required for a single SAE whose files do not contain its
             block.
+        overrides: what the files do not say, the same for all SAEs: ``site`` (``"resid_post"``, the block's output),
+            ``model``, ``tokens`` (``patches`` or ``all``), ``activation``, ``k``, ``threshold``, ``post``,
+            ``normalize``, ``subtract_b_dec``, ``input_mean`` ([d] or 0), ``input_scale``, ``decoder_norm``,
+            ``row_norm``, ``delta``. What a format needs and its files leave out is an error that names the override.
+            So is an override that contradicts the files, or that they leave no use for.
 
-    Raises FileNotFoundError or ValueError that names what is missing and what was found.
+    Raises FileNotFoundError, TypeError or ValueError that names what is missing and what was found: an SAE of another
+    site than a block's output, of class tokens alone, or of another ``model`` than the given one is refused.
+
+    >>> import tempfile, torch, fastfg
+    >>> W_dec = torch.nn.functional.normalize(torch.randn(64, 16), dim=1)
+    >>> folder = tempfile.mkdtemp()
+    >>> fastfg.SparseAutoencoder(W_dec.T, torch.zeros(64), W_dec, torch.zeros(16), k=8).save(f"{folder}/layer_2")
+    >>> fastfg.load_saes(folder)[2].k
+    8
     """
     layers = None if layers is None else integers("layers", layers)
     paths = _given(source) if isinstance(source, Mapping) else _find(Path(source), layers)
@@ -48,27 +54,22 @@ def load_saes(
     missing = [block for block in wanted if block not in paths]
     if missing:
         raise ValueError(f"layers: expected blocks among {sorted(paths)} of {source}, got {missing}")
-    return {block: load_sae(paths[block]) for block in wanted}
+    saes = {}
+    for block in wanted:
+        saes[block] = load_sae(paths[block], **overrides)
+        saes[block].provenance.setdefault("layer", block)
+    return saes
 
 
-def _locate(path: Path) -> tuple[Path, Any]:
-    """The folder and the format of the SAE at ``path``."""
-    if not path.exists():
-        raise FileNotFoundError(f"path: expected an SAE file or folder, got {path}, which does not exist")
-    folder = path if path.is_dir() else path.parent
-    known = "; ".join(form.FILES for form in FORMATS)
-    for form in FORMATS:
-        if form.reads(folder):
-            if path.is_file() and path.name not in (CONFIG, form.WEIGHTS):
-                raise ValueError(
-                    f"path: expected an SAE folder ({known}) or one of these files, got {path}, which is not read: "
-                    f"its folder's SAE is in {form.WEIGHTS}"
-                )
-            return folder, form
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise ValueError(
-        f"path: expected an SAE folder ({known}) or one of these files, got {path}; its folder has {found}"
-    )
+def _read(found: Found, overrides: Mapping[str, Any]) -> SparseAutoencoder:
+    file = found.contents.file
+    given = Given(overrides, file)
+    try:
+        sae: SparseAutoencoder = found.form.read(found.contents, given)
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        raise ValueError(text if str(file.parent) in text else f"path: {file}: {text}") from error
+    return sae
 
 
 def _given(source: Mapping[int, str | Path]) -> dict[int, Path]:
@@ -80,31 +81,28 @@ def _given(source: Mapping[int, str | Path]) -> dict[int, Path]:
 
 def _is_sae(folder: Path, layers: Sequence[int] | None) -> bool:
     """Whether ``folder`` has files of an SAE. They may be incomplete if the SAE may be one of ``layers``."""
-    has_config, has_weights = (folder / CONFIG).is_file(), any((folder / form.WEIGHTS).is_file() for form in FORMATS)
+    has_config = any((folder / name).is_file() for name in CONFIGS)
     blocks = blocks_in_name(folder.name)
     if blocks and layers is not None and not blocks & set(layers):
-        return _is_complete(folder)
-    if blocks or (has_config and has_weights):
-        return has_config or has_weights
+        return is_complete(folder)
+    if blocks:
+        return has_config or bool(weights_in(folder))
+    return is_complete(folder) or any(_names_a_block(folder / name) for name in CONFIGS)
+
+
+def _names_a_block(file: Path) -> bool:
+    """Whether a config is that of an SAE, even if the weights beside it are missing or damaged."""
     try:
-        config = read_config(folder) if has_config else {}
+        config = read_config(file) if file.is_file() else None
     except ValueError:
         return False  # nothing says that this file belongs to an SAE
-    return config.get("format") == own.FORMAT or block_in_config(config, folder) is not None
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        return any(form.reads(folder) for form in FORMATS)
-    except ValueError:
-        return False
+    return config is not None and (config.get("format") == "fastfg" or config.has("hook_point_layer", "layer"))
 
 
 def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
     """The SAEs of ``source`` by block: the single SAE in it, or the SAEs in its folders."""
-    if not source.is_dir() or any(form.reads(source) for form in FORMATS):
-        folder, _ = _locate(source)
-        block = block_of(folder)
+    if not source.is_dir() or holds_one(source):
+        block = _block(source)
         if layers is not None and len(layers) == 1 and block is None:
             block = layers[0]
         if block is None:
@@ -113,8 +111,7 @@ def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
     found: dict[int, Path] = {}
     unknown = []
     for child in sorted(p for p in source.iterdir() if p.is_dir() and _is_sae(p, layers)):
-        _locate(child)
-        block = block_of(child)
+        block = _block(child)
         if block is None:
             unknown.append(child.name)
         elif block in found:
@@ -124,5 +121,14 @@ def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
     if unknown and (layers is None or not set(layers) <= set(found)):
         raise ValueError(f"source: expected the block in the config or the name of each SAE in {source}, got {unknown}")
     if not found:
-        raise ValueError(f"source: expected SAE folders named by block under {source}, got none")
+        names = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"source: expected SAE folders named by block under {source}, or the files of one SAE ({known()}), "
+            f"got {names}"
+        )
     return found
+
+
+def _block(path: Path) -> int | None:
+    found = locate(path)
+    return block_of(found.block(), found.contents.file.parent)

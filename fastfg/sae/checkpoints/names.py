@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from fastfg.sae.checkpoints.files import CONFIG, read_config
-
-KEYS = ("layer", "hook_point_layer")
 # "layer_9", "layers.9", "blocks.9", "block9": before "l9", which could also be the size of a model or an L1 penalty
 WORD = re.compile(r"(?<![a-z0-9])(?:layers?|blocks?)[._-]?(\d+)(?![a-z0-9])")
 LETTER = re.compile(r"(?<![a-z0-9])l(?![012][-_=.]\d)(\d+)(?![a-z0-9])")
 MODEL = re.compile(r"(?:vit|clip|siglip|dino(?:v\d)?|deit\d?|eva\d*|mae|beit)[-_.]?[tsblhg][-_.]?(?:8|14|16|32)(?!\d)")
 
 
-def block_of(folder: Path) -> int | None:
-    """The 0-based block of the SAE in ``folder``; None if neither the config nor the name contains it.
+def block_of(told: int | None, folder: Path) -> int | None:
+    """The 0-based block of the SAE in ``folder``; None if neither its files nor the name contain it.
 
-    Raises ValueError if the two differ, or if the name contains several blocks and the config none.
+    ``told``: what its files say. Raises ValueError if it is not the name's, or if the name contains several blocks and
+    the files none.
     """
-    told, named = block_in_config(read_config(folder), folder), blocks_in_name(folder.name)
+    named = blocks_in_name(folder.name)
     if told is not None:
         if len(named) == 1 and told not in named:
             raise ValueError(
-                f"source: expected one block for {folder}, got {told} in {CONFIG} and {named.pop()} in its name "
+                f"source: expected one block for {folder}, got {told} in its files and {named.pop()} in its name "
                 "(pass a mapping {block: path} instead)"
             )
         return told
@@ -34,17 +31,6 @@ def block_of(folder: Path) -> int | None:
             "{block: path} instead)"
         )
     return named.pop() if named else None
-
-
-def block_in_config(config: dict[str, Any], folder: Path) -> int | None:
-    for key in KEYS:
-        value = config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"path: expected {key} in {folder / CONFIG} to be a block from 0 on, got {value!r}")
-        return value
-    return None
 
 
 def blocks_in_name(name: str) -> set[int]:

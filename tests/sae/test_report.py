@@ -1,0 +1,89 @@
+"""sae_report, and the warning of attribute about an SAE that does not fit."""
+
+import logging
+
+import pytest
+import torch
+
+import fastfg
+from tests.tools import random_sae, tiny_vit
+
+
+def identity_sae(d, normalize="none", scale=1.0):
+    eye = torch.eye(d, dtype=torch.float64)
+    W_enc = torch.cat([eye, -eye], 1)
+    return fastfg.SparseAutoencoder(
+        W_enc, torch.zeros(2 * d).double(), scale * W_enc.T, torch.zeros(d).double(), "relu", normalize=normalize
+    )
+
+
+def test_report_by_hand():
+    """Two tokens, (2, 0) and (0, 4): x_hat is half of x, so the error is 1/4 of 20, and the variance is 10."""
+    x = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    found = fastfg.sae_report(identity_sae(2, scale=0.5), x)
+    assert found.explained_variance == pytest.approx(1 - 5 / 10)
+    assert found.explained_variance_normalized == found.explained_variance
+    assert found.l0 == 1
+    assert found.dead_share == 0.5
+    assert found.norm_ratio == pytest.approx(0.5)
+    assert found.tokens == 2
+
+
+def test_report_in_the_normalised_space():
+    x = torch.randn(40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    sae = random_sae(16, 40, "topk", k=5, normalize="layer_norm")
+    values = sae.normalize(x).values
+    decoded = sae.decode(sae.encode(x))
+    expected = 1 - (values - decoded).square().sum() / (values - values.mean(0)).square().sum()
+    assert fastfg.sae_report(sae, x).explained_variance_normalized == pytest.approx(float(expected))
+    expected = 1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert fastfg.sae_report(sae, x[None]).explained_variance == pytest.approx(float(expected))
+
+
+def test_negative_codes_are_active():
+    x = torch.randn(40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sae = random_sae(16, 40, "topk", k=40, post="none")
+    assert fastfg.sae_report(sae, x).l0 == 40
+    assert fastfg.sae_report(sae, x).dead_share == 0
+
+
+def test_report_from_images():
+    model = tiny_vit()
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    sae = random_sae(32, 100, "topk", k=9)
+    tokens = fastfg.residuals(model, images, layers=1)[1]
+    assert fastfg.sae_report(sae, model=model, images=images, layer=1) == fastfg.sae_report(sae, tokens)
+    sae.provenance["layer"] = 1
+    assert fastfg.sae_report(sae, model=model, images=images) == fastfg.sae_report(sae, tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "tokens: expected tokens, or model and images, got neither"),
+        ({"tokens": torch.zeros(3, 31)}, "tokens: expected width 32, as the SAE has, got 31"),
+        ({"tokens": torch.zeros(3)}, r"tokens: expected floating \[T, 32\] .* got \[3\]"),
+        ({"tokens": torch.zeros(3, 32).long()}, "tokens: expected floating"),
+        ({"tokens": torch.zeros(3, 32), "layer": 1}, "tokens: expected either tokens, or model, images and layer"),
+        ({"model": 1, "images": 1}, "layer: expected the block that the SAE belongs to, got None"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fastfg.sae_report(random_sae(32, 100, "topk", k=9), **arguments)
+    with pytest.raises(TypeError, match="sae: expected a SparseAutoencoder, got int"):
+        fastfg.sae_report(3, **arguments)
+
+
+def test_attribute_warns_once_of_an_sae_that_does_not_fit(caplog):
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    poor, good = random_sae(32, 100, "topk", k=9), identity_sae(32)
+    gate = fastfg.Gate((1, 2))
+    with caplog.at_level(logging.WARNING, logger="fastfg"):
+        fastfg.attribute(model, images[:0], saes={1: poor, 2: good}, gate=gate)  # blank images say nothing
+        assert not caplog.records
+        for _ in range(2):
+            fastfg.attribute(model, images, saes={1: poor, 2: good}, gate=gate)
+    (record,) = caplog.records
+    assert "saes[1]: it explains -" in record.getMessage()
+    assert "less than 0.5" in record.getMessage()
