@@ -5,7 +5,8 @@
     python -m bench.train_sae --memory             also the peak memory of a step, beside its floor
     python -m bench.train_sae --results DIR        also append lines to DIR/<device>/train_sae.jsonl
 
-The dense trainer keeps the codes in an array [T, F], so it has six dense products per step. It has the same loss with
+The dense trainer keeps the codes in an array [T, F], so it has six dense products per step. With ``--precision
+bfloat16`` it runs them under autocast. It has the same loss with
 the same AuxK, whose dead features it compacts too, and PyTorch's fused Adam. Both start from the same weights and see
 the same tokens. For the times, a tenth of the features are dead: their biases are low, so that they are active in AuxK
 alone. Wall times depend on what else the machine runs; ratios of processor times depend on it less. Set
@@ -40,12 +41,17 @@ class Dense:
 
     def __init__(self, like: TopKStep) -> None:
         self.k, self.k_aux, self.dead_after = like.k, like.k_aux, like.dead_after
+        self.half = like.precision == torch.bfloat16
         weights = (like.W_enc.contiguous(), like.b_enc, like.W_dec, like.b_dec)
         self.weights = [w.clone().requires_grad_() for w in weights]
         self.adam = torch.optim.Adam(self.weights, betas=BETAS, eps=EPS, fused=True)
         self.unused = like.unused.clone()
 
     def step(self, x: Tensor, lr: float) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            return self._step(x, lr)
+
+    def _step(self, x: Tensor, lr: float) -> Tensor:
         W_enc, b_enc, W_dec, b_dec = self.weights
         pre = torch.addmm(b_enc, x - b_dec, W_enc)
         f = self.sparse(pre, self.k)
@@ -84,7 +90,8 @@ def tokens(T: int, d: int, seed: int, device: str) -> Tensor:
 
 def trainer(case: argparse.Namespace, dead: bool) -> TopKStep:
     W_dec = F.normalize(torch.randn(case.F, case.d, generator=torch.Generator().manual_seed(0)), dim=1)
-    made = TopKStep(W_dec.to(case.device), case.k, case.k_aux, dead_after=case.dead_batches * case.T)
+    options = {"dead_after": case.dead_batches * case.T, "precision": getattr(torch, case.precision)}
+    made = TopKStep(W_dec.to(case.device), case.k, case.k_aux, **options)
     if dead:
         n = round(DEAD_SHARE * case.F)
         made.b_enc[:n] = DEAD_BIAS
@@ -173,6 +180,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", nargs="?", const="measured")
     parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the encoder")
     parser.add_argument("--results", type=Path, metavar="DIR")
     return parser.parse_args()
 
@@ -193,7 +201,7 @@ def main() -> None:
     for provider, numbers in found.items():
         print(provider, {name: round(number, 6) for name, number in numbers.items()})
         if case.results is not None:
-            line = {"name": "train_sae", "provider": provider, "shape": shape, "dtype": "float32", "median": None}
+            line = {"name": "train_sae", "provider": provider, "shape": shape, "dtype": case.precision, "median": None}
             append(case.results, case.device, line | numbers)
 
 

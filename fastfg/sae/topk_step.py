@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastfg import ops
+from fastfg.sae.model import SparseAutoencoder
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's
 AUX_COEFFICIENT = 1 / 32  # weight of the auxiliary loss, from Gao et al. 2024
@@ -28,11 +31,21 @@ class TopKStep:
         k: active features per token.
         k_aux: dead features per token of the auxiliary loss; 0 leaves it out.
         dead_after: number of tokens after which a feature that was not active is dead.
+        precision: of the encoder's product, which chooses the active features, such as bfloat16 for a GPU's matrix
+            units; None: that of the weights. Everything else has the weights' precision.
     """
 
-    def __init__(self, W_dec: Tensor, k: int, k_aux: int = 0, dead_after: int = 10_000_000) -> None:
+    def __init__(
+        self,
+        W_dec: Tensor,
+        k: int,
+        k_aux: int = 0,
+        dead_after: int = 10_000_000,
+        precision: torch.dtype | None = None,
+    ) -> None:
         F, d = W_dec.shape
         self.k, self.k_aux, self.dead_after = k, k_aux, dead_after
+        self.precision = precision or W_dec.dtype
         self.W_enc = W_dec.clone(memory_format=torch.contiguous_format).mT  # columns are contiguous
         self.W_dec = W_dec.clone(memory_format=torch.contiguous_format)
         self.b_enc, self.b_dec = W_dec.new_zeros(F), W_dec.new_zeros(d)
@@ -47,8 +60,12 @@ class TopKStep:
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The encoder's input and the reconstruction [T, d], and the values and indices [T, K] of the codes."""
         centred = x - self.b_dec
-        values, indices = ops.encode_topk(centred, self.W_enc, self.b_enc, None, self.k)
+        values, indices = self._encode(centred, self.W_enc, self.b_enc, self.k)
         return centred, ops.decode_topk(values, indices, self.W_dec, self.b_dec), values, indices
+
+    def _encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, indices = ops.encode_topk(x.to(self.precision), W_enc.to(self.precision), b_enc, None, k)
+        return values.to(x.dtype), indices
 
     def step(self, x: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """Train on tokens ``x`` [T, d].
@@ -80,9 +97,17 @@ class TopKStep:
             values = torch.addmm(b_enc, centred, W_enc).relu_()
             e_hat, indices = values @ W_dec, dead.expand_as(values)
         else:
-            values, among = ops.encode_topk(centred, W_enc, b_enc, None, self.k_aux)
+            values, among = self._encode(centred, W_enc, b_enc, self.k_aux)
             e_hat, indices = ops.decode_topk(values, among, W_dec, None), dead[among]
         return e_hat.add_(error).mul_(2 * AUX_COEFFICIENT / len(error)), values, indices  # e is -error
+
+    def sae(self, centre: Tensor, unit: Tensor, **described: Any) -> SparseAutoencoder:
+        """The SAE of tokens ``centre + unit * x``, with ``x`` as in training. Dictionary rows keep norm 1.
+
+        ``described``: further arguments of :class:`SparseAutoencoder`.
+        """
+        W_enc, b_dec = self.W_enc.contiguous(), centre + unit * self.b_dec
+        return SparseAutoencoder(W_enc, self.b_enc * unit, self.W_dec.clone(), b_dec, "topk", self.k, **described)
 
 
 def _adam(w: Tensor, gradient: Tensor, m: Tensor, v: Tensor, lr: float, step: int) -> None:

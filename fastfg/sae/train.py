@@ -155,8 +155,7 @@ class _Training(TopKStep):
     def finish(self) -> SparseAutoencoder:
         """The SAE in the tokens' own units: codes are multiplied by ``unit``, and dictionary rows keep norm 1."""
         self._check_finite()
-        W_enc, b_dec = self.W_enc.contiguous(), self.mean + self.unit * self.b_dec
-        return SparseAutoencoder(W_enc, self.b_enc * self.unit, self.W_dec, b_dec, "topk", self.k)
+        return self.sae(self.mean, self.unit)
 
 
 def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: float) -> None:

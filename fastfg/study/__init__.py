@@ -6,5 +6,16 @@ from fastfg.study.rank import rank_test
 from fastfg.study.statistics import summarize
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import cache_tokens
+from fastfg.study.train_saes import train_saes
 
-__all__ = ["Comparison", "TokenCache", "cache_tokens", "compare", "compare_batch", "paired", "rank_test", "summarize"]
+__all__ = [
+    "Comparison",
+    "TokenCache",
+    "cache_tokens",
+    "compare",
+    "compare_batch",
+    "paired",
+    "rank_test",
+    "summarize",
+    "train_saes",
+]

@@ -53,7 +53,9 @@ class TokenCache:
         """The number of tokens per layer."""
         return sum(len(shard.keys) * shard.tokens_per_image for shard in self.shards)
 
-    def read(self, layer: int, shard: Shard, keys: Collection[str] | None = None) -> Tensor:
+    def read(
+        self, layer: int, shard: Shard, keys: Collection[str] | None = None, device: str | torch.device = "cpu"
+    ) -> Tensor:
         """The tokens [n, d] of one shard in float32: of all its images, or of those among ``keys``."""
         from safetensors import safe_open
 
@@ -63,7 +65,7 @@ class TokenCache:
             tokens = file.get_tensor(f"layer_{layer}")
         if keys is not None:
             tokens = tokens[[i for i, key in enumerate(shard.keys) if key in keys]]
-        return tokens.flatten(0, 1).float()
+        return tokens.to(device).flatten(0, 1).float()
 
     def tokens(self, layer: int, keys: Collection[str] | None = None) -> Tensor:
         """All tokens [T, d] of one layer in memory, in float32: of all images, or of those among ``keys``."""
@@ -79,6 +81,7 @@ class TokenCache:
         seed: int = 0,
         buffer: int = 2**18,
         keys: Collection[str] | None = None,
+        device: str | torch.device = "cpu",
     ) -> Iterator[Tensor]:
         """Full batches [batch_size, d] of one pass over the tokens, shuffled through a buffer of bounded size.
 
@@ -88,18 +91,19 @@ class TokenCache:
 
         Args:
             buffer: tokens in memory beside those of one shard. keys: the images; None: all of them.
+            device: of the buffer and the batches.
         """
         if batch_size < 1 or buffer < 2 * batch_size:
             raise ValueError(f"buffer: expected at least two batches of {batch_size} tokens, got {buffer}")
         wanted = None if keys is None else set(keys)
         random = generator(seed, f"epoch {epoch}", "tokens")
-        held = torch.empty(0, self.width, dtype=torch.float32)
+        held = torch.empty(0, self.width, dtype=torch.float32, device=device)
         order = torch.randperm(len(self.shards), generator=random).tolist()
         for number, shard in enumerate(order, 1):
-            held = torch.cat([held, self.read(layer, self.shards[shard], wanted)])
+            held = torch.cat([held, self.read(layer, self.shards[shard], wanted, device)])
             last = number == len(order)
             if last or len(held) >= buffer:
-                held = held[torch.randperm(len(held), generator=random)]
+                held = held[torch.randperm(len(held), generator=random).to(device)]
                 n = (len(held) - (0 if last else buffer // 2)) // batch_size * batch_size
                 yield from held[:n].split(batch_size) if n else ()
                 held = held[n:].clone()  # a view would keep the whole buffer in memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.residuals import residuals
+from fastfg.checks import check_layers
 from fastfg.models import Adapter, adapt
+from fastfg.models.fingerprint import fingerprints
 from fastfg.perturb.seeds import generator, image_keys
 from fastfg.study.token_cache import FORMAT, RECIPE, SHARDS, TokenCache
 from fastfg.types import integers
@@ -63,8 +64,11 @@ def cache_tokens(
         raise ValueError(f"tokens_per_image: expected at least 1, got {tokens_per_image!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
+    adapter = adapt(model)
+    check_layers("layers", layers, len(adapter.blocks))
     recipe = {"layers": list(layers), "tokens_per_image": tokens_per_image, "seed": seed, "dtype": str(dtype)}
-    writer = _Writer(Path(folder), recipe | {"model": fingerprint(adapt(model).model)}, max_bytes)
+    weights = {str(block): found for block, found in fingerprints(adapter, layers).items()}
+    writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes)
     try:
         for images, keys in batches:
             names = image_keys(images, keys)
@@ -81,16 +85,6 @@ def cache_tokens(
     if not writer.known:
         raise ValueError("batches: expected at least one image, got none")
     return TokenCache(folder)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _chosen(x: Tensor, keys: Sequence[str], n: int | None, seed: int) -> Tensor:
@@ -130,6 +124,10 @@ class _Writer:
     def _go_on(self, earlier: TokenCache) -> None:
         before = {name: earlier.recipe.get(name) for name in self.recipe}
         other = [name for name, value in self.recipe.items() if before[name] != value]
+        if other == ["weights"]:
+            raise ValueError(
+                f"folder: expected tokens of this model's weights, got those of others in {earlier.folder}"
+            )
         if other:
             got = ", ".join(f"{name}={before[name]!r}" for name in other)
             wanted = ", ".join(f"{name}={self.recipe[name]!r}" for name in other)

@@ -10,7 +10,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "saes.md").read_text(encoding="utf-
 
 
 def test_the_table_has_every_format():
-    rows = [line.split("|")[1].strip() for line in PAGE.splitlines() if line.startswith("| ")]
+    formats = PAGE.split("## Formats")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in formats.splitlines() if line.startswith("| ")]
     assert rows[0] == "format"
     assert rows[2:] == sorted(rows[2:], key=[form.NAME for form in FORMATS].index)
     assert set(rows[2:]) == {form.NAME for form in FORMATS if form.FILES}

@@ -23,6 +23,11 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
 from fastfg.kernels import (
     adam_topk,
     decode_topk,
@@ -34,10 +39,6 @@ from fastfg.kernels import (
     relevancy,
     tuning,
 )
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 SHARED = {80: 160 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")

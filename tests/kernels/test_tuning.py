@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from fastfg.kernels import encode_project, encode_topk, gated_relevancy, project, relevancy, tuning
 
 CARD = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)

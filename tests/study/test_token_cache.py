@@ -105,7 +105,7 @@ def test_limits_and_wrong_folders(model, images, tmp_path):
     assert len(TokenCache(tmp_path / "full").keys) == 3
     with pytest.raises(ValueError, match=r"folder: expected tokens made with seed=1, got seed=0 in"):
         cache_tokens(model, parts(images), LAYERS, tmp_path / "full", seed=1)
-    with pytest.raises(ValueError, match=r"folder: expected tokens made with model='"):
+    with pytest.raises(ValueError, match="folder: expected tokens of this model's weights, got those of others in"):
         cache_tokens(tiny_vit(torch.float32, seed=4), parts(images), LAYERS, tmp_path / "full")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("notes")

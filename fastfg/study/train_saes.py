@@ -1,0 +1,188 @@
+"""Train the SAEs of several blocks, and their controls, from tokens on disk; a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfg.sae.recipe import KINDS, Recipe
+from fastfg.sae.report import SAEReport, report
+from fastfg.sae.trainer import SAETrainer
+from fastfg.study.token_cache import TokenCache
+
+CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
+FIRST = 2**15  # tokens that the scale and the geometric median are computed from
+REPORTED = 2**15  # held-out tokens that the report is measured on, at most
+EVERY = 20  # steps from one call of progress to the next
+
+Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, figures
+
+
+def train_saes(
+    cache: TokenCache,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    layers: Sequence[int] | None = None,
+    kinds: Sequence[str] = ("trained",),
+    held_out: float = 0.1,
+    groups: Mapping[str, Any] | None = None,
+    buffer: int = 2**18,
+    device: str | torch.device = "cpu",
+    checkpoint_every: int = 500,
+    track: Callable[[str], Progress] | None = None,
+) -> dict[tuple[str, int], SAEReport]:
+    """Train one SAE per kind and layer, and write it to ``out/<kind>/layer_<layer>``.
+
+    SAEs that ``out`` already holds are not trained again, and an SAE that was stopped goes on from its last checkpoint.
+    On a CPU with the same number of threads it gets the same weights, to the last bit, as without the stop.
+
+    Args:
+        cache: tokens of :func:`fastfg.study.cache_tokens`.
+        recipe: :class:`fastfg.sae.recipe.Recipe`; its ``kind`` is not used.
+        layers: some of the cache's; None: all.
+        kinds: of SAEs; the recipe lists them.
+        held_out: share of the images (or of the groups) that is not trained on and that the reports are measured on.
+        groups: {key: group}, such as the patient of each image; no group is on both sides.
+        buffer: tokens in memory, among which batches are shuffled.
+        device: of the training.
+        checkpoint_every: steps from one checkpoint to the next.
+        track: takes a title and returns a function that is called with the steps done, the steps in all, and
+            ``explained_variance``, ``l0``, ``dead_share`` of the batch and ``tokens_per_second``.
+
+    Returns {(kind, layer): report}; the explained variance of a report is that of held-out tokens. Raises ValueError
+    that names the argument, also where ``out`` holds SAEs of another recipe, model or data.
+    """
+    layers = cache.layers if layers is None else tuple(layers)
+    unknown = [layer for layer in layers if layer not in cache.layers]
+    if unknown or not layers:
+        raise ValueError(f"layers: expected some of {cache.layers}, which {cache.folder} holds, got {list(layers)}")
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    if wrong or not kinds:
+        raise ValueError(f"kinds: expected some of {KINDS}, got {list(kinds)}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: expected at least 1, got {checkpoint_every}")
+    sides = cache.split(held_out, groups=groups, seed=recipe.seed)
+    run = _Run(cache, Path(out), *sides, groups is not None, buffer, torch.device(device), checkpoint_every)
+    found = {}
+    for kind in kinds:
+        for layer in layers:
+            progress = _silent if track is None else track(f"{kind}, block {layer}")
+            found[kind, layer] = run.train(replace(recipe, kind=kind), layer, progress)
+    return found
+
+
+def _silent(done: int, total: int, figures: dict[str, float]) -> None:
+    pass
+
+
+class _Run:
+    """The tokens, split into two sides, and the folder that is written."""
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        out: Path,
+        trained: list[str],
+        held_out: list[str],
+        grouped: bool,
+        buffer: int,
+        device: torch.device,
+        checkpoint_every: int,
+    ) -> None:
+        self.cache, self.out, self.buffer, self.device, self.every = cache, out, buffer, device, checkpoint_every
+        self.trained, self.held_out = set(trained), set(held_out)
+        self.data = {
+            "images": len(trained),
+            "held_out_images": len(held_out),
+            "grouped": grouped,
+            "keys": hashlib.sha256("\n".join([*trained, "", *held_out]).encode()).hexdigest(),
+            "buffer": buffer,
+            **{name: cache.recipe[name] for name in ("tokens_per_image", "dtype", "seed")},
+        }
+
+    def train(self, recipe: Recipe, layer: int, progress: Progress) -> SAEReport:
+        """The report of one SAE, which is trained unless ``out`` holds it."""
+        folder = self.out / recipe.kind / f"layer_{layer}"
+        of = {"layer": layer, "weights": self.cache.recipe["weights"][str(layer)], "data": self.data}
+        described = {"recipe": recipe.as_dict(), **of}
+        if (folder / REPORT).exists():
+            return _earlier(folder / REPORT, described)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = SAETrainer(recipe, self._some(layer, self.trained, FIRST))
+        checkpoint = folder / CHECKPOINT
+        if checkpoint.exists():
+            trainer.resume(checkpoint, **of)
+        self._steps(trainer, layer, progress, lambda: trainer.save(checkpoint, **of))
+        sae = trainer.finish(site="resid_post", tokens="patches", **described)
+        found = report(sae, self._some(layer, self.held_out, REPORTED), steps=trainer.steps)
+        sae.provenance["validation"] = asdict(found)
+        sae.cpu().save(folder)
+        _write(folder / REPORT, json.dumps(described | {"report": asdict(found)}, indent=2))
+        checkpoint.unlink(missing_ok=True)
+        return found
+
+    def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:
+        recipe, started, before = trainer.recipe, time.monotonic(), trainer.done
+        for tokens in self._batches(trainer, layer):
+            trainer.train(tokens)
+            done = trainer.done
+            if done % EVERY == 0 or done == recipe.steps:
+                figures = trainer.progress(tokens)
+                seconds = time.monotonic() - started
+                figures["tokens_per_second"] = (done - before) * recipe.batch_size / max(seconds, 1e-9)
+                progress(done, recipe.steps, figures)
+            if done % self.every == 0 and done < recipe.steps:
+                save()
+
+    def _batches(self, trainer: SAETrainer, layer: int) -> Iterator[Tensor]:
+        """The batches of the steps that are still to be done. Their order depends on the recipe's seed alone."""
+        recipe = trainer.recipe
+        while trainer.done < recipe.steps:
+            epoch, first = divmod(trainer.done, self._per_epoch(recipe))
+            options = {"epoch": epoch, "seed": recipe.seed, "buffer": self.buffer, "keys": self.trained}
+            batches = self.cache.batches(layer, recipe.batch_size, **options, device=self.device)
+            yield from islice(batches, first, first + recipe.steps - trainer.done)
+
+    def _per_epoch(self, recipe: Recipe) -> int:
+        """The number of full batches in one pass over the tokens to train on."""
+        n = self._count(self.trained)
+        if n < recipe.batch_size:
+            raise ValueError(f"batch_size: expected at most the {n} tokens to train on, got {recipe.batch_size}")
+        return n // recipe.batch_size
+
+    def _count(self, keys: set[str]) -> int:
+        """The number of tokens of the images among ``keys``."""
+        return sum(len(keys.intersection(shard.keys)) * shard.tokens_per_image for shard in self.cache.shards)
+
+    def _some(self, layer: int, keys: set[str], n: int) -> Tensor:
+        """About ``n`` tokens of the images among ``keys``, or all if there are fewer, spread over all of them."""
+        every = max(1, -(-self._count(keys) // n))
+        parts = [self.cache.read(layer, shard, keys, self.device)[::every].clone() for shard in self.cache.shards]
+        return torch.cat(parts)
+
+
+def _earlier(file: Path, described: dict[str, Any]) -> SAEReport:
+    """The report of an SAE that was trained before in the same way."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in described.items():
+        if stored.get(name) != json.loads(json.dumps(value)):
+            raise ValueError(
+                f"out: expected a new folder, or SAEs with {name} {value}, got {stored.get(name)} in {file.parent}"
+            )
+    return SAEReport(**stored["report"])
+
+
+def _write(file: Path, text: str) -> None:
+    hidden = file.with_name(f".{file.name}")
+    hidden.write_text(text, encoding="utf-8")
+    hidden.replace(file)

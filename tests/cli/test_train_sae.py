@@ -1,0 +1,103 @@
+"""``fastfg train-sae`` from images to SAEs that ``fastfg attribute`` takes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastfg.cli import main
+from fastfg.models.timm import import_timm
+
+MODEL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images and weights."""
+    found = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    (found / "images").mkdir()
+    for i in range(6):
+        pixels = Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+        pixels.resize((64, 64)).save(found / "images" / f"{i}.png")
+    torch.manual_seed(0)
+    torch.save(import_timm().create_model(MODEL, depth=3).state_dict(), found / "weights.pt")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """The model has three blocks."""
+    timm = import_timm()
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=3, **options))
+
+
+def command(folder, out, *more, layers=("0-1",)):
+    model = ["--model", MODEL, "--weights", str(folder / "weights.pt")]
+    sizes = ["--expansion", "1", "--k", "4", "--batch-tokens", "256", "--held-out", "0.3", "--buffer", "600"]
+    return ["train-sae", str(folder / "images"), *model, *sizes, "--layers", *layers, "--out", str(out), *more]
+
+
+def test_from_images_to_maps(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(folder, out, "--kinds", "trained", "random", "--epochs", "2")) == 0
+    printed = capsys.readouterr().out
+    assert "1,176 tokens of 6 images per block" in printed
+    assert f"fastfg attribute IMAGES ... --saes {out / 'trained'} --layers 0 1" in printed.replace("\n", "")
+    rows = list(csv.DictReader((out / "saes.csv").open()))
+    assert [(row["kind"], row["layer"]) for row in rows] == [(k, b) for k in ("trained", "random") for b in "01"]
+    assert float(rows[0]["explained_variance"]) > float(rows[2]["explained_variance"]) > 0
+    assert [row["steps"] for row in rows] == ["6", "6", "0", "0"]
+    given = json.loads((out / "trained" / "layer_1" / "report.json").read_text())
+    assert given["recipe"]["n_features"] == 192
+    assert given["recipe"]["k_aux"] == 128  # near d / 2 = 96
+    assert given["recipe"]["dead_after"] == 3 * 256
+    image, model = str(folder / "images" / "0.png"), command(folder, out)[2:6]
+    maps = ["attribute", image, *model, "--saes", str(out / "trained"), "--layers", "1", "--out", str(tmp_path / "a")]
+    assert main(maps) == 0
+    assert main(command(folder, out, "--kinds", "trained", "random", "--epochs", "2")) == 0  # nothing is left to do
+
+
+def test_saes_of_another_model_are_refused(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out", layers=["1"])) == 0
+    torch.manual_seed(1)
+    other = tmp_path / "other.pt"
+    torch.save(import_timm().create_model(MODEL).state_dict(), other)
+    arguments = ["attribute", str(folder / "images"), "--model", MODEL, "--weights", str(other), "--layers", "1"]
+    assert main([*arguments, "--saes", str(tmp_path / "out" / "trained"), "--out", str(tmp_path / "a")]) == 1
+    assert "saes: expected SAEs of this model's weights, got SAEs of other weights" in capsys.readouterr().err
+
+
+def test_groups_stay_on_one_side(folder, tmp_path):
+    groups = tmp_path / "groups.csv"
+    groups.write_text("image,group\n" + "".join(f"{i}.png,{i // 2}\n" for i in range(6)))
+    assert main(command(folder, tmp_path / "out", "--groups", str(groups), layers=["2"])) == 0
+    data = json.loads((tmp_path / "out" / "trained" / "layer_2" / "report.json").read_text())["data"]
+    assert (data["images"], data["held_out_images"], data["grouped"]) == (4, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "layers", "code", "message"),
+    [
+        ([], ["3-1"], 2, "argument --layers: expected a block or a range of blocks, such as 4 or 2-10, got '3-1'"),
+        ([], ["7"], 1, "layers: expected blocks from 0 to 2"),
+        (["--kinds", "frozen"], ["1"], 2, "argument --kinds: invalid choice: 'frozen'"),
+        (["--k", "500"], ["1"], 1, "k: expected 1 to n_features=192, got 500"),
+        (["--batch-tokens", "5000"], ["1"], 1, "batch-tokens: expected at most the tokens to train on, got 5000"),
+        (["--max-gigabytes", "0.0000001"], ["1"], 1, "max_bytes: expected room for more than 0 images"),
+        (["--groups", "none.csv"], ["1"], 1, "none.csv"),
+    ],
+)
+def test_wrong_command_lines_are_one_line(folder, tmp_path, capsys, more, layers, code, message):
+    try:
+        found = main(command(folder, tmp_path / "out", *more, layers=layers))
+    except SystemExit as stopped:
+        found = stopped.code
+    assert found == code
+    err = capsys.readouterr().err
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err

@@ -1,0 +1,124 @@
+"""SAEs from tokens on disk: the split, what is resumed, what is refused, and what an SAE says of itself."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fastfg
+from fastfg.sae.recipe import Recipe
+from fastfg.sae.report import report
+from fastfg.sae.trainer import SAETrainer
+from fastfg.study import cache_tokens, train_saes
+from fastfg.study.train_saes import CHECKPOINT
+from tests.tools import tiny_vit
+
+RECIPE = Recipe(n_features=48, k=5, steps=9, batch_size=64, k_aux=4, dead_after=200)
+LAYERS = (1, 2)
+OPTIONS = {"held_out": 0.25, "buffer": 256, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    images = torch.randn(16, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+    keys = [f"image {i}" for i in range(16)]
+    return cache_tokens(tiny_vit(torch.float32), [(images, keys)], LAYERS, tmp_path_factory.mktemp("t") / "cache")
+
+
+def weights(folder, kind="trained"):
+    return {layer: fastfg.load_saes(folder / kind, layers=layer)[layer].state_dict() for layer in LAYERS}
+
+
+def same(a, b):
+    return all(torch.equal(a[layer][name], b[layer][name]) for layer in LAYERS for name in a[layer])
+
+
+def test_one_sae_per_kind_and_layer(cache, tmp_path):
+    seen = []
+
+    def track(title):
+        return lambda done, total, figures: seen.append((title, done, total, *figures))
+
+    found = train_saes(cache, tmp_path, RECIPE, kinds=("trained", "random"), track=track, **OPTIONS)
+    assert list(found) == [("trained", 1), ("trained", 2), ("random", 1), ("random", 2)]
+    figures = ("explained_variance", "l0", "dead_share", "tokens_per_second")
+    assert seen == [(f"trained, block {layer}", 9, 9, *figures) for layer in LAYERS]
+    _, held_out = cache.split(0.25, seed=RECIPE.seed)
+    for (kind, layer), one in found.items():
+        sae = fastfg.load_saes(tmp_path / kind, layers=layer)[layer]
+        expected = report(sae, cache.tokens(layer, held_out), steps=0 if kind == "random" else 9)
+        assert one == expected
+        assert one.tokens == len(held_out) * 24
+        said = sae.provenance
+        assert said["layer"] == layer
+        assert said["recipe"] == dataclasses.replace(RECIPE, kind=kind).as_dict()
+        assert said["weights"] == cache.recipe["weights"][str(layer)]
+        assert said["data"]["images"] == 12
+        assert said["validation"]["explained_variance"] == one.explained_variance
+        assert not (tmp_path / kind / f"layer_{layer}" / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(("after", "left"), [(1, 18), (3, 16), (12, 7)])
+def test_a_killed_run_goes_on_to_the_same_weights(cache, tmp_path, monkeypatch, after, left):
+    """Killed before the first checkpoint, after one, and in the second SAE."""
+    train_saes(cache, tmp_path / "whole", RECIPE, **OPTIONS)
+    train, steps = SAETrainer.train, []
+
+    def dies(self, x):
+        if len(steps) == after:
+            raise KeyboardInterrupt
+        steps.append(self.done)
+        return train(self, x)
+
+    monkeypatch.setattr(SAETrainer, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(cache, tmp_path / "killed", RECIPE, **OPTIONS)
+    again = []
+    monkeypatch.setattr(SAETrainer, "train", lambda self, x: (again.append(self.done), train(self, x))[1])
+    train_saes(cache, tmp_path / "killed", RECIPE, **OPTIONS)
+    assert len(again) == left
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    again.clear()
+    assert train_saes(cache, tmp_path / "killed", RECIPE, **OPTIONS)
+    assert again == []
+
+
+def test_another_recipe_in_the_same_folder_is_refused(cache, tmp_path):
+    train_saes(cache, tmp_path, RECIPE, **OPTIONS)
+    with pytest.raises(ValueError, match="^out: expected a new folder, or SAEs with recipe .*, got .*layer_1"):
+        train_saes(cache, tmp_path, dataclasses.replace(RECIPE, lr=5e-4), **OPTIONS)
+    with pytest.raises(ValueError, match="^out: expected a new folder, or SAEs with data "):
+        train_saes(cache, tmp_path, RECIPE, **{**OPTIONS, "held_out": 0.5})
+
+
+def test_no_group_is_on_both_sides(cache, tmp_path):
+    groups = {key: int(key.split()[1]) // 4 for key in cache.keys}
+    train_saes(cache, tmp_path, RECIPE, layers=[2], groups=groups, **OPTIONS)
+    stored = json.loads((tmp_path / "trained" / "layer_2" / "report.json").read_text())
+    assert stored["data"]["grouped"]
+    assert stored["data"]["held_out_images"] == 4
+    trained, held_out = cache.split(0.25, groups=groups)
+    assert not {groups[key] for key in trained} & {groups[key] for key in held_out}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": [5]}, r"layers: expected some of \(1, 2\), which .* holds, got \[5\]"),
+        ({"kinds": ["frozen"]}, r"kinds: expected some of .*, got \['frozen'\]"),
+        ({"kinds": []}, r"kinds: expected some of .*, got \[\]"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1, got 0"),
+        ({"held_out": 1.0}, "held_out: "),
+        ({"buffer": 65}, "buffer: expected at least two batches of 64 tokens, got 65"),
+    ],
+)
+def test_wrong_arguments_are_named(cache, tmp_path, given, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train_saes(cache, tmp_path, RECIPE, **{**OPTIONS, **given})
+
+
+def test_too_few_tokens_for_a_batch(cache, tmp_path):
+    recipe = dataclasses.replace(RECIPE, batch_size=10**6)
+    with pytest.raises(ValueError, match="^batch_size: expected at most the 288 tokens to train on, got 1000000"):
+        train_saes(cache, tmp_path, recipe, held_out=0.25)
