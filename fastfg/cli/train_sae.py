@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
     command.set_defaults(**NO_EXPLANATION)
     add_model_arguments(command)
     add = command.add_argument_group("SAEs").add_argument
-    layers = {"dest": "blocks", "type": _blocks, "nargs": "+", "required": True, "metavar": "L"}
+    layers: dict[str, Any] = {"dest": "blocks", "type": _blocks, "nargs": "+", "required": True, "metavar": "L"}
     add("--layers", **layers, help="0-based blocks, as in 4 6 8 or 2-10")
     size = command.add_mutually_exclusive_group()
     size.add_argument("--expansion", type=at_least_one, default=64, metavar="N", help="features per dimension")

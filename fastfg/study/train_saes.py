@@ -149,7 +149,7 @@ class _Run:
         recipe = trainer.recipe
         while trainer.done < recipe.steps:
             epoch, first = divmod(trainer.done, self._per_epoch(recipe))
-            options = {"epoch": epoch, "seed": recipe.seed, "buffer": self.buffer, "keys": self.trained}
+            options: dict[str, Any] = {"epoch": epoch, "seed": recipe.seed, "buffer": self.buffer, "keys": self.trained}
             batches = self.cache.batches(layer, recipe.batch_size, **options, device=self.device)
             yield from islice(batches, first, first + recipe.steps - trainer.done)
 
