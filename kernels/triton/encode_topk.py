@@ -60,31 +60,39 @@ def halves(x):
 
 
 @triton.jit
-def append(ordered, floor, row, at, f):
-    """Store the keys above their row's floor from ``at`` on, 8 columns at a time, two for each of 4 threads."""
+def append(ordered, floor, list_ptr, at, f):
+    """Store the keys above their row's floor from ``list_ptr + at`` on.
+
+    A step stores 8 columns: two for each of 4 threads.
+    """
     if ordered.shape[1] > 8:
         half: tl.constexpr = ordered.shape[1] // 2
         left, right = halves(ordered)
-        at = append(left, floor, row, at, f)
-        at = append(right, floor, row, at, f + half)
+        at = append(left, floor, list_ptr, at, f)
+        at = append(right, floor, list_ptr, at, f + half)
     else:
         even, odd = tl.split(tl.reshape(ordered, [ordered.shape[0], 4, 2]))
         f += 2 * tl.arange(0, 4)[None, :]
         keep = even > floor
-        put(row + at, key_of(even, f), keep)
+        put(list_ptr + at, key_of(even, f), keep)
         at += keep.to(tl.int32)
         keep = odd > floor
-        put(row + at, key_of(odd, f + 1), keep)
+        put(list_ptr + at, key_of(odd, f + 1), keep)
         at += keep.to(tl.int32)
     return at
 
 
 @triton.jit
 def keep_keys(
-    pre, t, left, turn, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY, b_s,
+    pre, top, left, turn, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY, b_s,
     FILL: tl.constexpr, RAGGED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Append the pre-activations of one tile (without bias) that may be among the K largest to the lists."""
+    """Append the pre-activations of one tile (without bias) that may be among the K largest to the lists.
+
+    ``top`` and ``left`` are the tile's first token and feature.
+    """
+    row = tl.arange(0, BLOCK_T)
+    t = top + row
     f = left + tl.arange(0, BLOCK_F)
     ordered = ordered_bits(pre + bias(b_ptr, f, F, b_s[0])[None, :])
     if RAGGED:  # past the end, the product with an infinite x is NaN
@@ -105,7 +113,7 @@ def keep_keys(
         start = tl.atomic_add(count_ptr + t, total, mask=total > 0, sem="relaxed")
         floor = tl.where(start + total > CAPACITY, NEVER, floor)  # the count tells select that keys were dropped
         at = start[:, None] + before
-    append(ordered, floor[:, None], keys_ptr + t[:, None].to(tl.int64) * CAPACITY, at, left)
+    append(ordered, floor[:, None], keys_ptr + top.to(tl.int64) * CAPACITY, row[:, None] * CAPACITY + at, left)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -115,7 +123,8 @@ def filter_kernel(
     FILL: tl.constexpr, RAGGED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of a panel, for any strides."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0) * BLOCK_T
+    t = row + tl.arange(0, BLOCK_T)
     left = first_of(first + tl.program_id(1), stride, tiles, BLOCK_F)
     f = left + tl.arange(0, BLOCK_F)
     x_at = x_ptr + t[:, None].to(tl.int64) * x_s[0]
@@ -127,7 +136,7 @@ def filter_kernel(
         W = tl.load(W_at + d[:, None].to(tl.int64) * W_s[0], mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
         pre = tl.dot(x, W, pre, input_precision="tf32x3")
     keep_keys(
-        pre, t, left, tl.program_id(1), b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY, b_s,
+        pre, row, left, tl.program_id(1), b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY, b_s,
         FILL, RAGGED, BLOCK_T, BLOCK_F,
     )  # fmt: skip
 
@@ -152,7 +161,7 @@ def bulk_filter_kernel(
             W = W_desc.load([left, top]).T if TRANSPOSED else W_desc.load([top, left])
             pre = tl.dot(x, W, pre)
         keep_keys(
-            pre, row + tl.arange(0, BLOCK_T), left, turn, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY,
+            pre, row, left, turn, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY,
             b_s, FILL, RAGGED, BLOCK_T, BLOCK_F,
         )  # fmt: skip
 
@@ -205,14 +214,14 @@ def encode_topk(
     def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
         return sort(largest(x, W_enc, b_enc, k, config), values, indices)
 
-    if described(x) and (described(W_enc) or described(W_enc.T)):
+    if copyable(x) and (copyable(W_enc) or copyable(W_enc.T)):
         kind, candidates = "encode_topk, bulk copies", BULK + HALF
     else:
         kind, candidates = "encode_topk", SINGLE if x.dtype == torch.float32 else HALF
     return run(tuning.choose(kind, x, (T, d, F, k), candidates, run))
 
 
-def described(x: Tensor) -> bool:
+def copyable(x: Tensor) -> bool:
     """Whether the bulk copy engine can read tiles of ``x``: 16-bit numbers, and rows that start at 16 bytes."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
     return x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
@@ -275,7 +284,7 @@ def bulk_filter(x: Tensor, W_enc: Tensor, config: tuning.Config) -> Launch:
     """Launches as many programs as run at once on the GPU."""
     tiles = {name: size for name, size in config.items() if name != "programs"}
     BLOCK_T, BLOCK_F, BLOCK_D = (tiles[f"BLOCK_{name}"] for name in "TFD")
-    transposed = not described(W_enc)
+    transposed = not copyable(W_enc)
     x_desc = TensorDescriptor.from_tensor(x, [BLOCK_T, BLOCK_D])
     if transposed:
         W_desc = TensorDescriptor.from_tensor(W_enc.T, [BLOCK_F, BLOCK_D])
