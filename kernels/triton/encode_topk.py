@@ -40,11 +40,12 @@ SINGLE = [
     {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
 ]
-BULK = [  # "programs" per multiprocessor; of two, one multiplies while the other chooses
-    {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128, "programs": 2},
-    {"BLOCK_T": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "programs": 1},
+BULK = [  # "programs" per multiprocessor: one multiplies while the other chooses
+    {
+        **{"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+        **{"programs": 2, "cards": (9,)},
+    },
 ]
-BULK = [config | {"cards": (9,)} for config in BULK]
 HALF = [  # the first runs two programs per multiprocessor
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128, "cards": (9,)},
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4},
