@@ -42,8 +42,14 @@ SINGLE = [
 ]
 BULK = [  # "programs" per multiprocessor: one multiplies while the other chooses
     {
-        **{"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
-        **{"programs": 2, "cards": (9,)},
+        "BLOCK_T": 128,
+        "BLOCK_F": 128,
+        "BLOCK_D": 64,
+        "num_warps": 8,
+        "num_stages": 3,
+        "maxnreg": 128,
+        "programs": 2,
+        "cards": (9,),
     },
 ]
 HALF = [  # the first runs two programs per multiprocessor
