@@ -1,4 +1,5 @@
 """Triton kernels, one file per op, named after the op. They import only torch and triton.
 
-``tuning`` is not an op: it chooses the tiles of the kernels.
+``tuning`` and ``selection`` are not ops: the first chooses the tiles of the kernels, the second is part of
+``encode_topk``.
 """

@@ -24,9 +24,9 @@ PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 # No configuration spills registers on its GPUs. float32 takes twice the memory and three products.
 SINGLE = [{"BLOCK_T": 64, "BLOCK_F": 32, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}]
 HALF = [
-    {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_T": 64, "BLOCK_F": 256, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3, "cards": (9,)},
+    {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3, "cards": (8, 10)},
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3, "cards": (9, 10)},
-    {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "cards": (9, 10)},
 ]
 
 

@@ -1,7 +1,6 @@
 """The K largest of ``(x - b_dec) @ W_enc + b_enc`` per token, then ReLU. The array [T, F] is never stored.
 
-A value and its feature form one integer key. The high bits are the value's bits, mapped so that they sort as the values
-do; the low bits are the complement of the index. All keys differ, and of equal values the lowest index wins.
+A value and its feature form one integer key (see ``selection``).
 
 The features are processed in panels. The first panel fills the short list of each token. ``select`` cuts a list to its
 K largest keys; the smallest of them is the token's threshold. The next panel appends the keys above the threshold,
@@ -17,23 +16,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
+from .selection import LAST, bias, first_of, key_of, ordered_bits, put, select_kernel, sort_kernel
 
-LOWEST = tl.constexpr(-(2**63))  # below every key
-LAST = tl.constexpr(2**32 - 1)
 HIGHEST = tl.constexpr(2**63 - 1)
 SHARE = 0.05  # of the 4 T F bytes that dense pre-activations would take
 GOLDEN = (5**0.5 - 1) / 2
-NAN, MINUS_INFINITY = tl.constexpr(0x7FC00000), tl.constexpr(-0x00800000)  # as bits
 NEVER, ALWAYS = tl.constexpr(2**31 - 1), tl.constexpr(-(2**31))  # floors that no number, and every number, exceeds
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-PIECE = tl.constexpr(64)  # features at a time of a panel that is computed again
+PAST_THE_END = tl.constexpr(-0x7F800001)  # -infinity, in order
 
 # For the filter: 16 rows per warp, so that each row lies within one warp. No configuration spills registers on its
 # GPUs. float32 takes twice the memory and three products.
@@ -41,45 +40,24 @@ SINGLE = [
     {"BLOCK_T": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
 ]
-HALF = [  # the first runs two programs per multiprocessor: one multiplies while the other chooses
+BULK = [  # "programs" per multiprocessor: one multiplies while the other chooses
+    {
+        "BLOCK_T": 128,
+        "BLOCK_F": 128,
+        "BLOCK_D": 64,
+        "num_warps": 8,
+        "num_stages": 3,
+        "maxnreg": 128,
+        "programs": 2,
+        "cards": (9,),
+    },
+]
+HALF = [  # the first runs two programs per multiprocessor
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128, "cards": (9,)},
     {"BLOCK_T": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4},
-    {"BLOCK_T": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3, "cards": (9,)},
-    {"BLOCK_T": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4, "cards": (9,)},
     {"BLOCK_T": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
     {"BLOCK_T": 64, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
 ]
-
-
-@triton.jit
-def ordered_bits(value, nan):
-    """int32 numbers in the order of the float32 values (none may be -0); NaN is above all, as in torch.topk."""
-    bits = tl.where(value != value, nan, value.to(tl.int32, bitcast=True))
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def bias(b_ptr, f, F, b_f):
-    """The bias of features ``f``, never -0, so that no sum with it is -0; -infinity past the end."""
-    b = tl.load(b_ptr + f * b_f, mask=f < F, other=-float("inf")).to(tl.float32)
-    return tl.where(b == 0, 0.0, b)
-
-
-@triton.jit
-def value_of(key):
-    ordered = (key >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def key_of(ordered, f):
-    return (ordered.to(tl.int64) << 32) | (LAST - f.to(tl.int64))
-
-
-@triton.jit
-def first_of(turn, stride, tiles, BLOCK_F: tl.constexpr):
-    """The first feature of the tile that is visited in this turn."""
-    return ((turn.to(tl.int64) * stride) % tiles).to(tl.int32) * BLOCK_F
 
 
 @triton.jit
@@ -89,61 +67,47 @@ def halves(x):
 
 
 @triton.jit
-def put(at, key, keep):
-    """A masked store by the threads that hold the keys. tl.store would first move them to other threads."""
-    if INTERPRETED:
-        tl.store(at, key, mask=keep)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.b64 [$1], $2; mov.u32 $0, 0; }", "=r,l,l,r",
-            [at.to(tl.int64), key, keep.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+def append(ordered, floor, list_ptr, at, f):
+    """Store the keys above their row's floor from ``list_ptr + at`` on.
 
-
-@triton.jit
-def append(ordered, floor, row, at, f):
-    """Store the keys above their row's floor from ``at`` on, 8 columns at a time, two for each of 4 threads."""
+    A step stores 8 columns: two for each of 4 threads.
+    """
     if ordered.shape[1] > 8:
         half: tl.constexpr = ordered.shape[1] // 2
         left, right = halves(ordered)
-        at = append(left, floor, row, at, f)
-        at = append(right, floor, row, at, f + half)
+        at = append(left, floor, list_ptr, at, f)
+        at = append(right, floor, list_ptr, at, f + half)
     else:
         even, odd = tl.split(tl.reshape(ordered, [ordered.shape[0], 4, 2]))
         f += 2 * tl.arange(0, 4)[None, :]
         keep = even > floor
-        put(row + at, key_of(even, f), keep)
+        put(list_ptr + at, key_of(even, f), keep)
         at += keep.to(tl.int32)
         keep = odd > floor
-        put(row + at, key_of(odd, f + 1), keep)
+        put(list_ptr + at, key_of(odd, f + 1), keep)
         at += keep.to(tl.int32)
     return at
 
 
-@triton.jit(do_not_specialize=["first"])
-def filter_kernel(
-    x_ptr, W_ptr, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, D, F, CAPACITY, first, stride, tiles,
-    x_s, W_s, b_s,
-    FILL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def keep_keys(
+    pre, top, left, turn, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY, b_s,
+    FILL: tl.constexpr, RAGGED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Compute the pre-activations of one tile, and append those that may be among the K largest to the lists."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    left = first_of(first + tl.program_id(1), stride, tiles, BLOCK_F)
+    """Append the pre-activations of one tile (without bias) that may be among the K largest to the lists.
+
+    ``top`` and ``left`` are the tile's first token and feature.
+    """
+    row = tl.arange(0, BLOCK_T)
+    t = top + row
     f = left + tl.arange(0, BLOCK_F)
-    x_at = x_ptr + t[:, None].to(tl.int64) * x_s[0]
-    W_at = W_ptr + f[None, :].to(tl.int64) * W_s[1]
-    pre = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    for top in range(0, D, BLOCK_D):
-        d = top + tl.arange(0, BLOCK_D)
-        x = tl.load(x_at + d[None, :] * x_s[1], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-        W = tl.load(W_at + d[:, None].to(tl.int64) * W_s[0], mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
-        pre = tl.dot(x, W, pre, input_precision="tf32x3")
-    nan = tl.where(f < F, NAN, MINUS_INFINITY)[None, :]  # past the end: below every floor
-    ordered = ordered_bits(pre + bias(b_ptr, f, F, b_s[0])[None, :], nan)
+    ordered = ordered_bits(pre + bias(b_ptr, f, F, b_s[0])[None, :])
+    if RAGGED:  # past the end, the product with an infinite x is NaN
+        ordered = tl.where((f < F)[None, :], ordered, PAST_THE_END)
     quarter = tl.arange(0, 4)  # the threads that share a row; each stores its keys next to each other
     if FILL:
         floor = tl.where(t < T, ALWAYS, NEVER)
-        at = tl.program_id(1) * BLOCK_F + (quarter * (BLOCK_F // 4))[None, :] + tl.zeros_like(t)[:, None]
+        at = turn * BLOCK_F + (quarter * (BLOCK_F // 4))[None, :] + tl.zeros_like(t)[:, None]
     else:
         threshold = tl.load(threshold_ptr + t, mask=t < T, other=HIGHEST)
         # The threshold's feature is in another tile: an equal value here wins if this tile comes before that feature.
@@ -156,99 +120,57 @@ def filter_kernel(
         start = tl.atomic_add(count_ptr + t, total, mask=total > 0, sem="relaxed")
         floor = tl.where(start + total > CAPACITY, NEVER, floor)  # the count tells select that keys were dropped
         at = start[:, None] + before
-    append(ordered, floor[:, None], keys_ptr + t[:, None].to(tl.int64) * CAPACITY, at, left)
+    append(ordered, floor[:, None], keys_ptr + top.to(tl.int64) * CAPACITY, row[:, None] * CAPACITY + at, left)
 
 
-@triton.jit
-def cut(list_ptr, count, K, BLOCK: tl.constexpr):
-    """Move a list's K largest keys to its head; returns the smallest of them."""
-    slot = tl.arange(0, BLOCK)
-    key = tl.load(list_ptr + slot, mask=slot < count, other=LOWEST)
-    bound = tl.full([], LOWEST, tl.int64)
-    reach, step = count, 0
-    while (step < 64) & (reach != K):  # the largest bound that K keys reach, bit by bit from the highest
-        trial = bound ^ (tl.full([], 1, tl.int64) << (63 - step))
-        n = tl.sum((key >= trial).to(tl.int32))
-        reach = tl.where(n >= K, n, reach)
-        bound = tl.where(n >= K, trial, bound)
-        step += 1
-    keep = (key >= bound) & (slot < count)
-    tl.debug_barrier()  # every thread has read its keys before any is overwritten
-    tl.store(list_ptr + tl.cumsum(keep.to(tl.int32), 0) - 1, key, mask=keep)
-    tl.debug_barrier()
-    return tl.min(tl.where(keep, key, HIGHEST))
-
-
-@triton.jit
-def make_again(
-    x_ptr, W_ptr, b_ptr, list_ptr, kth, t, K, D, F, CAPACITY, first, last, stride, tiles,
+@triton.jit(do_not_specialize=["first"])
+def filter_kernel(
+    x_ptr, W_ptr, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, D, F, CAPACITY, first, stride, tiles,
     x_s, W_s, b_s,
-    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    FILL: tl.constexpr, RAGGED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute a panel again for a token whose list was too short for it.
-
-    The first K keys of the list are those from before the panel. Returns the new length.
-    """
-    count = K
-    for turn in range(0, last - first):
-        left = first_of(first + turn, stride, tiles, BLOCK_F)
-        for f0 in range(0, BLOCK_F, PIECE):
-            if count > CAPACITY - PIECE:
-                kth = cut(list_ptr, count, K, BLOCK)
-                count = K
-            f = left + f0 + tl.arange(0, PIECE)
-            pre = bias(b_ptr, f, F, b_s[0])
-            for top in range(0, D, BLOCK_D):
-                d = top + tl.arange(0, BLOCK_D)
-                x = tl.load(x_ptr + t * x_s[0] + d * x_s[1], mask=d < D, other=0.0).to(tl.float32)
-                at = W_ptr + d[:, None].to(tl.int64) * W_s[0] + f[None, :].to(tl.int64) * W_s[1]
-                W = tl.load(at, mask=(d < D)[:, None] & (f < F)[None, :], other=0.0).to(tl.float32)
-                pre += tl.sum(x[:, None] * W, 0)
-            key = key_of(ordered_bits(pre, NAN), f)
-            keep = (key > kth) & (f < F)
-            tl.store(list_ptr + count + tl.cumsum(keep.to(tl.int32), 0) - 1, key, mask=keep)
-            tl.debug_barrier()
-            count += tl.sum(keep.to(tl.int32))
-    return count
+    """Compute one tile of a panel, for any strides."""
+    row = tl.program_id(0) * BLOCK_T
+    t = row + tl.arange(0, BLOCK_T)
+    left = first_of(first + tl.program_id(1), stride, tiles, BLOCK_F)
+    f = left + tl.arange(0, BLOCK_F)
+    x_at = x_ptr + t[:, None].to(tl.int64) * x_s[0]
+    W_at = W_ptr + f[None, :].to(tl.int64) * W_s[1]
+    pre = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    for top in range(0, D, BLOCK_D):
+        d = top + tl.arange(0, BLOCK_D)
+        x = tl.load(x_at + d[None, :] * x_s[1], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        W = tl.load(W_at + d[:, None].to(tl.int64) * W_s[0], mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
+        pre = tl.dot(x, W, pre, input_precision="tf32x3")
+    keep_keys(
+        pre, row, left, tl.program_id(1), b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY, b_s,
+        FILL, RAGGED, BLOCK_T, BLOCK_F,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "last"])
-def select_kernel(
-    x_ptr, W_ptr, b_ptr, keys_ptr, count_ptr, threshold_ptr, K, D, F, CAPACITY, first, last, stride, tiles,
-    x_s, W_s, b_s,
-    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+def bulk_filter_kernel(
+    x_desc, W_desc, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, D, F, CAPACITY, first, last, stride, tiles, b_s,
+    TRANSPOSED: tl.constexpr, FILL: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Cut a token's list to its K largest keys, and store the smallest of these. ``first:last`` is the latest panel."""
-    t = tl.program_id(0).to(tl.int64)
-    count = tl.load(count_ptr + t)
-    list_ptr = keys_ptr + t * CAPACITY
-    if count > CAPACITY:
-        kth = tl.load(threshold_ptr + t)
-        count = make_again(
-            x_ptr, W_ptr, b_ptr, list_ptr, kth, t, K, D, F, CAPACITY, first, last, stride, tiles,
-            x_s, W_s, b_s, BLOCK, BLOCK_F, BLOCK_D,
+    """Compute every n-th tile of a panel, for n programs, and read whole tiles with the bulk copy engine.
+
+    The copies of a tile's first products start while the keys of the tile before are stored.
+    """
+    token_tiles = tl.cdiv(T, BLOCK_T)
+    for tile in tl.range(tl.program_id(0), token_tiles * (last - first), tl.num_programs(0), flatten=True):
+        turn, row = tile // token_tiles, tile % token_tiles * BLOCK_T
+        left = first_of(first + turn, stride, tiles, BLOCK_F)
+        pre = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+        for top in range(0, D, BLOCK_D):
+            x = x_desc.load([row, top])
+            W = W_desc.load([left, top]).T if TRANSPOSED else W_desc.load([top, left])
+            pre = tl.dot(x, W, pre)
+        keep_keys(
+            pre, row, left, turn, b_ptr, keys_ptr, count_ptr, threshold_ptr, T, F, CAPACITY,
+            b_s, FILL, RAGGED, BLOCK_T, BLOCK_F,
         )  # fmt: skip
-    kth = cut(list_ptr, count, K, BLOCK)
-    tl.store(threshold_ptr + t, kth)
-    tl.store(count_ptr + t, K)
-
-
-@triton.jit
-def sort_kernel(
-    keys_ptr, values_ptr, indices_ptr, K, CAPACITY, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr
-):  # fmt: skip
-    """Write values after ReLU and features in descending order; a key's place is the number of keys above it."""
-    t = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + t * CAPACITY + i, mask=i < K, other=LOWEST)
-    place = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, K, BLOCK_OTHER):
-        j = first + tl.arange(0, BLOCK_OTHER)
-        other = tl.load(keys_ptr + t * CAPACITY + j, mask=j < K, other=LOWEST)
-        place += tl.sum((other[None, :] > key[:, None]).to(tl.int32), 1)
-    value = tl.maximum(value_of(key), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(values_ptr + t * K + place, value, mask=i < K)
-    tl.store(indices_ptr + t * K + place, LAST - (key & LAST), mask=i < K)
 
 
 def list_length(d: int, F: int, k: int, BLOCK_F: int, itemsize: int) -> int:
@@ -299,7 +221,17 @@ def encode_topk(
     def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
         return sort(largest(x, W_enc, b_enc, k, config), values, indices)
 
-    return run(tuning.choose("encode_topk", x, (T, d, F, k), SINGLE if x.dtype == torch.float32 else HALF, run))
+    if copyable(x) and (copyable(W_enc) or copyable(W_enc.T)):
+        kind, candidates = "encode_topk, bulk copies", BULK + HALF
+    else:
+        kind, candidates = "encode_topk", SINGLE if x.dtype == torch.float32 else HALF
+    return run(tuning.choose(kind, x, (T, d, F, k), candidates, run))
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether the bulk copy engine can read tiles of ``x``: 16-bit numbers, and rows that start at 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    return x.element_size() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
 
 
 def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Config) -> Tensor:
@@ -307,56 +239,85 @@ def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Conf
     (T, d), F = x.shape, W_enc.shape[1]
     BLOCK_F = config["BLOCK_F"]
     capacity, tiles = list_length(d, F, k, BLOCK_F, x.element_size()), triton.cdiv(F, BLOCK_F)
-    keys = torch.empty(T, capacity, dtype=torch.int64, device=x.device)
     count = torch.full((T,), capacity, dtype=torch.int32, device=x.device)
-    threshold = torch.empty(T, dtype=torch.int64, device=x.device)
+    keys = torch.empty(T, capacity, dtype=torch.int64, device=x.device)
     shared = {
-        "x_ptr": x,
-        "W_ptr": W_enc,
         "b_ptr": b_enc,
         "keys_ptr": keys,
         "count_ptr": count,
-        "threshold_ptr": threshold,
+        "threshold_ptr": torch.empty(T, dtype=torch.int64, device=x.device),
         "D": d,
         "F": F,
         "CAPACITY": capacity,
         "stride": spread(tiles),
         "tiles": tiles,
-        "x_s": x.stride(),
-        "W_s": W_enc.stride(),
         "b_s": b_enc.stride(),
     }
+    pointers = {"x_ptr": x, "W_ptr": W_enc, "x_s": x.stride(), "W_s": W_enc.stride()}
     BLOCK = triton.next_power_of_2(capacity)
     num_warps = 1 if BLOCK <= 1024 else min(16, BLOCK // 512)  # one warp needs no barriers
+    launch = bulk_filter(x, W_enc, config) if "programs" in config else plain_filter(pointers, config)
     for first, last in panels(F, k, capacity, BLOCK_F):
-        grid = (triton.cdiv(T, config["BLOCK_T"]), last - first)
-        filter_kernel[grid](**shared, T=T, first=first, FILL=first == 0, **config)
+        launch(first, last, shared | {"T": T, "FILL": first == 0, "RAGGED": F % BLOCK_F != 0})
         select_kernel[(T,)](
             **shared,
+            **pointers,
             K=k,
             first=first,
             last=last,
             BLOCK=BLOCK,
+            WIDTH=64 * num_warps,
             BLOCK_F=BLOCK_F,
-            BLOCK_D=32,
+            BLOCK_D=8,
             num_warps=num_warps,
         )
     return keys
 
 
+Launch = Callable[[int, int, dict[str, Any]], None]
+
+
+def plain_filter(pointers: dict[str, Any], config: tuning.Config) -> Launch:
+    """Launches one program per tile of a panel."""
+
+    def launch(first: int, last: int, shared: dict[str, Any]) -> None:
+        grid = (triton.cdiv(shared["T"], config["BLOCK_T"]), last - first)
+        filter_kernel[grid](**pointers, **shared, first=first, **config)
+
+    return launch
+
+
+def bulk_filter(x: Tensor, W_enc: Tensor, config: tuning.Config) -> Launch:
+    """Launches as many programs as run at once on the GPU."""
+    tiles = {name: size for name, size in config.items() if name != "programs"}
+    BLOCK_T, BLOCK_F, BLOCK_D = (tiles[f"BLOCK_{name}"] for name in "TFD")
+    transposed = not copyable(W_enc)
+    x_desc = TensorDescriptor.from_tensor(x, [BLOCK_T, BLOCK_D])
+    if transposed:
+        W_desc = TensorDescriptor.from_tensor(W_enc.T, [BLOCK_F, BLOCK_D])
+    else:
+        W_desc = TensorDescriptor.from_tensor(W_enc, [BLOCK_D, BLOCK_F])
+    most = config["programs"] * tuning.multiprocessors(x.device)
+
+    def launch(first: int, last: int, shared: dict[str, Any]) -> None:
+        number = triton.cdiv(shared["T"], BLOCK_T) * (last - first)
+        given = {"first": first, "last": last, "TRANSPOSED": transposed}
+        bulk_filter_kernel[(min(number, most),)](x_desc=x_desc, W_desc=W_desc, **shared, **given, **tiles)
+
+    return launch
+
+
 def sort(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Write the codes of the keys into ``values`` and ``indices``."""
     (T, capacity), k = keys.shape, values.shape[1]
-    BLOCK = min(256, triton.next_power_of_2(k))
-    grid = (T, triton.cdiv(k, BLOCK))
-    sort_kernel[grid](
+    BLOCK = triton.next_power_of_2(k)
+    sort_kernel[(T,)](
         keys_ptr=keys,
         values_ptr=values,
         indices_ptr=indices,
         K=k,
         CAPACITY=capacity,
         BLOCK=BLOCK,
-        BLOCK_OTHER=16,
-        num_warps=4,
+        num_warps=max(1, min(16, BLOCK // 256)),
     )
     return values, indices

@@ -32,18 +32,18 @@ ROWS_AT_ONCE = 16  # the smallest side of a matrix product
 EXACT = [{"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 255}]
 EXACT_WIDE = [{"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}]  # heads wider than 64
 ONE_ROW = [
+    {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3, "cards": (9,)},
     {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-    {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "cards": (8, 9)},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "cards": (9,)},
+    {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "cards": (8,)},
 ]
 ROWS = [
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "cards": (8, 9)},
 ]
 LOG_SUM_EXP = [
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "cards": (9,)},
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
 ]
 
 

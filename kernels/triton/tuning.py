@@ -73,6 +73,12 @@ def device(where: torch.device) -> tuple[str, int]:
     return torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)[0]
 
 
+@functools.cache
+def multiprocessors(where: torch.device) -> int:
+    """How many a GPU has; 1 on the CPU, so that the interpreter runs whole loops of persistent programs."""
+    return torch.cuda.get_device_properties(where).multi_processor_count if where.type == "cuda" else 1
+
+
 def cache_file() -> Path:
     return Path(os.environ.get("FASTFG_CACHE") or "~/.cache/fastfg").expanduser() / "tuned.json"
 

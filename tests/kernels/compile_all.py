@@ -23,11 +23,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-
 from fastfg.kernels import (
     adam_topk,
     decode_topk,
@@ -39,12 +34,18 @@ from fastfg.kernels import (
     relevancy,
     tuning,
 )
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED = {80: 160 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 MEANT_FOR_IT = re.compile(r"tt\.dot .*(inputPrecision = \w+x3|xb?f16>)")  # exact float32 products are not
 EXECUTABLE = 4  # the flag of an ELF section
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 SETTINGS = ("num_warps", "num_stages", "maxnreg")
 ALL = {8, 9, 10}
 PROCESSES = 2
@@ -119,6 +120,8 @@ def source(launch: Launch) -> ASTSource:
             return tuple(kind(part, (*path, i)) for i, part in enumerate(value))
         if plain:
             return "i32"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         if constant or value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
@@ -158,7 +161,8 @@ def described(options: dict) -> str:
 
 
 def dtype_of(launch: Launch) -> str:
-    return next(TYPES[a.dtype] for a in launch.args if isinstance(a, torch.Tensor))
+    tensors = (a.base if isinstance(a, TensorDescriptor) else a for a in launch.args)
+    return next(TYPES[a.dtype] for a in tensors if isinstance(a, torch.Tensor))
 
 
 def wanted(launch: Launch, sm: int) -> bool:
@@ -168,11 +172,11 @@ def wanted(launch: Launch, sm: int) -> bool:
 
 def buffers(launch: Launch) -> int:
     """Bytes of an encoder's tiles if their loads are pipelined; sm_80 keeps one stage in registers."""
-    tiles = {"filter_kernel": 1, "encode_project_kernel": 2}.get(launch.fn.__name__, 0)
+    tiles = {"filter_kernel": 1, "bulk_filter_kernel": 1, "encode_project_kernel": 2}.get(launch.fn.__name__, 0)
     if not tiles:
         return 0
     D, T, F = (launch.options[f"BLOCK_{name}"] for name in "DTF")
-    return tiles * D * (T + F) * launch.args[0].element_size() * (launch.options["num_stages"] - 1)
+    return tiles * D * (T + F) * WIDTHS[dtype_of(launch)] * (launch.options["num_stages"] - 1)
 
 
 def compile_one(launch: Launch, sm: int) -> Line:
@@ -232,7 +236,8 @@ def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
     for C in (1, 3):
         run_relevancy(dtype, C, 197, 64)
     project.project(x, W_dec, W_dec[:T, :K], indices)
-    encode_topk.encode_topk(x, W_enc, b_enc, b_dec, K)
+    for layout in (W_enc, W_dec.T):
+        encode_topk.encode_topk(x, layout, b_enc, b_dec, K)
     decode_topk.decode_topk(W_dec[:T, :K], indices, W_dec, b_dec)
     if dtype == torch.float32:
         run_adam_topk(x, W_dec[:4096], indices)

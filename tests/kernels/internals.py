@@ -80,6 +80,30 @@ def test_ties_go_to_the_lowest_index_however_lists_fill(order, k):
     assert torch.equal(indices, expected[1])
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="only for Hopper GPUs")
+@pytest.mark.parametrize(("T", "F"), [(5, 520), (130, 1024)] if DEVICE.type == "cuda" else [(5, 520)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bulk_copies_find_the_same_keys(transposed, T, F):
+    """With and without a tile that reaches past the last token or feature, and with an infinite number in ``x``."""
+    x, W_enc, b_enc, _, _ = cast("encode_topk", cases.encode_topk(T, 72, F, 13), torch.bfloat16)
+    x[1, 3] = torch.inf
+    W_enc = W_enc.T.contiguous().T if transposed else W_enc
+    for config in tuning.offered(encode_topk.BULK):
+        plain = {name: value for name, value in config.items() if name != "programs"}
+        found, expected = (
+            encode_topk.largest(x, W_enc, b_enc, 13, tiles)[:, :13].sort().values for tiles in (config, plain)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_which_tensors_bulk_copies_can_read():
+    x = torch.zeros(16, 64, dtype=torch.bfloat16)
+    assert encode_topk.copyable(x)
+    assert encode_topk.copyable(x[:, 8:40])
+    assert not any(map(encode_topk.copyable, (x.float(), x.T, x[:, 4:40], x[:, ::2], x[:1].expand(16, 64))))
+    assert not encode_topk.copyable(torch.zeros(16, 63, dtype=torch.bfloat16))
+
+
 SAES = [(768, 49152, 128), (1024, 32768, 32), (192, 12288, 64), (768, 24576, 1), (768, 16384, 4096)]
 
 

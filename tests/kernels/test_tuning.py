@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from fastfg.kernels import encode_project, encode_topk, gated_relevancy, project, relevancy, tuning
 
 CARD = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
@@ -132,6 +131,13 @@ def test_an_unknown_mode_is_named(timed):
 def test_committed_choices_are_candidates():
     modules = (encode_project, encode_topk, project)
     offers = [config for module in modules for config in module.HALF + module.SINGLE]
-    offers += relevancy.EXACT + relevancy.EXACT_WIDE + relevancy.ONE_ROW + relevancy.ROWS + relevancy.LOG_SUM_EXP
+    offers += (
+        encode_topk.BULK
+        + relevancy.EXACT
+        + relevancy.EXACT_WIDE
+        + relevancy.ONE_ROW
+        + relevancy.ROWS
+        + relevancy.LOG_SUM_EXP
+    )
     offers += gated_relevancy.EXACT + gated_relevancy.ONE_ROW + gated_relevancy.ROWS
     assert all(config in tuning.offered(offers) for config in tuning.FIXED.values())

@@ -106,6 +106,7 @@ SHAPES = {  # small enough for Triton's interpreter
         (49, 192, 70, 1),
         (5, 33, 1501, 13),
         (5, 192, 501, 13),
+        (5, 192, 504, 13),  # rows of 16-bit numbers start at multiples of 16 bytes
         (3, 33, 100, 100),
         (0, 33, 100, 5),
     ],
@@ -159,6 +160,7 @@ COMPILED = {  # the interpreter would take minutes for these shapes
         (1, 33, 100, 1),
         (49, 33, 1000, 13, False),
         (196, 192, 2500, 128),
+        (300, 768, 4096, 128),
         (257, 768, 1001, 13),
         (1370, 33, 501, 1),
     ],
@@ -192,6 +194,7 @@ COMPILED = {  # the interpreter would take minutes for these shapes
 }
 INTERPRETED_HALVES = [
     "encode_topk 5 192 501 13",
+    "encode_topk 5 192 504 13",
     "project 49 192 300 13",
     "decode_topk 49 192 301 1",
     "encode_project relu 49 192 300",
