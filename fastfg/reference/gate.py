@@ -18,8 +18,17 @@ def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor) -> Tensor
     """
     s = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kappa, c_max = (torch.as_tensor(number, dtype=s.dtype, device=s.device) for number in (kappa, c_max))
-    m = s.median(-1, keepdim=True).values
-    mad = (s - m).abs().median(-1, keepdim=True).values + MAD_EPS  # eq. 4
+    m = lower_median(s)
+    mad = lower_median((s - m).abs()) + MAD_EPS  # eq. 4
     z = (s - m) / (MAD_TO_STD * mad)
     w = torch.exp(c_max.log() * torch.tanh(kappa * z))  # eq. 5
     return w.to(scores.dtype)
+
+
+def lower_median(x: Tensor) -> Tensor:
+    """The lower median of the last dimension [..., 1]; NaN if a number is NaN.
+
+    ``Tensor.median`` gives the same, but on a GPU torch refuses it where only deterministic algorithms are allowed.
+    """
+    middle = x.sort(-1).values[..., (x.shape[-1] - 1) // 2].unsqueeze(-1)
+    return torch.where(x.isnan().any(-1, keepdim=True), torch.nan, middle)

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastfg import reference
+from fastfg.reference.gate import lower_median
 
 
 def test_by_hand_with_the_lower_median():
@@ -42,3 +44,26 @@ def test_many_configurations_at_once():
     both = reference.gate(scores, kappa[:, None, None], c_max[:, None, None])
     for c in range(2):
         torch.testing.assert_close(both[c], reference.gate(scores[c], float(kappa[c]), float(c_max[c])))
+
+
+class NotDeterministicOnCUDA(TorchFunctionMode):
+    """Refuses what torch has no deterministic algorithm for on a GPU, as it does there if one is asked for."""
+
+    NAMES = ("median", "kthvalue", "histc", "bincount", "put_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func.__name__ not in self.NAMES, f"{func.__name__} on CUDA does not have a deterministic implementation"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_median_is_torchs_by_a_deterministic_algorithm():
+    random = torch.Generator().manual_seed(0)
+    for P in (1, 2, 7, 8):
+        x = torch.randn(50, P, generator=random, dtype=torch.float64).round(decimals=0)
+        x[:9, P // 2] = torch.tensor([torch.inf, -torch.inf, torch.nan] * 3)
+        with NotDeterministicOnCUDA():
+            found = lower_median(x)
+        assert torch.equal(found.nan_to_num(), x.median(-1, keepdim=True).values.nan_to_num())
+        assert torch.equal(found.isnan(), x.median(-1, keepdim=True).values.isnan())
+    with NotDeterministicOnCUDA():
+        assert reference.gate(x, 1.0, 10.0).shape == x.shape
