@@ -106,7 +106,7 @@ def _table(lines: list[Line], providers: list[str]) -> str:
             ratios = {n: best["median"] / line["median"] for n, line in by_name.items() if line.get("median")}
             columns[f"times as fast as {best['provider']}"] = {n: f"{_digits(r)}x" for n, r in ratios.items()}
     columns["times its floor"] = _column(by_name, "floor_ratio", lambda line: f"{_digits(line['floor_ratio'])}x")
-    columns["takes, in turn"] = _column(by_name, "ratio", lambda line: f"{line['ratio']:.2f}x {line['beside']}")
+    columns["takes, in turn"] = _column(by_name, "beside", lambda line: f"{line['ratio']:.2f}x {line['beside']}")
     columns["peak MiB"] = _column(by_name, "peak_bytes", lambda line: f"{line['peak_bytes'] / 2**20:.0f}")
     columns = {title: cells for title, cells in columns.items() if any(cells.values())}
     rows = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
