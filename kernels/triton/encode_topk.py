@@ -268,7 +268,7 @@ def largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, config: tuning.Conf
             BLOCK=BLOCK,
             WIDTH=64 * num_warps,
             BLOCK_F=BLOCK_F,
-            BLOCK_D=8,
+            BLOCK_D=16 // x.element_size(),
             num_warps=num_warps,
         )
     return keys
