@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ WRITES = """Writes to --out:
   errors.csv, windows.csv, fastfg.json: see below
 
 A run that was stopped goes on where it was: call it again with the same
-arguments. The explained variance is 1 - sum (x - x_hat)^2 / sum (x - mean)^2
+arguments. Only images that are named now are used, also where the folder of
+tokens holds others. The explained variance is 1 - sum (x - x_hat)^2 / sum (x - mean)^2
 over tokens of images that were not trained on.
 
 """
@@ -68,9 +69,9 @@ def add(commands: Any) -> None:
     add("--lr", type=float, default=1e-3, metavar="X", help="highest learning rate of Adam")
     add("--warm-up", type=float, default=0.05, metavar="X", help="share of the steps in which it rises")
     add("--k-aux", type=int, metavar="N", help="dead features of the auxiliary loss; default: near d / 2; 0: none")
-    dead = "tokens after which an inactive feature is dead; default: one pass over the tokens, at most 10,000,000"
+    dead = "tokens after which an inactive feature is dead; default: a tenth of those of the run, at most 10,000,000"
     add("--dead-after", type=at_least_one, metavar="N", help=dead)
-    add("--held-out", type=float, default=0.1, metavar="X", help="share of the images to report on")
+    add("--held-out", type=_share, default=0.1, metavar="X", help="share of the images, or groups, to report on")
     groups = "CSV or Parquet with the columns image and group; no group is trained on and reported on"
     add("--groups", type=file_or_folder, metavar="FILE", help=groups)
     add("--precision", choices=("float32", "bfloat16"), help="of the encoder; default: bfloat16 on a GPU, else float32")
@@ -80,7 +81,7 @@ def add(commands: Any) -> None:
     add("--tokens", type=file_or_folder, metavar="DIR", help="folder of the tokens; default: OUT/tokens")
     add("--tokens-per-image", type=at_least_one, metavar="N", help="patches per image, drawn at random; default: all")
     add("--tokens-dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="of the tokens on disk")
-    add("--max-gigabytes", type=float, metavar="X", help="the most that the tokens may take on disk")
+    add("--max-gigabytes", type=_positive, metavar="X", help="the most that the tokens may take on disk")
     add("--buffer", type=at_least_one, default=2**18, metavar="N", help="tokens in memory that are shuffled")
     add_reading_arguments(command)
 
@@ -93,15 +94,45 @@ def _blocks(text: str) -> list[int]:
     return list(range(int(found[1]), int(found[2] or found[1]) + 1))
 
 
+def _share(text: str) -> float:
+    """Argument type: a number between 0 and 1."""
+    share = _positive(text)
+    if share >= 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return share
+
+
+def _positive(text: str) -> float:
+    """Argument type: a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
 def run(arguments: argparse.Namespace) -> None:
     from fastfg.cli.inputs import Inputs
     from fastfg.study.train_saes import train_saes
 
     arguments.blocks = list(dict.fromkeys(block for part in arguments.blocks for block in part))
+    _recipe(arguments, 2**20, 1, "cpu")  # what is wrong is told before the tokens are computed
+    if arguments.buffer < 2 * arguments.batch_tokens:
+        raise ValueError(f"buffer: expected at least two batches, {2 * arguments.batch_tokens}, got {arguments.buffer}")
     with Inputs(arguments) as inputs, tracker() as track:
-        cache, groups = _tokens(arguments, inputs, track)
-        per_epoch = round((1 - arguments.held_out) * cache.n_tokens) // arguments.batch_tokens
-        recipe = _recipe(arguments, cache.width, per_epoch, inputs.device.type)
+        cache, keys, groups = _tokens(arguments, inputs, track)
+        trained, held_out = cache.split(arguments.held_out, groups=groups, seed=arguments.seed, keys=keys)
+        n = cache.count(trained)
+        say(f"{n:,} tokens of {count(len(trained), 'image')} to train on, {count(len(held_out), 'image')} held out")
+        if n < arguments.batch_tokens:
+            raise ValueError(
+                f"batch-tokens: expected at most {n}, the tokens to train on, got {arguments.batch_tokens}"
+            )
+        recipe = _recipe(arguments, cache.width, n // arguments.batch_tokens, inputs.device.type)
+        if recipe.k_aux and recipe.dead_after >= recipe.steps * recipe.batch_size:
+            say(f"No feature can be dead: --dead-after {recipe.dead_after:,} is not reached, so --k-aux does nothing")
         found = train_saes(
             cache,
             arguments.out,
@@ -109,18 +140,20 @@ def run(arguments: argparse.Namespace) -> None:
             kinds=arguments.kinds,
             held_out=arguments.held_out,
             groups=groups,
+            keys=keys,
             buffer=arguments.buffer,
             device=inputs.device,
             checkpoint_every=arguments.checkpoint_every,
             track=lambda title: _progress(title, track(f"Training: {title}")),
         )
-    _table(arguments.out, found)
+    _table(found)
+    _write_csv(arguments.out)
 
 
 def _tokens(
     arguments: argparse.Namespace, inputs: Inputs, track: Callable[[str], Callable[[int, int], None]]
-) -> tuple[TokenCache, dict[str, str] | None]:
-    """The tokens on disk, and the group of each image by its key."""
+) -> tuple[TokenCache, list[str], dict[str, str] | None]:
+    """The tokens on disk, the keys of the images that were read now, and the group of each by its key."""
     import torch
 
     from fastfg.cli.annotations import read_groups
@@ -129,10 +162,12 @@ def _tokens(
 
     of_path = None if arguments.groups is None else read_groups(arguments.groups, inputs.paths)
     groups: dict[str, str] = {}
+    known: list[str] = []
 
     def read() -> Iterator[tuple[Tensor, Sequence[str]]]:
         for batch in inputs.batches(track(f"Tokens of {count(len(inputs.paths), 'image')}")):
             keys = [image_key(image) for image in batch.images]
+            known.extend(keys)
             for key, path in zip(keys, batch.paths, strict=True):
                 if of_path is not None and groups.setdefault(key, of_path[path]) != of_path[path]:
                     raise ValueError(f"groups: expected one group for images with the same pixels, got two for {path}")
@@ -149,26 +184,28 @@ def _tokens(
         max_bytes=None if limit is None else round(limit * 1e9),
         seed=arguments.seed,
     )
-    say(f"{cache.n_tokens:,} tokens of {count(len(cache.keys), 'image')} per block in {cache.folder}")
-    return cache, None if of_path is None else groups
+    keys = list(dict.fromkeys(known))
+    others = len(set(cache.keys).difference(keys))
+    beside = f", beside {count(others, 'image')} that this command does not use" if others else ""
+    say(f"{cache.count(keys):,} tokens of {count(len(keys), 'image')} per block in {cache.folder}{beside}")
+    return cache, keys, None if of_path is None else groups
 
 
 def _recipe(arguments: argparse.Namespace, width: int, per_epoch: int, device: str) -> Recipe:
     from fastfg.sae.recipe import Recipe
 
-    if not per_epoch:
-        raise ValueError(f"batch-tokens: expected at most the tokens to train on, got {arguments.batch_tokens}")
     near_half = 2 ** round(math.log2(width / 2))  # as in Gao et al.
-    tokens = per_epoch * arguments.batch_tokens
+    steps = arguments.steps or arguments.epochs * per_epoch
+    tenth = max(arguments.batch_tokens, steps * arguments.batch_tokens // 10)
     return Recipe(
         n_features=arguments.features or arguments.expansion * width,
         k=arguments.k,
-        steps=arguments.steps or arguments.epochs * per_epoch,
+        steps=steps,
         batch_size=arguments.batch_tokens,
         lr=arguments.lr,
         warm_up=arguments.warm_up,
         k_aux=near_half if arguments.k_aux is None else arguments.k_aux,
-        dead_after=arguments.dead_after or min(tokens, 10_000_000),
+        dead_after=arguments.dead_after or min(tenth, 10_000_000),
         precision=arguments.precision or ("bfloat16" if device == "cuda" else "float32"),
         seed=arguments.seed,
     )
@@ -184,23 +221,24 @@ def _progress(title: str, bar: Callable[[int, int], None]) -> Callable[[int, int
         if done * 10 // total > said:
             said = done * 10 // total
             say(
-                f"{title}: step {done:,} of {total:,}, explained variance {figures['explained_variance']:.4f}, L0 "
-                f"{figures['l0']:.1f}, dead {figures['dead_share']:.1%}, {figures['tokens_per_second']:,.0f} tokens/s"
+                f"{title}: step {done:,} of {total:,}, explained variance of the batch "
+                f"{figures['explained_variance']:.4f}, L0 {figures['l0']:.1f}, dead {_known(figures['dead_share'])}, "
+                f"{figures['tokens_per_second']:,.0f} tokens/s"
             )
 
     return progress
 
 
-def _table(out: Path, found: dict[tuple[str, int], SAEReport]) -> None:
-    """Print the reports side by side, and write ``saes.csv``."""
+def _known(share: float) -> str:
+    return "not known yet" if math.isnan(share) else f"{share:.1%}"
+
+
+def _table(found: dict[tuple[str, int], SAEReport]) -> None:
+    """Print the reports side by side."""
     from rich.table import Table
 
     from fastfg.cli.console import console
-    from fastfg.cli.inputs import CSVRows
 
-    names = list(asdict(next(iter(found.values()))))
-    rows = CSVRows(out / "saes.csv", ("kind", "layer", *names))
-    rows.add((kind, layer, *asdict(report).values()) for (kind, layer), report in found.items())
     table = Table("block", "SAE", *COLUMNS, box=None)
     for column in table.columns[:2]:
         column.no_wrap = True
@@ -209,4 +247,14 @@ def _table(out: Path, found: dict[tuple[str, int], SAEReport]) -> None:
     console.print(table)
     first, _ = next(iter(found))
     layers = " ".join(str(layer) for kind, layer in found if kind == first)
-    say(f"To use them: fastfg attribute IMAGES ... --saes {out / first} --layers {layers}")
+    say(f"To use them: fastfg attribute IMAGES ... --saes OUT/{first} --layers {layers}")
+
+
+def _write_csv(out: Path) -> None:
+    """Write ``saes.csv``: a row for each SAE in ``out``, those of earlier calls too."""
+    from fastfg.cli.inputs import CSVRows
+
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/layer_*/report.json"))]
+    reports.sort(key=lambda one: (KINDS.index(one["recipe"]["kind"]), one["layer"]))
+    rows = CSVRows(out / "saes.csv", ("kind", "layer", *reports[0]["report"]))
+    rows.add((one["recipe"]["kind"], one["layer"], *one["report"].values()) for one in reports)

@@ -62,7 +62,7 @@ def fit_scale(step: TopKStep, x: Tensor) -> None:
     spread = (decoded - mean_decoded).double()
     scale = float(((x - mean).double() * spread).sum() / spread.square().sum())
     if not scale > 0:
-        raise RuntimeError(f"kind: expected random codes that correlate with the tokens, got a scale of {scale:g}")
+        raise ValueError(f"kind: expected random codes that correlate with the tokens, got a scale of {scale:g}")
     step.b_dec.copy_(mean - scale * mean_decoded)
     step.W_enc.mul_(scale)
     step.b_enc.copy_(step.b_dec @ step.W_enc)  # an SAE subtracts b_dec from its input, and these codes did not

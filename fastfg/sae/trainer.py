@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,23 @@ class SAETrainer(TopKStep):
 
     @torch.no_grad()
     def progress(self, x: Tensor) -> dict[str, float]:
-        """Explained variance and L0 on tokens ``x``, and the share of features that are dead. Waits for the device."""
+        """Explained variance and L0 on tokens ``x``, and the share of features that are dead. Waits for the device.
+
+        The share is NaN as long as fewer tokens were seen than a feature must miss to be dead.
+        """
         scaled = self.scaled(x)
         _, x_hat, values, _ = self.reconstruct(scaled)
         error, variance = (x_hat - scaled).square().sum(), (scaled - scaled.mean(0)).square().sum()
         dead = (self.unused >= self.dead_after).double().mean()
         numbers = torch.stack([1 - error.double() / variance, (values > 0).double().sum(1).mean(), dead]).tolist()
+        if self.done * self.recipe.batch_size < self.dead_after:
+            numbers[2] = math.nan
         return dict(zip(("explained_variance", "l0", "dead_share"), numbers, strict=True))
 
     def finish(self, **provenance: Any) -> SparseAutoencoder:
-        """The SAE in the tokens' own units. Raises RuntimeError if the weights are not finite."""
+        """The SAE in the tokens' own units. Raises ValueError if the weights are not finite."""
         if not all(bool(w.isfinite().all()) for w in (*self.weights, self.b_dec)):
-            raise RuntimeError(
+            raise ValueError(
                 f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.recipe.lr}"
             )
         return self.sae(self.centre, self.unit, provenance=provenance)
@@ -106,11 +112,14 @@ class SAETrainer(TopKStep):
 
         Raises ValueError if it was made with another recipe, or if what was ``described`` differs.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(file, framework="pt") as stored:
-            meta = json.loads((stored.metadata() or {}).get("training", "{}"))
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  not a dictionary
+        try:
+            with safe_open(file, framework="pt") as stored:
+                meta = json.loads((stored.metadata() or {}).get("training", "{}"))
+                state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  not a dictionary
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"out: expected a checkpoint in {file}, got {error} (remove it to start again)") from None
         wanted = {"recipe": self.recipe.as_dict(), **described}
         for name, value in wanted.items():
             if meta.get(name) != json.loads(json.dumps(value)):

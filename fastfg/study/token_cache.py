@@ -57,12 +57,21 @@ class TokenCache:
         self, layer: int, shard: Shard, keys: Collection[str] | None = None, device: str | torch.device = "cpu"
     ) -> Tensor:
         """The tokens [n, d] of one shard in float32: of all its images, or of those among ``keys``."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if layer not in self.layers:
             raise ValueError(f"layer: expected one of {self.layers}, which {self.folder} holds, got {layer}")
-        with safe_open(self.folder / shard.name, framework="pt") as file:
-            tokens = file.get_tensor(f"layer_{layer}")
+        file = self.folder / shard.name
+        try:
+            with safe_open(file, framework="pt") as stored:
+                tokens = stored.get_tensor(f"layer_{layer}")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"folder: expected tokens in {file}, got a file that can't be read: {error}") from None
+        expected = [len(shard.keys), shard.tokens_per_image, self.width]
+        if list(tokens.shape) != expected:
+            raise ValueError(
+                f"folder: expected tokens {expected} in {file}, as {SHARDS} says, got {list(tokens.shape)}"
+            )
         if keys is not None:
             tokens = tokens[[i for i, key in enumerate(shard.keys) if key in keys]]
         return tokens.to(device).flatten(0, 1).float()
@@ -108,21 +117,34 @@ class TokenCache:
                 yield from held[:n].split(batch_size) if n else ()
                 held = held[n:].clone()  # a view would keep the whole buffer in memory
 
+    def count(self, keys: Collection[str]) -> int:
+        """The number of tokens per layer of the images among ``keys``."""
+        wanted = set(keys)
+        return sum(len(wanted.intersection(shard.keys)) * shard.tokens_per_image for shard in self.shards)
+
     def split(
-        self, held_out: float = 0.1, *, groups: Mapping[str, Any] | None = None, seed: int = 0
+        self,
+        held_out: float = 0.1,
+        *,
+        groups: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        keys: Collection[str] | None = None,
     ) -> tuple[list[str], list[str]]:
         """The keys of the images to train on, and those of the images to report on.
 
         Args:
             held_out: share of the images, or of the groups, to report on. groups: {key: group}, such as the patient of
                 each image; a group is never on both sides.
+            keys: the images to split; None: all of them.
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
-        missing = [key for key in self.keys if groups is not None and key not in groups]
+        wanted = set(self.keys if keys is None else keys)
+        own = [key for key in self.keys if key in wanted]
+        missing = [key for key in own if groups is not None and key not in groups]
         if missing:
             raise ValueError(f"groups: expected one per image, got none for {missing[:3]}")
-        group_of = {key: key if groups is None else groups[key] for key in self.keys}
+        group_of = {key: key if groups is None else groups[key] for key in own}
         names = list(dict.fromkeys(group_of.values()))
         n = round(held_out * len(names))
         if not 0 < n < len(names):
@@ -152,8 +174,16 @@ def _recipe(file: Path) -> dict[str, Any]:
 def _shards(file: Path) -> list[Shard]:
     """The shards that are named. A line that was being written when a run was stopped names none."""
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    found = [json.loads(line) for line in lines]
-    shards = [Shard(one["name"], tuple(one["keys"]), one["tokens_per_image"]) for one in found]
+    try:
+        found = [json.loads(line) for line in lines]
+        shards = [Shard(one["name"], tuple(one["keys"]), one["tokens_per_image"]) for one in found]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"folder: expected one shard per line of {file}, got {error!r}") from None
+    keys = [key for shard in shards for key in shard.keys]
+    if len(set(keys)) != len(keys) or len({shard.name for shard in shards}) != len(shards):
+        raise ValueError(
+            f"folder: expected each image and each shard once in {file}, got some twice (two runs at once?)"
+        )
     for shard in shards:
         if Path(shard.name).name != shard.name:
             raise ValueError(f"folder: expected the name of a file in {file}, got {shard.name!r}")

@@ -117,7 +117,7 @@ class _Writer:
         self.pending: list[tuple[dict[int, Tensor], list[str]]] = []
         if (folder / RECIPE).exists():
             self._go_on(TokenCache(folder))
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
             raise ValueError(f"folder: expected a new or empty folder, or one with tokens, got {folder}")
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -179,6 +179,11 @@ class _Writer:
         self.bytes += self.pending_bytes
         self.written += 1
         self.pending, self.pending_bytes = [], 0
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names in ``folder`` that a run that was stopped at its start has not left."""
+    return [file.name for file in folder.iterdir() if file.name != f".{RECIPE}"]
 
 
 def _replace(file: Path, text: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.perturb.seeds import generator
+from fastfg.sae.checkpoints import load_sae
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study.token_cache import TokenCache
+from fastfg.types import integers
 
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
 FIRST = 2**15  # tokens that the scale and the geometric median are computed from
@@ -32,10 +36,11 @@ def train_saes(
     out: str | Path,
     recipe: Recipe,
     *,
-    layers: Sequence[int] | None = None,
-    kinds: Sequence[str] = ("trained",),
+    layers: int | Iterable[int] | None = None,
+    kinds: str | Sequence[str] = ("trained",),
     held_out: float = 0.1,
     groups: Mapping[str, Any] | None = None,
+    keys: Collection[str] | None = None,
     buffer: int = 2**18,
     device: str | torch.device = "cpu",
     checkpoint_every: int = 500,
@@ -44,7 +49,8 @@ def train_saes(
     """Train one SAE per kind and layer, and write it to ``out/<kind>/layer_<layer>``.
 
     SAEs that ``out`` already holds are not trained again, and an SAE that was stopped goes on from its last checkpoint.
-    On a CPU with the same number of threads it gets the same weights, to the last bit, as without the stop.
+    On a CPU with the same number of threads it gets the same weights, to the last bit, as without the stop. The
+    order of batches depends on the cache's shards, and a cache whose writing was stopped may have others.
 
     Args:
         cache: tokens of :func:`fastfg.study.cache_tokens`.
@@ -53,6 +59,7 @@ def train_saes(
         kinds: of SAEs; the recipe lists them.
         held_out: share of the images (or of the groups) that is not trained on and that the reports are measured on.
         groups: {key: group}, such as the patient of each image; no group is on both sides.
+        keys: the images to use; None: all of the cache's.
         buffer: tokens in memory, among which batches are shuffled.
         device: of the training.
         checkpoint_every: steps from one checkpoint to the next.
@@ -62,7 +69,8 @@ def train_saes(
     Returns {(kind, layer): report}; the explained variance of a report is that of held-out tokens. Raises ValueError
     that names the argument, also where ``out`` holds SAEs of another recipe, model or data.
     """
-    layers = cache.layers if layers is None else tuple(layers)
+    layers = cache.layers if layers is None else integers("layers", layers)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     unknown = [layer for layer in layers if layer not in cache.layers]
     if unknown or not layers:
         raise ValueError(f"layers: expected some of {cache.layers}, which {cache.folder} holds, got {list(layers)}")
@@ -71,7 +79,7 @@ def train_saes(
         raise ValueError(f"kinds: expected some of {KINDS}, got {list(kinds)}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected at least 1, got {checkpoint_every}")
-    sides = cache.split(held_out, groups=groups, seed=recipe.seed)
+    sides = cache.split(held_out, groups=groups, seed=recipe.seed, keys=keys)
     run = _Run(cache, Path(out), *sides, groups is not None, buffer, torch.device(device), checkpoint_every)
     found = {}
     for kind in kinds:
@@ -116,7 +124,7 @@ class _Run:
         of = {"layer": layer, "weights": self.cache.recipe["weights"][str(layer)], "data": self.data}
         described = {"recipe": recipe.as_dict(), **of}
         if (folder / REPORT).exists():
-            return _earlier(folder / REPORT, described)
+            return _earlier(folder, described)
         folder.mkdir(parents=True, exist_ok=True)
         trainer = SAETrainer(recipe, self._some(layer, self.trained, FIRST))
         checkpoint = folder / CHECKPOINT
@@ -155,31 +163,37 @@ class _Run:
 
     def _per_epoch(self, recipe: Recipe) -> int:
         """The number of full batches in one pass over the tokens to train on."""
-        n = self._count(self.trained)
+        n = self.cache.count(self.trained)
         if n < recipe.batch_size:
             raise ValueError(f"batch_size: expected at most the {n} tokens to train on, got {recipe.batch_size}")
         return n // recipe.batch_size
 
-    def _count(self, keys: set[str]) -> int:
-        """The number of tokens of the images among ``keys``."""
-        return sum(len(keys.intersection(shard.keys)) * shard.tokens_per_image for shard in self.cache.shards)
-
     def _some(self, layer: int, keys: set[str], n: int) -> Tensor:
-        """About ``n`` tokens of the images among ``keys``, or all if there are fewer, spread over all of them."""
-        every = max(1, -(-self._count(keys) // n))
-        parts = [self.cache.read(layer, shard, keys, self.device)[::every].clone() for shard in self.cache.shards]
+        """About ``n`` tokens of the images among ``keys``, drawn at random, or all if there are fewer."""
+        share, parts = min(1.0, n / max(1, self.cache.count(keys))), []
+        for shard in self.cache.shards:
+            tokens = self.cache.read(layer, shard, keys, self.device)
+            drawn = torch.randperm(len(tokens), generator=generator(0, shard.name, "some tokens"))
+            parts.append(tokens[drawn[: math.ceil(share * len(tokens))].sort().values.to(self.device)])
         return torch.cat(parts)
 
 
-def _earlier(file: Path, described: dict[str, Any]) -> SAEReport:
+def _earlier(folder: Path, described: dict[str, Any]) -> SAEReport:
     """The report of an SAE that was trained before in the same way."""
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    file = folder / REPORT
+    again = "remove the folder to train it again"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        found = SAEReport(**stored["report"])
+        load_sae(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: expected an SAE and its report in {folder}, got {error!r} ({again})") from None
     for name, value in described.items():
         if stored.get(name) != json.loads(json.dumps(value)):
             raise ValueError(
-                f"out: expected a new folder, or SAEs with {name} {value}, got {stored.get(name)} in {file.parent}"
+                f"out: expected a new folder, or SAEs with {name} {value}, got {stored.get(name)} in {folder}"
             )
-    return SAEReport(**stored["report"])
+    return found
 
 
 def _write(file: Path, text: str) -> None:

@@ -47,7 +47,8 @@ def test_from_images_to_maps(folder, tmp_path, capsys):
     assert main(command(folder, out, "--kinds", "trained", "random", "--epochs", "2")) == 0
     printed = capsys.readouterr().out
     assert "1,176 tokens of 6 images per block" in printed
-    assert f"fastfg attribute IMAGES ... --saes {out / 'trained'} --layers 0 1" in printed.replace("\n", "")
+    assert "784 tokens of 4 images to train on, 2 images held out" in printed
+    assert "fastfg attribute IMAGES ... --saes OUT/trained --layers 0 1" in printed.replace("\n", "")
     rows = list(csv.DictReader((out / "saes.csv").open()))
     assert [(row["kind"], row["layer"]) for row in rows] == [(k, b) for k in ("trained", "random") for b in "01"]
     assert float(rows[0]["explained_variance"]) > float(rows[2]["explained_variance"]) > 0
@@ -55,7 +56,7 @@ def test_from_images_to_maps(folder, tmp_path, capsys):
     given = json.loads((out / "trained" / "layer_1" / "report.json").read_text())
     assert given["recipe"]["n_features"] == 192
     assert given["recipe"]["k_aux"] == 128  # near d / 2 = 96
-    assert given["recipe"]["dead_after"] == 3 * 256
+    assert given["recipe"]["dead_after"] == 256  # a tenth of the run is less than a batch
     image, model = str(folder / "images" / "0.png"), command(folder, out)[2:6]
     maps = ["attribute", image, *model, "--saes", str(out / "trained"), "--layers", "1", "--out", str(tmp_path / "a")]
     assert main(maps) == 0
@@ -70,6 +71,29 @@ def test_saes_of_another_model_are_refused(folder, tmp_path, capsys):
     arguments = ["attribute", str(folder / "images"), "--model", MODEL, "--weights", str(other), "--layers", "1"]
     assert main([*arguments, "--saes", str(tmp_path / "out" / "trained"), "--out", str(tmp_path / "a")]) == 1
     assert "saes: expected SAEs of this model's weights, got SAEs of other weights" in capsys.readouterr().err
+
+
+def test_only_the_images_that_are_named_are_used(folder, tmp_path, capsys):
+    """The folder of tokens may hold others, such as those of a test set."""
+    assert main(command(folder, tmp_path / "all", layers=["1"])) == 0
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(4):
+        (few / f"{i}.png").write_bytes((folder / "images" / f"{i}.png").read_bytes())
+    arguments = command(folder, tmp_path / "out", "--tokens", str(tmp_path / "all" / "tokens"), layers=["1"])
+    arguments[1] = str(few)
+    assert main(arguments) == 0
+    assert "784 tokens of 4 images per block" in (printed := capsys.readouterr().out)
+    assert "beside 2 images that this command does not use" in printed.replace("\n", " ")
+    data = json.loads((tmp_path / "out" / "trained" / "layer_1" / "report.json").read_text())["data"]
+    assert (data["images"], data["held_out_images"]) == (3, 1)
+
+
+def test_the_table_has_the_saes_of_earlier_calls(folder, tmp_path):
+    for kind in ("trained", "random"):
+        assert main(command(folder, tmp_path / "out", "--kinds", kind, layers=["1"])) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "saes.csv").open()))
+    assert [row["kind"] for row in rows] == ["trained", "random"]
 
 
 def test_groups_stay_on_one_side(folder, tmp_path):
@@ -87,8 +111,19 @@ def test_groups_stay_on_one_side(folder, tmp_path):
         ([], ["7"], 1, "layers: expected blocks from 0 to 2"),
         (["--kinds", "frozen"], ["1"], 2, "argument --kinds: invalid choice: 'frozen'"),
         (["--k", "500"], ["1"], 1, "k: expected 1 to n_features=192, got 500"),
-        (["--batch-tokens", "5000"], ["1"], 1, "batch-tokens: expected at most the tokens to train on, got 5000"),
+        (
+            ["--batch-tokens", "5000", "--buffer", "10000"],
+            ["1"],
+            1,
+            "batch-tokens: expected at most 784, the tokens to train on, got 5000",
+        ),
         (["--max-gigabytes", "0.0000001"], ["1"], 1, "max_bytes: expected room for more than 0 images"),
+        (["--held-out", "2"], ["1"], 2, "argument --held-out: expected a number between 0 and 1, got '2'"),
+        (["--max-gigabytes", "inf"], ["1"], 2, "argument --max-gigabytes: expected a number above 0, got 'inf'"),
+        (["--lr", "0"], ["1"], 1, "lr: expected a number > 0, got 0.0"),
+        (["--seed", "-1"], ["1"], 1, "seed: expected at least 0, got -1"),
+        (["--lr", "1e30"], ["1"], 1, "lr: expected training to stay finite"),
+        (["--buffer", "300"], ["1"], 1, "buffer: expected at least two batches, 512, got 300"),
         (["--groups", "none.csv"], ["1"], 1, "none.csv"),
     ],
 )

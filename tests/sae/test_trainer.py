@@ -139,7 +139,7 @@ def test_a_training_that_diverges_says_so(tokens):
     trainer = SAETrainer(dataclasses.replace(RECIPE, lr=1e30), tokens)
     for step in range(4):
         trainer.train(batch(tokens, step))
-    with pytest.raises(RuntimeError, match="^lr: expected training to stay finite, .* lr=1e"):
+    with pytest.raises(ValueError, match="^lr: expected training to stay finite, .* lr=1e"):
         trainer.finish()
 
 

@@ -176,3 +176,29 @@ def test_a_split_keeps_groups_together(numbered):
         numbered.split(groups={})
     with pytest.raises(ValueError, match="held_out: expected a share that leaves some of 8 on both sides, got 0.01"):
         numbered.split(0.01, groups=groups)
+
+
+def test_damaged_folders_are_named(model, images, tmp_path):
+    cache = cache_tokens(model, parts(images), LAYERS, tmp_path)
+    index, whole = tmp_path / "shards.jsonl", (tmp_path / "shards.jsonl").read_text()
+    for text, said in (
+        (whole + whole.splitlines()[0] + "\n", "expected each image and each shard once"),
+        ("{}\n", "expected one shard per line"),
+        ("no\n", "expected one shard per line"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"^folder: {said} .*shards.jsonl"):
+            TokenCache(tmp_path)
+    index.write_text(whole.replace('"tokens_per_image": 24', '"tokens_per_image": 23'))
+    with pytest.raises(ValueError, match=r"^folder: expected tokens \[.*, 23, 32\] in .*, as shards.jsonl says, got"):
+        TokenCache(tmp_path).tokens(1)
+    index.write_text(whole)
+    shard = tmp_path / cache.shards[0].name
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match="^folder: expected tokens in .*safetensors, got a file that can't be read"):
+        TokenCache(tmp_path).tokens(1)
+
+
+def test_a_run_that_was_stopped_at_its_start_goes_on(model, images, tmp_path):
+    (tmp_path / ".tokens.json").write_text("{")
+    assert len(cache_tokens(model, parts(images), LAYERS, tmp_path).keys) == 9

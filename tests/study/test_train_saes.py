@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -122,3 +123,56 @@ def test_too_few_tokens_for_a_batch(cache, tmp_path):
     recipe = dataclasses.replace(RECIPE, batch_size=10**6)
     with pytest.raises(ValueError, match="^batch_size: expected at most the 288 tokens to train on, got 1000000"):
         train_saes(cache, tmp_path, recipe, held_out=0.25)
+
+
+def test_the_reported_tokens_are_drawn_from_the_whole_grid(monkeypatch, tmp_path):
+    """A fixed step through the patches would meet the same column of every image."""
+    cache = cache_tokens(
+        tiny_vit(torch.float32),
+        [(torch.randn(40, 3, 32, 48, generator=torch.Generator().manual_seed(4)), None)],
+        [1],
+        tmp_path / "cache",
+    )
+    module = sys.modules["fastfg.study.train_saes"]  # the package has the function of that name
+    monkeypatch.setattr(module, "REPORTED", 120)
+    seen, kept = [], report
+
+    def look(sae, x, **options):
+        seen.append(x)
+        return kept(sae, x, **options)
+
+    monkeypatch.setattr(module, "report", look)
+    train_saes(cache, tmp_path / "out", RECIPE, held_out=0.5, buffer=256)
+    (tokens,) = seen
+    assert len(tokens) == 120  # of 20 images with 24 patches
+    every = cache.tokens(1).unflatten(0, (40, 24))
+    places = {int((every == token).all(-1).nonzero()[0, 1]) for token in tokens}
+    assert len(places) > 20
+
+
+def test_what_is_damaged_is_named(cache, tmp_path):
+    train_saes(cache, tmp_path, RECIPE, **OPTIONS)
+    folder = tmp_path / "trained" / "layer_1"
+    for name in ("sae.safetensors", "report.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:9])
+        with pytest.raises(ValueError, match=r"^out: expected an SAE and its report in .*layer_1, got .*\(remove the"):
+            train_saes(cache, tmp_path, RECIPE, **OPTIONS)
+        (folder / name).write_bytes(whole)
+    (folder / "report.json").unlink()
+    (folder / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"^out: expected a checkpoint in .*{CHECKPOINT}, got .*remove it"):
+        train_saes(cache, tmp_path, RECIPE, **OPTIONS)
+
+
+def test_kinds_and_layers_may_be_one_or_an_iterator(cache, tmp_path):
+    assert list(train_saes(cache, tmp_path, RECIPE, kinds="random", layers=1, **OPTIONS)) == [("random", 1)]
+    kinds, layers = iter(["random", "trained"]), iter([1, 2])
+    found = train_saes(cache, tmp_path, RECIPE, kinds=kinds, layers=layers, **OPTIONS)
+    assert list(found) == [("random", 1), ("random", 2), ("trained", 1), ("trained", 2)]
+
+
+def test_only_the_named_images_are_used(cache, tmp_path):
+    train_saes(cache, tmp_path, RECIPE, layers=[1], keys=[f"image {i}" for i in range(8)], **OPTIONS)
+    data = json.loads((tmp_path / "trained" / "layer_1" / "report.json").read_text())["data"]
+    assert (data["images"], data["held_out_images"]) == (6, 2)
