@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfg.sae.formats.common import Config, Contents, Given, build, check_width, like, standard
+from fastfg.sae.formats.common import TENSORS, Config, Contents, Given, build, check_width, like, standard
 from fastfg.sae.model import SparseAutoencoder
 
 NAME = "BatchTopK"
 FILES = "BatchTopK: sae.pt + config.json"
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 LOG_THRESHOLD = "jumprelu.log_threshold"
 UNUSED = ("num_batches_not_active",)
 TYPES = ("vanilla", "topk", "batchtopk", "jumprelu")

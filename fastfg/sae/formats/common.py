@@ -23,6 +23,7 @@ from fastfg.sae.model import DTYPES, SparseAutoencoder, check_finite
 SITE = "resid_post"  # the one that fastfg reads: the block's output
 POINT = re.compile(r"(?:vision_model\.|visual\.)?blocks\.(\d+)\.hook_resid_post")
 TOKENS = ("patches", "all")
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")  # as fastfg and several formats name them
 OVERRIDES = (
     "site", "model", "tokens", "activation", "k", "threshold", "post", "normalize", "subtract_b_dec", "input_mean",
     "input_scale", "decoder_norm", "row_norm", "delta",
@@ -91,6 +92,15 @@ class Contents:
         for config in self.configs.values():
             if not fields or config.has(*fields):
                 return config
+        return None
+
+    def inside(self, *names: str) -> Config | None:
+        """The config in the weights file itself, a dict or a pickled object, at the first of ``names`` that has one."""
+        content = self.weights.content
+        for name in names if isinstance(content, dict) else ():
+            inner = content.get(name)
+            if isinstance(inner, (Record, dict)):
+                return Config(inner.fields if isinstance(inner, Record) else inner, self.file)
         return None
 
     def mapping(self, name: str | None = None) -> dict[str, Any]:
@@ -198,6 +208,11 @@ class Given:
         return sorted(self.values)
 
 
+def text(value: Any) -> str | None:
+    """A string as it is, and None for anything else."""
+    return value if isinstance(value, str) else None
+
+
 def said_tokens(class_only: Any, patches_only: Any, file: Path) -> str | None:
     """The tokens that an SAE was trained on, by two flags of its config; None if they are missing."""
     if class_only is None and patches_only is None:
@@ -247,7 +262,7 @@ def build(
 
 def standard(picked: Mapping[str, Tensor]) -> dict[str, Any]:
     """``W_enc [d, F]``, ``b_enc``, ``W_dec [F, d]``, ``b_dec`` as they are."""
-    return {name: picked[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return {name: picked[name] for name in TENSORS}
 
 
 def transposed(picked: Mapping[str, Tensor], name: str, contents: Contents) -> Tensor:

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastfg.sae.formats.common import Config, Contents, Given, block_at
+from fastfg.sae.formats.common import TENSORS, Config, Contents, Given, block_at
 from fastfg.sae.model import OPTIONAL_TENSORS, SparseAutoencoder, check_finite
 
 NAME = "fastfg"
 CONFIG, WEIGHTS = "config.json", "sae.safetensors"
 FILES = f"fastfg: {CONFIG} + {WEIGHTS}"
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def matches(contents: Contents) -> bool:

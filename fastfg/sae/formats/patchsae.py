@@ -6,13 +6,21 @@ block that counts from the end must be given.
 
 from __future__ import annotations
 
-from fastfg.sae.files.allowed import Record
-from fastfg.sae.formats.common import Config, Contents, Given, block_at, build, check_width, said_tokens, standard
+from fastfg.sae.formats.common import (
+    TENSORS,
+    Config,
+    Contents,
+    Given,
+    block_at,
+    build,
+    check_width,
+    said_tokens,
+    standard,
+)
 from fastfg.sae.model import SparseAutoencoder
 
 NAME = "patchsae"
 FILES = "patchsae and ConceptScope: one .pt file with its config"
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def matches(contents: Contents) -> bool:
@@ -50,11 +58,4 @@ def read(contents: Contents, given: Given) -> SparseAutoencoder:
 
 
 def _config(contents: Contents) -> Config | None:
-    content = contents.weights.content
-    if contents.kind != "torch" or not isinstance(content, dict):
-        return None
-    for name in ("cfg", "config"):
-        inner = content.get(name)
-        if isinstance(inner, (Record, dict)):
-            return Config(inner.fields if isinstance(inner, Record) else inner, contents.file)
-    return None
+    return contents.inside("cfg", "config") if contents.kind == "torch" else None

@@ -9,8 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastfg.sae.files.allowed import Record
-from fastfg.sae.formats.common import POINT, Config, Contents, Given, build, check_width, said_tokens, standard
+from fastfg.sae.formats.common import (
+    POINT,
+    TENSORS,
+    Config,
+    Contents,
+    Given,
+    build,
+    check_width,
+    said_tokens,
+    standard,
+    text,
+)
 from fastfg.sae.model import SparseAutoencoder
 
 NAME = "Prisma"
@@ -24,7 +34,6 @@ NORMALIZATIONS = {
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "constant_norm",
 }
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 GATED = ("r_mag", "b_gate", "b_mag")
 
 
@@ -66,7 +75,7 @@ def read(contents: Contents, given: Given) -> SparseAutoencoder:
         contents, given, NAME,
         site="resid_post",
         layer=block(contents),
-        model=_text(config.get("vit_model_name") or config.get("model_name")),
+        model=text(config.get("vit_model_name") or config.get("model_name")),
         tokens=said_tokens(config.get("cls_token_only"), config.get("use_patches_only"), config.file),
         normalize=_one_of(config, "normalize_activations", NORMALIZATIONS, given, "normalize"),
         subtract_b_dec=True,
@@ -80,17 +89,7 @@ def read(contents: Contents, given: Given) -> SparseAutoencoder:
 
 def _config(contents: Contents) -> Config | None:
     """The config inside the file, or else the one beside it."""
-    content = contents.weights.content
-    inner = content.get("cfg") if isinstance(content, dict) else None
-    if isinstance(inner, Record):
-        return Config(inner.fields, contents.file)
-    if isinstance(inner, dict):
-        return Config(inner, contents.file)
-    return contents.configs.get("config.json")
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    return contents.inside("cfg") or contents.configs.get("config.json")
 
 
 def _check_site(config: Config, contents: Contents) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastfg.sae.formats import folding
-from fastfg.sae.formats.common import POINT, Config, Contents, Given, build, check_width, like, scalar, standard
+from fastfg.sae.formats.common import POINT, Config, Contents, Given, build, check_width, like, scalar, standard, text
 from fastfg.sae.model import SparseAutoencoder
 
 NAME = "SAELens"
@@ -63,7 +63,7 @@ def read(contents: Contents, given: Given) -> SparseAutoencoder:
         contents, given, NAME,
         site=_site(point),
         layer=block(contents),
-        model=_text(config.get("model_name") or metadata.get("model_name")),
+        model=text(config.get("model_name") or metadata.get("model_name")),
         folded=folded,
         subtract_b_dec=given.agree("subtract_b_dec", config.optional("apply_b_dec_to_input", bool)),
         **_normalization(contents, config, given, weights["W_enc"]),
@@ -76,10 +76,6 @@ def read(contents: Contents, given: Given) -> SparseAutoencoder:
 
 def _config(contents: Contents) -> Config | None:
     return contents.config(*FIELDS)
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _point(config: Config) -> str | None:

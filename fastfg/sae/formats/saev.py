@@ -9,12 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastfg.sae.formats.common import Config, Contents, Given, build, check_width, input_affine, like, scalar, standard
+from fastfg.sae.formats.common import (
+    TENSORS,
+    Config,
+    Contents,
+    Given,
+    build,
+    check_width,
+    input_affine,
+    like,
+    scalar,
+    standard,
+)
 from fastfg.sae.model import SparseAutoencoder
 
 NAME = "saev"
 FILES = "saev: sae.pt, a JSON line and a torch stream"
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLD = "activation.threshold"
 SCHEMAS = (1, 2, 3, 4, 5)
 ACTIVATIONS = ("Relu", "TopK", "BatchTopK")
