@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastfg.cli.console import EachOnce, add_command, at_least_one, count, file_or_folder, say, tracker
+from fastfg.cli.console import (
+    EachOnce,
+    above_zero,
+    add_command,
+    at_least_one,
+    count,
+    file_or_folder,
+    say,
+    share,
+    tracker,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +30,6 @@ if TYPE_CHECKING:
     from fastfg.sae.report import SAEReport
     from fastfg.study import TokenCache
 
-KINDS = ("trained", "frozen-decoder", "soft-frozen", "frozen-encoder", "random")
 COLUMNS = {  # of the table: {title: (attribute of the report, format)}
     "explained variance": ("explained_variance", ".4f"),
     "L0": ("l0", ".1f"),
@@ -49,6 +58,7 @@ over tokens of images that were not trained on.
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NO_EXPLANATION, NOTES, add_model_arguments, add_reading_arguments
+    from fastfg.sae.recipe import KINDS
 
     summary = "Train TopK SAEs on the patch tokens of images, and controls beside them."
     command = add_command(commands, "train-sae", run, summary, WRITES + NOTES)
@@ -71,7 +81,7 @@ def add(commands: Any) -> None:
     add("--k-aux", type=int, metavar="N", help="dead features of the auxiliary loss; default: near d / 2; 0: none")
     dead = "tokens after which an inactive feature is dead; default: a tenth of those of the run, at most 10,000,000"
     add("--dead-after", type=at_least_one, metavar="N", help=dead)
-    add("--held-out", type=_share, default=0.1, metavar="X", help="share of the images, or groups, to report on")
+    add("--held-out", type=share, default=0.1, metavar="X", help="share of the images, or groups, to report on")
     groups = "CSV or Parquet with the columns image and group; no group is trained on and reported on"
     add("--groups", type=file_or_folder, metavar="FILE", help=groups)
     add("--precision", choices=("float32", "bfloat16"), help="of the encoder; default: bfloat16 on a GPU, else float32")
@@ -81,7 +91,7 @@ def add(commands: Any) -> None:
     add("--tokens", type=file_or_folder, metavar="DIR", help="folder of the tokens; default: OUT/tokens")
     add("--tokens-per-image", type=at_least_one, metavar="N", help="patches per image, drawn at random; default: all")
     add("--tokens-dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="of the tokens on disk")
-    add("--max-gigabytes", type=_positive, metavar="X", help="the most that the tokens may take on disk")
+    add("--max-gigabytes", type=above_zero, metavar="X", help="the most that the tokens may take on disk")
     add("--buffer", type=at_least_one, default=2**18, metavar="N", help="tokens in memory that are shuffled")
     add_reading_arguments(command)
 
@@ -92,25 +102,6 @@ def _blocks(text: str) -> list[int]:
     if found is None or (found[2] and int(found[2]) < int(found[1])):
         raise argparse.ArgumentTypeError(f"expected a block or a range of blocks, such as 4 or 2-10, got {text!r}")
     return list(range(int(found[1]), int(found[2] or found[1]) + 1))
-
-
-def _share(text: str) -> float:
-    """Argument type: a number between 0 and 1."""
-    share = _positive(text)
-    if share >= 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
-    return share
-
-
-def _positive(text: str) -> float:
-    """Argument type: a number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return number
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -238,6 +229,7 @@ def _table(found: dict[tuple[str, int], SAEReport]) -> None:
     from rich.table import Table
 
     from fastfg.cli.console import console
+    from fastfg.sae.recipe import KINDS
 
     table = Table("block", "SAE", *COLUMNS, box=None)
     for column in table.columns[:2]:
@@ -253,6 +245,7 @@ def _table(found: dict[tuple[str, int], SAEReport]) -> None:
 def _write_csv(out: Path) -> None:
     """Write ``saes.csv``: a row for each SAE in ``out``, those of earlier calls too."""
     from fastfg.cli.inputs import CSVRows
+    from fastfg.sae.recipe import KINDS
 
     reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/layer_*/report.json"))]
     reports.sort(key=lambda one: (KINDS.index(one["recipe"]["kind"]), one["layer"]))

@@ -104,17 +104,20 @@ def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         chosen = next(name for name in candidates if not reasons(op, name, device, dtype))
         log.info("%s on %s (%s): %s", op, device.type, dtype, chosen)
         return chosen
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    _check_known(backend)
     if against := reasons(op, backend, device, dtype):
         raise BackendError(f"backend: {backend!r} can't run {op}: {'; '.join(against)}")
     return backend
 
 
-def only_reference(op: str, backend: str, what: str) -> None:
-    """Require ``auto`` or the reference, for ``what`` the other backends do not have."""
+def _check_known(backend: str) -> None:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+
+
+def only_reference(op: str, backend: str, what: str) -> None:
+    """Require ``auto`` or the reference, for ``what`` the other backends do not have."""
+    _check_known(backend)
     if backend not in ("auto", "reference"):
         raise BackendError(f"backend: {backend!r} can't run {op}: only the reference has {what}")
 

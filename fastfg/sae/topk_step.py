@@ -57,6 +57,10 @@ class TopKStep:
     def weights(self) -> list[Tensor]:
         return [self.W_enc, self.b_enc, self.W_dec]
 
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite. Waits for the device."""
+        return all(bool(w.isfinite().all()) for w in (*self.weights, self.b_dec))
+
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The encoder's input and the reconstruction [T, d], and the values and indices [T, K] of the codes."""
         centred = x - self.b_dec

@@ -149,7 +149,7 @@ class _Training(TopKStep):
         self.revived += len(dead)
 
     def _check_finite(self) -> None:
-        if not all(bool(w.isfinite().all()) for w in (*self.weights, self.b_dec)):
+        if not self.is_finite():
             raise RuntimeError(f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.lr}")
 
     def finish(self) -> SparseAutoencoder:

@@ -55,31 +55,31 @@ class SAETrainer(TopKStep):
         return (x - self.centre) / self.unit
 
     @torch.no_grad()
-    def train(self, x: Tensor) -> Tensor:
-        """Do one step on tokens ``x`` [T, d]. Returns its loss before the step, a number on the device."""
-        loss, _ = self.step(self.scaled(x), self.recipe.learning_rate(self.done))
+    def train(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Do one step on tokens ``x`` [T, d]. Returns what :meth:`step` returns."""
+        found = self.step(self.scaled(x), self.recipe.learning_rate(self.done))
         self._hold()
         self.done += 1
-        return loss
+        return found
 
     @torch.no_grad()
-    def progress(self, x: Tensor) -> dict[str, float]:
-        """Explained variance and L0 on tokens ``x``, and the share of features that are dead. Waits for the device.
+    def progress(self, x: Tensor, loss: Tensor, counts: Tensor) -> dict[str, float]:
+        """Explained variance and L0 of tokens ``x`` before the step that gave ``loss`` and ``counts``, and the share of
+        features that are dead. Waits for the device.
 
         The share is NaN as long as fewer tokens were seen than a feature must miss to be dead.
         """
         scaled = self.scaled(x)
-        _, x_hat, values, _ = self.reconstruct(scaled)
-        error, variance = (x_hat - scaled).square().sum(), (scaled - scaled.mean(0)).square().sum()
+        variance = (scaled - scaled.mean(0)).square().sum() / len(x)
         dead = (self.unused >= self.dead_after).double().mean()
-        numbers = torch.stack([1 - error.double() / variance, (values > 0).double().sum(1).mean(), dead]).tolist()
+        numbers = torch.stack([1 - loss.double() / variance, counts.double().sum() / len(x), dead]).tolist()
         if self.done * self.recipe.batch_size < self.dead_after:
             numbers[2] = math.nan
         return dict(zip(("explained_variance", "l0", "dead_share"), numbers, strict=True))
 
     def finish(self, **provenance: Any) -> SparseAutoencoder:
         """The SAE in the tokens' own units. Raises ValueError if the weights are not finite."""
-        if not all(bool(w.isfinite().all()) for w in (*self.weights, self.b_dec)):
+        if not self.is_finite():
             raise ValueError(
                 f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.recipe.lr}"
             )

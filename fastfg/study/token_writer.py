@@ -137,7 +137,7 @@ class _Writer:
         index = self.folder / SHARDS
         text = index.read_text(encoding="utf-8") if index.exists() else ""
         if not text.endswith("\n"):  # a run was stopped in the middle of a line
-            _replace(index, text[: text.rfind("\n") + 1])
+            write_whole(index, text[: text.rfind("\n") + 1])
 
     def add(self, tokens: dict[int, Tensor], keys: list[str]) -> None:
         """Add the tokens [B, n, d] per layer of images that are new."""
@@ -152,7 +152,9 @@ class _Writer:
             self.flush()  # images of another size
         if self.width is None:
             self.width = first.shape[2]
-            _replace(self.folder / RECIPE, json.dumps({"format": FORMAT, "width": self.width, **self.recipe}, indent=2))
+            write_whole(
+                self.folder / RECIPE, json.dumps({"format": FORMAT, "width": self.width, **self.recipe}, indent=2)
+            )
         self.pending.append((tokens, keys))
         self.pending_bytes += size
         self.known.update(keys)
@@ -186,7 +188,8 @@ def _foreign(folder: Path) -> list[str]:
     return [file.name for file in folder.iterdir() if file.name != f".{RECIPE}"]
 
 
-def _replace(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that is never seen half written."""
     hidden = file.with_name(f".{file.name}")
     hidden.write_text(text, encoding="utf-8")
     hidden.replace(file)

@@ -21,6 +21,7 @@ from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study.token_cache import TokenCache
+from fastfg.study.token_writer import write_whole
 from fastfg.types import integers
 
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
@@ -135,17 +136,17 @@ class _Run:
         found = report(sae, self._some(layer, self.held_out, REPORTED), steps=trainer.steps)
         sae.provenance["validation"] = asdict(found)
         sae.cpu().save(folder)
-        _write(folder / REPORT, json.dumps(described | {"report": asdict(found)}, indent=2))
-        checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)  # before the report, which says that the folder is complete
+        write_whole(folder / REPORT, json.dumps(described | {"report": asdict(found)}, indent=2))
         return found
 
     def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:
         recipe, started, before = trainer.recipe, time.monotonic(), trainer.done
         for tokens in self._batches(trainer, layer):
-            trainer.train(tokens)
+            loss, counts = trainer.train(tokens)
             done = trainer.done
             if done % EVERY == 0 or done == recipe.steps:
-                figures = trainer.progress(tokens)
+                figures = trainer.progress(tokens, loss, counts)
                 seconds = time.monotonic() - started
                 figures["tokens_per_second"] = (done - before) * recipe.batch_size / max(seconds, 1e-9)
                 progress(done, recipe.steps, figures)
@@ -194,9 +195,3 @@ def _earlier(folder: Path, described: dict[str, Any]) -> SAEReport:
                 f"out: expected a new folder, or SAEs with {name} {value}, got {stored.get(name)} in {folder}"
             )
     return found
-
-
-def _write(file: Path, text: str) -> None:
-    hidden = file.with_name(f".{file.name}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(file)

@@ -15,14 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-
 FEATURES = 16
-CONFIGS = [
-    {"BLOCK_P": 4, "num_warps": 4},
-    {"BLOCK_P": 8, "num_warps": 8},
-    {"BLOCK_P": 2, "num_warps": 4},
-]
+TILES = {"BLOCK_P": 4, "num_warps": 4}  # not tuned: a step can't be repeated to time it
 
 
 @triton.jit
@@ -144,8 +138,6 @@ def adam_topk(
     }
     g, x = g.contiguous(), x.contiguous()
 
-    # a step can't be repeated, so tiles are not timed
-    config = tuning.choose("adam_topk", x, (T, K, d, F), CONFIGS[:1], lambda config: None)
     adam_topk_kernel[(len(partial),)](
         x_ptr=x,
         g_ptr=g,
@@ -169,6 +161,6 @@ def adam_topk(
         UNIT_NORM=unit_norm,
         FEATURES=FEATURES,
         BLOCK_D=triton.next_power_of_2(d),
-        **config,
+        **TILES,
     )
     return partial.sum(0), counts
