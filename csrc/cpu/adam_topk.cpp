@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "pairs.h"
+#include "vectors.h"
 
 #include <algorithm>
 #include <cmath>
@@ -45,14 +46,6 @@ struct Adam {
   static scalar_t root(scalar_t v) { return std::sqrt(v); }
   static at::vec::Vectorized<scalar_t> root(const at::vec::Vectorized<scalar_t>& v) { return v.sqrt(); }
 };
-
-template <typename scalar_t>
-scalar_t total(const at::vec::Vectorized<scalar_t>& sums) {
-  scalar_t lanes[at::vec::Vectorized<scalar_t>::size()], sum = 0;
-  sums.store(lanes);
-  for (scalar_t lane : lanes) sum += lane;
-  return sum;
-}
 
 template <typename scalar_t>
 struct Rows {  // of one feature

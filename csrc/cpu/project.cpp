@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "check.h"
+#include "vectors.h"
 
 #include <algorithm>
 #include <limits>
@@ -28,14 +29,6 @@ template <typename scalar_t>
 void request(const scalar_t* later, int64_t i, int64_t n) {
   constexpr int64_t LINE = 64 / sizeof(scalar_t);
   for (int64_t j = 0; j < n; j += LINE) __builtin_prefetch(later + i + j, 0, 2);
-}
-
-template <typename scalar_t>
-scalar_t total(const at::vec::Vectorized<scalar_t>& sums) {
-  scalar_t lanes[at::vec::Vectorized<scalar_t>::size()], sum = 0;
-  sums.store(lanes);
-  for (scalar_t lane : lanes) sum += lane;
-  return sum;
 }
 
 // Two accumulators hide the latency of the multiply-add.
