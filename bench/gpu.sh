@@ -50,7 +50,7 @@ install() { # MODE of the native ops
 export -f install; export python out
 # without a compiler, everything but the native ops can still run; their own tests then fail
 part build bash -c 'install require' || part build-without-native bash -c 'install skip'
-part info "$python" -m fastfg.cli info
+part info "$python" -m fastfg info
 
 # The tests name the required backends (tests/ops/cases.py): here the reference, the native ops and Triton.
 # Most of the time goes into compiling each kernel for each kind of shape, on the CPU.

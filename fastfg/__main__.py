@@ -1,4 +1,4 @@
-"""``python -m fastfg.cli``."""
+"""``python -m fastfg``."""
 
 from fastfg.cli import entry
 

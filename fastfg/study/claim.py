@@ -1,0 +1,141 @@
+"""What a study may claim: the gate improves explanations only if four conditions hold, all fixed before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastfg.report.contents import Claim, Condition, Effect
+from fastfg.study.measures import ORDERS, PRIMARY
+from fastfg.study.paired import paired
+from fastfg.study.resampling import ALPHA
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GATE, VANILLA, SHUFFLED = "gate", "vanilla", "shuffled (mean of seeds)"
+SIGNS = 3  # of the four modes, in which the difference must have the same sign
+
+
+class Judgement(NamedTuple):
+    """Whether the gate improves explanations.
+
+    Attributes:
+        claim: the answer in a sentence, and the conditions that it rests on.
+        strongest: the control that the gate is ahead of by the least; None without controls.
+        against_gate: the paired comparison of every other variant with the gate, by the primary score. Holm's
+            correction counts all of them.
+        signs: one row per compared variant, mode and order: the mean difference, positive where the gate is better.
+    """
+
+    claim: Claim
+    strongest: str | None
+    against_gate: pd.DataFrame
+    signs: pd.DataFrame
+
+
+def with_mean_of_shuffled(scores: pd.DataFrame, shuffled: Sequence[str]) -> pd.DataFrame:
+    """``scores`` with one more variant: per image, the mean over the shuffled decoders. NaN where one has no score."""
+    import pandas as pd
+
+    own = scores[scores["variant"].isin(list(shuffled))]
+    metrics = scores.attrs["metrics"]
+    if not len(own):
+        return scores
+    means = own.groupby("image")[metrics].agg(lambda values: values.mean(skipna=False))
+    others = own.drop_duplicates("image").set_index("image").assign(variant=SHUFFLED, error=None)
+    rows = others.assign(**{metric: means[metric] for metric in metrics}).reset_index()[list(scores.columns)]
+    table = pd.concat([scores, rows.astype(scores.dtypes.to_dict())], ignore_index=True)
+    table.attrs = scores.attrs
+    return table
+
+
+def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], seed: int = 0) -> Judgement:
+    """Judge ``gate`` by the scores of the test images.
+
+    Args:
+        tables: {mode: scores with the columns ``srg``, ``deletion``, ``insertion``}; the first mode is the primary one.
+        controls: the variants that the gate must beat beside vanilla.
+    """
+    primary = next(iter(tables.values()))
+    compared = primary[primary["variant"].isin([GATE, VANILLA, *controls])]
+    compared.attrs = primary.attrs
+    table = paired(compared, GATE, metrics=[PRIMARY], seed=seed)
+    rows = table.set_index("variant")
+    strongest = _strongest(rows, controls)
+    against = [VANILLA, *([strongest] if strongest else [])]
+    signs = _signs(tables, against)
+    conditions = [_real(rows, name, "the strongest control, " if name != VANILLA else "") for name in against]
+    if not strongest:
+        conditions.append(Condition("Better than the strongest control", False, "no control was judged"))
+    needed = min(SIGNS, len(tables) * len(ORDERS)) if len(tables) > 1 else len(ORDERS)
+    for name in against:
+        own = signs[signs["against"] == name]
+        good, n = int((own["gain"] > 0).sum()), len(own)
+        modes = "; ".join(f"{r.order}, {r.mode}: {r.gain:+.4f}" for r in own.itertuples(index=False))
+        conditions.append(
+            Condition(f"Ahead of {name} in at least {needed} of {n} modes", good >= needed, f"{good} of {n} ({modes})")
+        )
+    sentence, holds = _sentence(conditions, rows, strongest)
+    effects = [_effect(rows, name) for name in against]
+    return Judgement(Claim(sentence, holds, conditions, effects), strongest, table, signs)
+
+
+def _effect(rows: pd.DataFrame, name: str) -> Effect:
+    """The gate less variant ``name``, in the primary score."""
+    row = rows.loc[name]
+    verdict = {"worse": "better", "better": "worse"}.get(row["verdict"], row["verdict"])
+    numbers = (float(-row[column]) for column in ("difference", "high", "low"))
+    return Effect(GATE, name, PRIMARY, *numbers, float(row["p_holm"]), int(row["n"]), verdict)
+
+
+def _strongest(rows: pd.DataFrame, controls: Sequence[str]) -> str | None:
+    """The control with the smallest gain of the gate over it."""
+    own = rows.loc[[name for name in controls if name in rows.index], "difference"].dropna()
+    return str(own.idxmax()) if len(own) else None  # the difference is the control's score less the gate's
+
+
+def _real(rows: pd.DataFrame, name: str, what: str) -> Condition:
+    """Whether the gate is better than variant ``name`` by the paired test."""
+    text = f"Better than {what}{name} (Holm p < {ALPHA:g})"
+    row = rows.loc[name]
+    holds = row["verdict"] == "worse"  # than the gate
+    detail = f"difference {_gain(row)}, Holm p {_p(row['p_holm'])}, n = {row['n']}"
+    if row["groups"] != row["n"]:
+        detail += f" in {row['groups']} groups"
+    return Condition(text, holds, f"{detail}; {row['reason']}" if row["reason"] else detail)
+
+
+def _gain(row: pd.Series) -> str:
+    """The gate's gain over the variant of ``row``, with its interval."""
+    text = f"{-row['difference']:+.4f}"
+    return text if row["low"] != row["low"] else f"{text} [{-row['high']:+.4f}, {-row['low']:+.4f}]"
+
+
+def _p(p: float) -> str:
+    return "not tested" if p != p else "< .001" if p < 0.001 else f"= {p:.3f}".replace("0.", ".")
+
+
+def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.DataFrame:
+    """The gate's mean gain over each of ``against`` by the curve of each order in each mode, on common images."""
+    import pandas as pd
+
+    rows = []
+    for mode, table in tables.items():
+        for order, metric in ORDERS.items():
+            scores = table.pivot(index="image", columns="variant", values=metric)
+            for name in against:
+                both = scores[[GATE, name]].dropna()
+                gain = (both[GATE] - both[name]).mean() * (-1 if order == "MIF" else 1)
+                rows.append({"against": name, "mode": mode, "order": order, "gain": gain, "n": len(both)})
+    return pd.DataFrame(rows, columns=["against", "mode", "order", "gain", "n"])
+
+
+def _sentence(conditions: Sequence[Condition], rows: pd.DataFrame, strongest: str | None) -> tuple[str, bool]:
+    vanilla = rows.loc[VANILLA]
+    effect = f"{_gain(vanilla)} in SRG against vanilla, Holm p {_p(vanilla['p_holm'])}, n = {vanilla['n']}"
+    failed = [condition for condition in conditions if not condition.holds]
+    if not failed:
+        return f"The gate improves explanations: {effect}, and it is better than the strongest control ({strongest}).", True
+    lines = "; ".join(f"{condition.text[0].lower()}{condition.text[1:]}" for condition in failed)
+    return f"No improvement can be claimed ({effect}). What failed: {lines}.", False

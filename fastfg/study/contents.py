@@ -1,0 +1,251 @@
+"""Turn the outcome of a study into what its report shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import fastfg
+from fastfg.report.contents import Contents
+from fastfg.report.contents import Variant as Described
+from fastfg.study.claim import GATE, SHUFFLED, VANILLA, Judgement, judge_claim, with_mean_of_shuffled
+from fastfg.study.judging import Judging
+from fastfg.study.measures import ORDERS, PRIMARY, curves
+from fastfg.study.paired import paired
+from fastfg.study.prepare import sizes
+from fastfg.study.protocol import Outcome, describe, test_measures
+from fastfg.study.rank import rank_test
+from fastfg.study.selection import layer_variants, sweep_variants
+from fastfg.study.statistics import summarize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ABOUT = {
+    VANILLA: "TransMM (Chefer et al. 2021), without a gate",
+    GATE: "Feature-Gradient Attribution with the chosen gate",
+    "gradient x residual": "the same gate with g . x, without an SAE",
+    "SAE error": "the same gate with what the SAE leaves out of x",
+    "frozen-decoder SAE": "the same gate with an SAE whose dictionary stays random",
+    "random SAE": "the same gate with an SAE that is random but for a scale",
+    "permuted gate": "the same gates on other patches",
+    "blurred vanilla": "vanilla under a blur that changes it as much as the gate does",
+    "random": "uniform noise",
+    "centre": "a Gaussian in the middle of the image",
+    SHUFFLED: "the same gate with decoder rows that belong to other features, mean over seeds",
+}
+
+
+def judgement(outcome: Outcome, seed: int) -> tuple[Judgement, dict[str, pd.DataFrame]]:
+    """The claim, and the test's scores {mode: table} with the mean of the shuffled decoders as one variant."""
+    tables = {mode: with_mean_of_shuffled(table, outcome.shuffled) for mode, table in outcome.tests.items()}
+    controls = [*outcome.controls, *([SHUFFLED] if outcome.shuffled else [])]
+    return judge_claim(tables, controls, seed), tables
+
+
+def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[Any] = ()) -> Contents:
+    """What the report of a study shows."""
+    config = judging.config
+    judged, tables = judgement(outcome, config.run.seed)
+    shown = _joined(tables, outcome.shuffled)
+    metrics = shown.attrs["metrics"]
+    directions = _directions(metrics)
+    options: dict[str, Any] = {"metrics": metrics, "higher_is_better": directions}
+    return Contents(
+        title=config.title,
+        subtitle=f"Feature-Gradient Attribution, fastfg {fastfg.__version__}",
+        claims=[judged.claim],
+        scores=shown,
+        metrics=metrics,
+        titles=_titles(metrics),
+        higher_is_better=directions,
+        variants=_described(shown),
+        summary=summarize(shown, VANILLA, metrics=metrics),
+        paired={
+            VANILLA: paired(shown, VANILLA, seed=config.run.seed, **options),
+            GATE: judged.against_gate,
+        },
+        layers=_layers(judging, outcome),
+        combinations=_combinations(judging, outcome),
+        sweep=_sweep(judging, outcome),
+        curves=_curves(judging, outcome),
+        shuffled=_shuffled(outcome),
+        ranks=_ranks(outcome),
+        images=images,
+        difference=(VANILLA, GATE),
+        evidence_of=GATE,
+        settings=_settings(judging, outcome),
+        versions=_versions(),
+        command=command,
+        notes=_notes(judging),
+        errors=judging.store.failures().to_pandas(),
+    )
+
+
+def _joined(tables: Mapping[str, pd.DataFrame], shuffled: Sequence[str]) -> pd.DataFrame:
+    """One table of all modes, without the single seeds: a metric of a mode is the column ``metric (mode)``."""
+    found: pd.DataFrame | None = None
+    columns: list[str] = []
+    for mode, table in tables.items():
+        names = {metric: f"{metric} ({mode})" for metric in table.attrs["metrics"]}
+        own = table[~table["variant"].isin(list(shuffled))].rename(columns=names)
+        columns += names.values()
+        if found is None:
+            found = own
+        else:
+            at = ["image", "variant"]
+            found = found.merge(own[[*at, *names.values()]], on=at, how="left", validate="one_to_one")
+    assert found is not None
+    found.attrs["metrics"] = columns
+    return found
+
+
+def _metric(column: str) -> str:
+    return column.split(" (")[0]
+
+
+def _directions(columns: Sequence[str]) -> dict[str, bool]:
+    from fastfg.metrics import METRICS
+
+    return {column: METRICS[_metric(column)].higher_is_better for column in columns}
+
+
+def _titles(columns: Sequence[str]) -> dict[str, str]:
+    from fastfg.metrics import METRICS
+
+    orders = {metric: order for order, metric in ORDERS.items()}
+    found = {}
+    for column in columns:
+        metric = _metric(column)
+        title = METRICS[metric].title
+        found[column] = f"{title}{f', {orders[metric]}' if metric in orders else ''} {column[len(metric):]}"
+    return found
+
+
+def _described(scores: pd.DataFrame) -> list[Described]:
+    roles = {VANILLA: "baseline", GATE: "method"}
+    names = list(dict.fromkeys(scores["variant"]))
+    return [Described(name, roles.get(name, "control"), ABOUT.get(name, "")) for name in names]
+
+
+def _layers(judging: Judging, outcome: Outcome) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for variant in layer_variants(judging.config.protocol)[1:]:
+        assert variant.gate is not None
+        named = {"block": variant.gate.layers[0], "score": variant.gate.score}
+        rows.append(named | _mean(outcome.layers, variant.name) | {"reference": _mean(outcome.layers, VANILLA)["mean"]})
+    return pd.DataFrame(rows)
+
+
+def _combinations(judging: Judging, outcome: Outcome) -> pd.DataFrame | None:
+    import pandas as pd
+
+    rows: dict[str, dict[str, Any]] = {}
+    for table in outcome.combined.values():
+        for name in dict.fromkeys(table["variant"]):
+            blocks = name.split(", kappa")[0].split("block")[1].lstrip("s ")
+            rows[blocks] = {"layers": blocks} | _mean(table, name)
+    chosen = ", ".join(map(str, outcome.choice.gate.layers))
+    return pd.DataFrame([row | {"chosen": row["layers"] == chosen} for row in rows.values()]) if rows else None
+
+
+def _sweep(judging: Judging, outcome: Outcome) -> pd.DataFrame:
+    import pandas as pd
+
+    gate, rows = outcome.choice.gate, []
+    for variant in sweep_variants(judging.config.protocol, gate.layers):
+        assert variant.gate is not None
+        named = {"kappa": variant.gate.kappa, "c_max": variant.gate.c_max}
+        rows.append(named | _mean(outcome.sweep, variant.name) | {"chosen": variant.gate == gate})
+    return pd.DataFrame(rows)
+
+
+def _mean(table: pd.DataFrame, variant: str) -> dict[str, Any]:
+    """Mean, standard error and number of the primary scores of one variant."""
+    values = table.loc[table["variant"] == variant, PRIMARY].dropna()
+    return {"metric": PRIMARY, "mean": values.mean(), "se": values.sem(), "n": len(values)}
+
+
+def _curves(judging: Judging, outcome: Outcome) -> pd.DataFrame:
+    import pandas as pd
+
+    names = {judging.identity(variant): variant.name for variant in outcome.variants}
+    names = {identity: name for identity, name in names.items() if name not in outcome.shuffled}
+    found = []
+    for measures in test_measures(judging.config).values():
+        (primary,) = (measure for measure in measures if measure.metric == PRIMARY)
+        found.append(curves(outcome.rows, names, primary))
+    return pd.concat(found, ignore_index=True)
+
+
+def _shuffled(outcome: Outcome) -> pd.DataFrame | None:
+    """The mean primary score per seed, and that of the gate, on the images for which all of them have a score."""
+    import pandas as pd
+
+    if not outcome.shuffled:
+        return None
+    mode, table = next(iter(outcome.tests.items()))
+    seeds = {variant.name: variant.gate.shuffle_seed for variant in outcome.variants if variant.gate}
+    scores = table.pivot(index="image", columns="variant", values=PRIMARY)[[GATE, *outcome.shuffled]].dropna()
+    rows = [
+        {"metric": PRIMARY, "mode": mode, "variant": name, "seed": seeds[name], "mean": mean, "n": len(scores)}
+        for name, mean in scores.mean().items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _ranks(outcome: Outcome) -> pd.DataFrame | None:
+    if not outcome.shuffled:
+        return None
+    table = next(iter(outcome.tests.values()))
+    return rank_test(table, GATE, outcome.shuffled, metrics=[PRIMARY])
+
+
+def _settings(judging: Judging, outcome: Outcome) -> dict[str, object]:
+    config = judging.config
+    found: dict[str, object] = {"chosen gate": describe(outcome.choice.gate), "model": config.model.name}
+    found |= sizes(judging.parts)
+    for table, part in (("saes", config.saes), ("protocol", config.protocol), ("test", config.test)):
+        for name, value in part.model_dump(exclude_none=True).items():
+            found[f"{table}: {name.replace('_', ' ')}"] = value
+    return found | {"seed": config.run.seed}
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    names = ("torch", "timm", "numpy", "pandas", "scipy")
+    return {"fastfg": fastfg.__version__, "Python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _notes(judging: Judging) -> list[str]:
+    import json
+
+    from fastfg.study.protocol import RULES
+
+    rules = json.loads((judging.config.run.out / RULES).read_text(encoding="utf-8"))
+    found = [f"The rule of the choice, written {rules[-1]['written']}: {rules[-1]['rule']}"]
+    if rules[-1]["scores_existed"]:
+        found.append(
+            "This rule was written after scores had been computed in this folder. The choice is then not independent of "
+            "what was seen before."
+        )
+    groups = judging.parts.images.loc[judging.parts.test, "group"]
+    if not judging.config.data.by_group and bool((groups != "").any()):
+        found.append(
+            f"The test images are of {groups.nunique()} known groups, which the statistics do not use (by_group = "
+            "false). Images of one group are not independent, so intervals are too narrow and p values too small."
+        )
+    n = judging.config.test.shuffled
+    if n and (limit := judging.config.test.shuffled_images):
+        found.append(f"The {n} shuffled decoders were judged on {limit} test images or a few more, not on all.")
+    return found
+
+
+def command_line() -> str:
+    """The command that was given, as text."""
+    return " ".join(["fastfg", *sys.argv[1:]])

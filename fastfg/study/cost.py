@@ -1,0 +1,187 @@
+"""What a study will cost on this device, from a short measurement, before anything of it is run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastfg.data import batches
+from fastfg.data.manifest import read_manifest
+from fastfg.models import Adapter, adapt
+from fastfg.models.timm import preprocessing
+from fastfg.sae.recipe import Recipe
+from fastfg.sae.trainer import SAETrainer
+from fastfg.study.config import Config, Train
+from fastfg.study.load_model import load_model
+from fastfg.study.measures import Measure, judge
+from fastfg.study.protocol import test_measures
+from fastfg.study.selection import layer_variants, sweep_variants
+from fastfg.study.variants import Variant, explain
+from fastfg.types import Gate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fastfg.types import Attribution
+
+ASIDE = 3  # random maps beside the first one in the measurement
+STEPS = 2  # training steps that are timed, after a first one
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the study: maps of ``variants`` variants on ``images`` images, judged in ``modes``."""
+
+    title: str
+    images: int
+    variants: int
+    modes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one image costs in one mode: forwards and seconds for no map, and for each map more."""
+
+    forwards: float
+    forwards_per_map: float
+    seconds: float
+    seconds_per_map: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The estimate: one row per stage, and the whole.
+
+    Attributes:
+        table: ``stage``, ``images``, ``variants``, ``forwards``, ``minutes`` of one process.
+        memory: bytes of one process.
+    """
+
+    table: pd.DataFrame
+    memory: int
+
+    @property
+    def minutes(self) -> float:
+        """The whole, in one process."""
+        return float(self.table["minutes"].sum())
+
+
+def stages(config: Config) -> list[Stage]:
+    """The stages that judge maps, with the most variants that each can have."""
+    protocol, test, data = config.protocol, config.test, config.data
+    n_validation, n_test = _n_images(config)
+    first, blocks = test.modes[:1], len(protocol.layers)
+    most = min(protocol.max_layers, blocks)
+    rounds = sum(blocks - size for size in range(1, most))
+    del data
+    return [
+        Stage("blocks, one at a time", min(protocol.layer_images or n_validation, n_validation), len(layer_variants(protocol)), tuple(first)),
+        Stage("combinations, at most", n_validation, blocks + rounds + len(protocol.combinations), tuple(first)),
+        Stage("kappa and c_max", n_validation, len(sweep_variants(protocol, protocol.layers[:1])) + 1, tuple(first)),
+        Stage("test", n_test, 2 + len(test.controls), tuple(test.modes)),
+        Stage("test, shuffled decoders", min(test.shuffled_images or n_test, n_test), test.shuffled, tuple(first)),
+    ]
+
+
+def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -> Cost:
+    """Measure a few images, and multiply."""
+    import pandas as pd
+
+    table = read_manifest(config.data.manifest)
+    shown = table[table["split"] == "validation"].head(config.run.unit)
+    classes = config.model.classes or sorted(set(table.loc[table["split"] == "train", "label"]))
+    given = config.model
+    model = load_model(given.name, given.weights, num_classes=len(classes) if given.probe else None).to(device)
+    adapter, transform = adapt(model), preprocessing(model)
+    (batch,) = batches([Path(path) for path in shown["path"]], transform, len(shown))
+    images, keys = batch.images.to(device), [Path(path).name for path in batch.paths]
+    say(f"Measuring on {len(keys)} images and {device}")
+    rates = {mode: _rate(adapter, images, keys, own) for mode, own in test_measures(config).items()}
+    passes = _seconds_to_explain(adapter, images, config.protocol.layers)
+    rows = [_train_row(config, config.saes.train, images, adapter, device)] if config.saes.train else []
+    for stage in stages(config):
+        forwards = sum(stage.images * (rates[m].forwards + stage.variants * rates[m].forwards_per_map) for m in stage.modes)
+        seconds = sum(stage.images * (rates[m].seconds + stage.variants * rates[m].seconds_per_map) for m in stage.modes)
+        seconds += stage.images * passes * max(1, len(config.kinds) if stage.title == "test" else 1)
+        rows.append(_row(stage.title, stage.images, stage.variants, round(forwards), seconds))
+    return Cost(pd.DataFrame(rows), _memory(config, adapter, device))
+
+
+def _n_images(config: Config) -> tuple[int, int]:
+    table = read_manifest(config.data.manifest, check_files=False)
+    there = {split: int((table["split"] == split).sum()) for split in ("validation", "test")}
+    return config.data.validation or there["validation"], config.data.test or there["test"]
+
+
+def _row(title: str, images: int, variants: int, forwards: int, seconds: float) -> dict[str, Any]:
+    return {"stage": title, "images": images, "variants": variants, "forwards": forwards, "minutes": seconds / 60}
+
+
+def _rate(model: Adapter, images: torch.Tensor, keys: Sequence[str], measures: Sequence[Measure]) -> Rate:
+    """Judge one random map per image, and then several: the difference is what a map costs."""
+    n = len(images)
+    maps, found = explain(model, images, [Variant(str(i), method="random") for i in range(1)], {}, keys=keys)
+    random = torch.Generator().manual_seed(0)
+    more = torch.cat([maps, *(torch.rand(maps.shape, generator=random).to(maps) for _ in range(ASIDE))])
+    seconds, forwards = [], []
+    for some in (more[:1], more[:1], more):  # the first time is not counted
+        started = _now(images.device)
+        names = [str(i) for i in range(len(some))]
+        judged = judge(model, images, some, names, measures, target=found.target, keys=keys, seed=0)
+        seconds.append(_now(images.device) - started)
+        forwards.append(judged.forwards)
+    per_map, per_map_forwards = (seconds[2] - seconds[1]) / ASIDE / n, (forwards[2] - forwards[1]) / ASIDE / n
+    return Rate(
+        forwards[1] / n - per_map_forwards, per_map_forwards, max(0.0, seconds[1] / n - per_map), max(0.0, per_map)
+    )
+
+
+def _seconds_to_explain(model: Adapter, images: torch.Tensor, layers: Sequence[int]) -> float:
+    """Seconds per image for one attribution, without the SAEs' own part."""
+    gates = [Variant("gate", Gate(tuple(layers), score="gradient_x_residual"))]
+    found: list[float] = []
+    result: tuple[torch.Tensor, Attribution]
+    for _ in range(2):
+        started = _now(images.device)
+        result = explain(model, images, gates, {})
+        found.append(_now(images.device) - started)
+    del result
+    return found[-1] / len(images)
+
+
+def _train_row(config: Config, how: Train, images: torch.Tensor, model: Adapter, device: torch.device) -> dict[str, Any]:
+    """The training of all SAEs, from the time of a few steps on random tokens."""
+    width = model.blocks[0].norm1.weight.shape[0] if hasattr(model.blocks[0], "norm1") else images.shape[-1]
+    recipe = Recipe(n_features=how.expansion * width, k=how.k, steps=STEPS + 1, batch_size=how.batch_tokens, lr=how.lr)
+    tokens = torch.randn(how.batch_tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
+    trainer = SAETrainer(recipe, tokens)
+    trainer.train(tokens)
+    started = _now(device)
+    for _ in range(STEPS):
+        trainer.train(tokens)
+    step = (_now(device) - started) / STEPS
+    trained = [kind for kind in config.kinds if kind != "random"]
+    n = len(config.protocol.layers) * len(trained)
+    return _row(f"training of {n} SAEs", how.images or 0, 0, 0, n * how.steps * step)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _memory(config: Config, model: Adapter, device: torch.device) -> int:
+    """Bytes: the peak of the measurement, and the SAEs that it was made without."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    return peak

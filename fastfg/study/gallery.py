@@ -1,0 +1,80 @@
+"""The images of a study's report: pictures, maps of vanilla and the gate, classes and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastfg.data import batches
+from fastfg.report.contents import ImageEntry
+from fastfg.report.overlay import displayed
+from fastfg.study.claim import GATE, VANILLA
+from fastfg.study.judging import Judging
+from fastfg.study.protocol import Outcome
+from fastfg.study.variants import explain
+from fastfg.targets import probabilities
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LARGEST = 300  # images in the report
+BATCH = 8
+Track = Callable[[str], Callable[[int, int], None]]
+
+
+def gallery(judging: Judging, outcome: Outcome, track: Track) -> list[ImageEntry]:
+    """The first :data:`LARGEST` test images that can be read, with the maps of vanilla and the gate."""
+    images = judging.parts.images.loc[judging.parts.test[:LARGEST]]
+    by_path = images.set_index("path", drop=False)
+    shown = [variant for variant in outcome.variants if variant.name in (VANILLA, GATE)]
+    progress, found, done = track(f"Pictures of {len(images)} images"), [], 0
+    for batch in batches([Path(path) for path in images["path"]], judging.parts.transform, BATCH):
+        if batch.paths:
+            rows = by_path.loc[[str(path) for path in batch.paths]]
+            found += _entries(judging, rows, batch.images, shown)
+        done += len(batch.paths) + len(batch.errors)
+        progress(done, len(images))
+    return found
+
+
+def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variants: list[Any]) -> list[ImageEntry]:
+    parts = judging.parts
+    device = next(parts.model.model.parameters()).device
+    keys = list(rows["key"])
+    target = None
+    if judging.config.model.target == "label":
+        target = torch.tensor([parts.classes.index(label) for label in rows["label"]])
+    maps, found = explain(parts.model, images.to(device), variants, parts.saes, target=target, keys=keys)
+    probability = probabilities(found.logits)
+    entries = []
+    for i, row in enumerate(rows.to_dict("records")):
+        picture = displayed(images[i], parts.model.pixel_mean, parts.model.pixel_std)
+        predicted, explained = int(probability[i].argmax()), int(found.target[i])
+        entries.append(
+            ImageEntry(
+                key=row["key"],
+                picture=_uint8(picture),
+                maps={variant.name: maps[c, i].cpu().numpy() for c, variant in enumerate(variants)},
+                label=row["label"] or None,
+                predicted=_name(parts.classes, predicted),
+                probability=float(probability[i, predicted]),
+                explained=_name(parts.classes, explained),
+                group=row["group"] or None,
+                path=row["path"],
+            )
+        )
+    return entries
+
+
+def _name(classes: tuple[str, ...], number: int) -> str:
+    return classes[number] if classes else f"class {number}"
+
+
+def _uint8(picture: Any) -> np.ndarray[Any, Any]:
+    """A picture with values from 0 to 1, [H, W, 3], as uint8."""
+    values = np.asarray(picture)
+    return values if values.dtype == np.uint8 else (values * 255).round().clip(0, 255).astype(np.uint8)

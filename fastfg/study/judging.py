@@ -1,0 +1,127 @@
+"""Judge variants on the images of a study, unit by unit, in as many processes as there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastfg.data import batches
+from fastfg.data.image import MAX_ASPECT, MAX_PIXELS
+from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
+from fastfg.study.config import Config
+from fastfg.study.measures import Measure, judge, wide
+from fastfg.study.prepare import Parts
+from fastfg.study.shards import Failure
+from fastfg.study.store import Store, Unit, Work, run_units
+from fastfg.study.variants import Variant, explain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = {"target": "int64", "score": "float64", "error": "string"}
+Track = Callable[[str], Callable[[int, int], None]]
+
+
+@dataclass
+class Judging:
+    """The scores of a study's images. Scores that the folder already holds are not computed again.
+
+    Attributes:
+        forwards: perturbed forwards that this process has run.
+    """
+
+    config: Config
+    parts: Parts
+    store: Store
+    track: Track
+    forwards: int = 0
+
+    def scores(
+        self, title: str, split: str, variants: Sequence[Variant], measures: Sequence[Measure], limit: int | None = None
+    ) -> pd.DataFrame:
+        """The scores of one mode or several: :func:`fastfg.study.measures.wide` of the rows of these measures.
+
+        Args:
+            split: ``validation`` or ``test``. limit: how many of its images, at least; whole units are judged.
+
+        Returns the rows of the store. All processes get the same ones: the call returns when all units are complete.
+        """
+        units = self.units(split, limit)
+        by_identity = {self.identity(variant): variant for variant in variants}
+        by_measure = {measure.identity: measure for measure in measures}
+        progress = self.track(title)
+
+        def do(unit: Unit, work: Work) -> tuple[Any, list[Failure]]:
+            own = [by_identity[name] for name in work.variants]
+            return self._judge(unit, own, [by_measure[name] for name in work.measures])
+
+        run_units(
+            self.store,
+            units,
+            Work(tuple(by_identity), tuple(by_measure)),
+            do,
+            progress=lambda at: progress(at.done, at.total),
+            max_failures=self.config.data.max_failures,
+        )
+        return self.store.read(units=[u.name for u in units], variants=by_identity, measures=by_measure).to_pandas()
+
+    def table(self, rows: pd.DataFrame, variants: Sequence[Variant], measures: Sequence[Measure]) -> pd.DataFrame:
+        """``rows`` of one mode as a table like that of :func:`fastfg.compare`, with groups if all of them are known."""
+        table = wide(rows, {self.identity(variant): variant.name for variant in variants}, measures)
+        groups = self.parts.images.loc[table["image"], "group"]
+        if self.config.data.by_group and len(groups) and bool((groups != "").all()):
+            table.insert(1, "group", groups.to_numpy())
+        return table
+
+    def identity(self, variant: Variant) -> str:
+        """What the rows of ``variant`` are called in the store."""
+        return variant.identity(self.parts.identities)
+
+    def units(self, split: str, limit: int | None = None) -> list[Unit]:
+        """The images of a split in units, in the order of their hashes; the first ``limit`` images or a few more."""
+        keys, size = getattr(self.parts, split), self.config.run.unit
+        n = len(keys) if limit is None else min(len(keys), math.ceil(limit / size) * size)
+        parts = [tuple(keys[first : first + size]) for first in range(0, n, size)]
+        return [Unit(f"{split}-{i:05d}-{_short(part)}", part) for i, part in enumerate(parts)]
+
+    def _judge(
+        self, unit: Unit, variants: Sequence[Variant], measures: Sequence[Measure]
+    ) -> tuple[Any, list[Failure]]:
+        images = self.parts.images.loc[list(unit.keys)]
+        key = dict(zip(images["path"], images["key"], strict=True))
+        label = dict(zip(images["key"], images["label"], strict=True))
+        masks = None
+        if any(one.metric in METRICS and one.metric not in WITHOUT_MASKS for one in measures):
+            masks = {Path(p): Path(m) for p, m in zip(images["path"], images["mask"], strict=True) if m}
+        paths = [Path(path) for path in images["path"]]
+        limits = {"max_pixels": MAX_PIXELS, "max_aspect": MAX_ASPECT, "masks": masks, "keep_without_mask": True}
+        (batch,) = batches(paths, self.parts.transform, len(paths), **limits)
+        failures = [Failure(key[str(e.path)], str(e.path), e.message) for e in batch.errors]
+        if not batch.paths:
+            return [], failures
+        keys = [key[str(path)] for path in batch.paths]
+        target = None
+        if self.config.model.target == "label":
+            target = torch.tensor([self.parts.classes.index(label[name]) for name in keys])
+        seed = self.config.run.seed
+        device = next(self.parts.model.model.parameters()).device
+        given = batch.images.to(device)
+        common: dict[str, Any] = {"keys": keys, "seed": seed}
+        maps, found = explain(self.parts.model, given, variants, self.parts.saes, target=target, **common)
+        names = [self.identity(variant) for variant in variants]
+        judged = judge(
+            self.parts.model, given, maps, names, measures, target=found.target, masks=batch.masks, **common
+        )
+        self.forwards += judged.forwards
+        return judged.rows, failures
+
+
+def _short(keys: Sequence[str]) -> str:
+    """A few digits that differ between units of different images."""
+    return sha256(",".join(keys).encode()).hexdigest()[:8]

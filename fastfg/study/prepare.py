@@ -1,0 +1,266 @@
+"""What a study needs before its first score: the images, the model and the SAEs. Each is made once, by one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastfg.data import batches
+from fastfg.data.manifest import draw, hash_order, read_manifest
+from fastfg.models import Adapter, adapt
+from fastfg.models.fingerprint import fingerprints
+from fastfg.models.timm import preprocessing
+from fastfg.sae.checkpoints import load_saes
+from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.recipe import Recipe
+from fastfg.study.claims import Claims
+from fastfg.study.config import Config, Train
+from fastfg.study.load_model import load_model
+from fastfg.study.probe import Accuracy, accuracy, features_of, fit_head
+from fastfg.study.shards import write_durably
+from fastfg.study.token_cache import TokenCache
+from fastfg.study.token_writer import cache_tokens
+from fastfg.study.train_saes import Progress, train_saes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BATCH = 16
+MODEL, ACCURACY = "weights.safetensors", "accuracy.json"
+WAIT = 1.0  # seconds between looks at what another process makes
+Say = Callable[[str], None]
+Track = Callable[[str], Callable[[int, int], None]]
+SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images, the model and the SAEs of a study.
+
+    Attributes:
+        images: the manifest's rows that the study uses, by key. validation, test: keys, in the order of their hashes.
+        classes: the names of the model's outputs; empty if they are not known.
+        accuracy: of the head that the study has fitted; None if the model came with one.
+        identities: {kind: {block: a hash of the SAE's weights}}.
+    """
+
+    images: pd.DataFrame
+    validation: list[str]
+    test: list[str]
+    model: Adapter
+    transform: Any
+    classes: tuple[str, ...]
+    accuracy: Accuracy | None
+    saes: SAEsByKind
+    identities: Mapping[str, Mapping[int, str]]
+
+
+def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Parts:
+    """Read the manifest, and make or load the model and the SAEs."""
+    manifest = read_manifest(config.data.manifest)
+    keys = {
+        split: hash_order(draw(manifest, split, n, config.run.seed)["key"], config.run.seed)
+        for split, n in (("validation", config.data.validation), ("test", config.data.test))
+    }
+    for split, found in keys.items():
+        if len(found) < 2:
+            raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
+    train = manifest[manifest["split"] == "train"]
+    once = _Once(config.run.out)
+    model, classes, reached = _model(config, train, manifest, keys["validation"], once, say, track)
+    model = model.to(device)
+    adapter, transform = adapt(model), preprocessing(model)
+    if config.saes.train is not None:
+        _train(config, config.saes.train, adapter, transform, train, once, say, track)
+    saes = _load(config, adapter, device)
+    identities = {kind: {block: _hash(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
+    used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
+    parts = (used, keys["validation"], keys["test"], adapter, transform, classes, reached, saes, identities)
+    return Parts(*parts)
+
+
+class _Once:
+    """Makes things that several processes need: the first one makes them, and the others wait."""
+
+    def __init__(self, out: Path) -> None:
+        self.claims = Claims(out / ".lock", lambda text: None)
+
+    def __call__(self, name: str, ready: Callable[[], bool], make: Callable[[], None]) -> None:
+        while not ready():
+            with self.claims(name) as held:
+                if held:
+                    if not ready():
+                        make()
+                    return
+            time.sleep(WAIT)
+
+
+def _model(
+    config: Config,
+    train: pd.DataFrame,
+    manifest: pd.DataFrame,
+    validation: Sequence[str],
+    once: _Once,
+    say: Say,
+    track: Track,
+) -> tuple[Any, tuple[str, ...], Accuracy | None]:
+    """The classifier in eval mode, the names of its classes, and the accuracy of a head that was fitted here."""
+    given = config.model
+    if not given.probe:
+        return load_model(given.name, given.weights), tuple(given.classes), None
+    classes = tuple(given.classes or sorted(set(train["label"])))
+    if len(classes) < 2:
+        raise ValueError(f"model.probe: expected training images of at least 2 classes, got {list(classes)}")
+    folder = config.run.out / "model"
+
+    def make() -> None:
+        from safetensors.torch import save_file
+
+        model = load_model(given.name, given.weights, num_classes=len(classes))
+        shown = manifest[manifest["key"].isin(validation)]
+        features, labels = _features(model, train, classes, track(f"Features of {len(train)} training images"))
+        held, truth = _features(model, shown, classes, track(f"Features of {len(shown)} validation images"))
+        fit_head(model, features, labels)
+        reached = accuracy(model.head(held).argmax(1), truth, len(classes))
+        folder.mkdir(parents=True, exist_ok=True)
+        hidden = folder / f".{MODEL}"
+        save_file(model.state_dict(), hidden)
+        hidden.replace(folder / MODEL)
+        write_durably(folder / ACCURACY, json.dumps(reached._asdict()).encode())
+
+    once("model", (folder / ACCURACY).exists, make)
+    reached = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
+    say(f"Linear head, on validation images: {reached.describe()}")
+    return load_model(given.name, folder / MODEL), classes, reached
+
+
+def _features(
+    model: Any, images: pd.DataFrame, classes: Sequence[str], progress: Callable[[int, int], None]
+) -> tuple[Tensor, Tensor]:
+    """The features [n, d] of the images that can be read, and their classes [n]."""
+    label = dict(zip(images["path"], images["label"], strict=True))
+    features, labels, done = [], [], 0
+    for batch in batches([Path(path) for path in images["path"]], preprocessing(model), BATCH):
+        if batch.paths:
+            features.append(features_of(model, batch.images))
+            labels += [classes.index(label[str(path)]) for path in batch.paths]
+        done += len(batch.paths) + len(batch.errors)
+        progress(done, len(images))
+    return torch.cat(features), torch.tensor(labels)
+
+
+def _train(
+    config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: _Once, say: Say, track: Track
+) -> None:
+    """Train the SAEs that are missing, in the study's own folder."""
+    out, layers, folder = config.run.out / "saes", config.protocol.layers, config.run.out / "tokens"
+    chosen = draw(train.assign(split="train"), "train", how.images, config.run.seed)
+    kinds = [kind for kind in config.kinds if not all((out / kind / f"layer_{b}/report.json").exists() for b in layers)]
+    if not kinds:
+        return
+    complete = folder / "complete"
+
+    def tokens() -> None:
+        progress = track(f"Tokens of {len(chosen)} images")
+        cache_tokens(
+            model,
+            _images(chosen, transform, next(model.model.parameters()).device),
+            layers,
+            folder,
+            tokens_per_image=how.tokens_per_image,
+            dtype=torch.float16,
+            seed=config.run.seed,
+            progress=lambda done: progress(done, len(chosen)),
+        )
+        write_durably(complete, b"")
+
+    once("tokens", complete.exists, tokens)
+    cache = TokenCache(folder)
+    groups = dict(zip(chosen["key"], chosen["group"], strict=True))
+    grouped = groups if all(groups.values()) else None
+    device = next(model.model.parameters()).device
+    recipe = _recipe(config, how, cache.width, device)
+    for kind in kinds:
+        for layer in layers:
+
+            def make(kind: str = kind, layer: int = layer) -> None:
+                options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
+                train_saes(cache, out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
+
+            once(f"sae {kind} {layer}", (out / kind / f"layer_{layer}" / "report.json").exists, make)
+    for kind in config.kinds:
+        for layer in layers:
+            report = json.loads((out / kind / f"layer_{layer}" / "report.json").read_text(encoding="utf-8"))["report"]
+            figures = f"explained variance {report['explained_variance']:.4f}, L0 {report['l0']:.1f}"
+            say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
+
+
+def _recipe(config: Config, how: Train, width: int, device: torch.device) -> Recipe:
+    return Recipe(
+        n_features=how.expansion * width,
+        k=how.k,
+        steps=how.steps,
+        batch_size=how.batch_tokens,
+        lr=how.lr,
+        precision="bfloat16" if device.type == "cuda" else "float32",
+        seed=config.run.seed,
+    )
+
+
+def _quiet(bar: Callable[[int, int], None]) -> Progress:
+    return lambda done, total, figures: bar(done, total)
+
+
+def _images(
+    images: pd.DataFrame, transform: Any, device: torch.device
+) -> Iterator[tuple[Tensor, Sequence[str] | None]]:
+    key = dict(zip(images["path"], images["key"], strict=True))
+    for batch in batches([Path(path) for path in images["path"]], transform, BATCH):
+        if batch.paths:
+            yield batch.images.to(device), [key[str(path)] for path in batch.paths]
+
+
+def _load(config: Config, model: Adapter, device: torch.device) -> dict[str, dict[int, SparseAutoencoder]]:
+    """{kind: {block: SAE}}. Raises ValueError for SAEs of other weights than the model's."""
+    own = config.run.out / "saes"
+    found = {}
+    for kind in config.kinds:
+        saes = load_saes(config.saes.folders.get(kind, own / kind), config.protocol.layers)
+        check_weights(model, saes)
+        found[kind] = {block: sae.to(device) for block, sae in saes.items()}
+    return found
+
+
+def check_weights(adapter: Adapter, saes: Mapping[int, SparseAutoencoder]) -> None:
+    """Refuse SAEs whose provenance says that they were trained on a model with other weights."""
+    said = {block: sae.provenance["weights"] for block, sae in saes.items() if "weights" in sae.provenance}
+    if not said:
+        return
+    own = fingerprints(adapter, said.keys())
+    other = [block for block, weights in said.items() if own[block] != weights]
+    if other:
+        raise ValueError(f"saes: expected SAEs of this model's weights, got SAEs of other weights for blocks {other}")
+
+
+def _hash(sae: SparseAutoencoder) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sizes(parts: Parts) -> dict[str, Any]:
+    """What the report says of the images and the model."""
+    found: dict[str, Any] = {"validation images": len(parts.validation), "test images": len(parts.test)}
+    if parts.accuracy is not None:
+        found["linear head"] = parts.accuracy.describe()
+    return found

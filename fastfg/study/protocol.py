@@ -1,0 +1,156 @@
+"""The protocol of a study, from top to bottom: choose on validation images, then test, and judge the claim."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastfg.study.claim import GATE, VANILLA
+from fastfg.study.config import Config
+from fastfg.study.judging import Judging
+from fastfg.study.measures import CURVES, PRIMARY, Measure
+from fastfg.study.selection import Choice, choose_gate, choose_layers, layer_variants, rule
+from fastfg.study.shards import write_durably
+from fastfg.study.variants import Variant
+from fastfg.types import METHODS, Gate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RULES, CHOICE = "rules.json", "choice.json"
+PERMUTE_SEED = 1
+Say = Callable[[str], None]
+
+
+class Outcome(NamedTuple):
+    """The scores of a whole study.
+
+    Attributes:
+        layers, sweep: scores of the validation images, for the blocks one at a time, and for kappa and c_max.
+        combined: {title: scores} of the validation images, for the sets of blocks that were compared.
+        choice: the chosen gate.
+        tests: {mode: scores of the test images}. rows: the test images' rows of the store.
+        variants: those of the test. shuffled: the names of the shuffled ones. controls: of the others but vanilla.
+    """
+
+    layers: pd.DataFrame
+    combined: Mapping[str, pd.DataFrame]
+    sweep: pd.DataFrame
+    choice: Choice
+    tests: Mapping[str, pd.DataFrame]
+    rows: pd.DataFrame
+    variants: list[Variant]
+    shuffled: list[str]
+    controls: list[str]
+
+
+def run_protocol(judging: Judging, say: Say) -> Outcome:
+    """Run what is missing of a study. Every process gets the same outcome."""
+    config, protocol, test = judging.config, judging.config.protocol, judging.config.test
+    record_rule(config, bool(judging.store.read().num_rows))
+    primary = Measure.of([PRIMARY], test.modes[0], test.patches_per_step)
+
+    def validate(title: str, variants: Sequence[Variant], limit: int | None = None) -> pd.DataFrame:
+        rows = judging.scores(title, "validation", variants, primary, limit)
+        return judging.table(rows, variants, primary)
+
+    combined: dict[str, pd.DataFrame] = {}
+
+    def score(title: str, variants: Sequence[Variant]) -> Mapping[str, float]:
+        combined[title] = validate(title, variants)
+        return common_means(combined[title])
+
+    singles = layer_variants(protocol)
+    layers = validate("Every block, every score", singles, protocol.layer_images)
+    chosen = choose_layers(protocol, score)
+    choice = choose_gate(protocol, chosen, score)
+    sweep = combined.pop("kappa and c_max")
+    record_choice(config.run.out, choice)
+    say(f"Chosen on {len(judging.parts.validation)} validation images: {describe(choice.gate)}")
+
+    variants, shuffled = _test_variants(config, choice.gate)
+    tests, rows = _test(judging, variants, shuffled)
+    controls = [one.name for one in variants if one.name not in (GATE, VANILLA)]
+    names = [one.name for one in shuffled]
+    return Outcome(layers, combined, sweep, choice, tests, rows, [*variants, *shuffled], names, controls)
+
+
+def common_means(table: pd.DataFrame) -> dict[str, float]:
+    """{variant: mean primary score} over the images for which every variant has a score."""
+    scores = table.pivot(index="image", columns="variant", values=PRIMARY).dropna()
+    return {str(name): float(mean) for name, mean in scores.mean().items()}
+
+
+def describe(gate: Gate) -> str:
+    """The gate in words."""
+    return f"blocks {', '.join(map(str, gate.layers))}, kappa {gate.kappa:g}, c_max {gate.c_max:g}, {gate.score}"
+
+
+def test_measures(config: Config) -> dict[str, list[Measure]]:
+    """{mode: measures} of the test: the curves in every mode, and the other metrics in the first one."""
+    test = config.test
+    return {
+        mode: Measure.of([*CURVES, *(test.metrics if mode == test.modes[0] else ())], mode, test.patches_per_step)
+        for mode in test.modes
+    }
+
+
+def _test_variants(config: Config, gate: Gate) -> tuple[list[Variant], list[Variant]]:
+    """Vanilla, the gate and its controls; and the gates with shuffled decoders."""
+    made = {
+        "gradient_x_residual": Variant("gradient x residual", replace(gate, score="gradient_x_residual")),
+        "sae_error": Variant("SAE error", replace(gate, score="sae_error")),
+        "frozen-decoder": Variant("frozen-decoder SAE", gate, "frozen-decoder"),
+        "random-sae": Variant("random SAE", gate, "random"),
+        "permuted": Variant("permuted gate", replace(gate, permute_seed=PERMUTE_SEED)),
+        "blurred": Variant("blurred vanilla", replace(gate, blurred=True)),
+    }
+    made |= {name: Variant(name.replace("_", " "), method=name) for name in METHODS}
+    controls = [made[name] for name in config.test.controls]
+    seeds = range(config.run.seed, config.run.seed + config.test.shuffled)
+    shuffled = [Variant(name, one) for name, one in gate.shuffled(seeds).items()]
+    return [Variant(VANILLA), Variant(GATE, gate), *controls], shuffled
+
+
+def _test(
+    judging: Judging, variants: list[Variant], shuffled: list[Variant]
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """Judge all variants on the test images: the shuffled ones in the first mode alone."""
+    import pandas as pd
+
+    by_mode = test_measures(judging.config)
+    first = next(iter(by_mode))
+    every = [measure for measures in by_mode.values() for measure in measures]
+    rows = [judging.scores("Test", "test", variants, every)]
+    if shuffled:
+        limit = judging.config.test.shuffled_images
+        rows.append(judging.scores("Test: shuffled decoders", "test", shuffled, by_mode[first], limit))
+    joined = pd.concat(rows, ignore_index=True)
+    tables = {
+        mode: judging.table(joined, [*variants, *(shuffled if mode == first else [])], measures)
+        for mode, measures in by_mode.items()
+    }
+    return tables, joined
+
+
+def record_rule(config: Config, begun: bool) -> None:
+    """Write the rule of the choice before the first score, with the time. A rule that was changed later is added.
+
+    ``begun``: whether the folder already holds scores.
+    """
+    file = config.run.out / RULES
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    text = rule(config.protocol)
+    if not before or before[-1]["rule"] != text:
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        write_durably(file, json.dumps([*before, {"rule": text, "written": now, "scores_existed": begun}], indent=2).encode())
+
+
+def record_choice(out: Path, choice: Choice) -> None:
+    """Write the chosen gate before the first test image is read."""
+    found: dict[str, Any] = {"gate": asdict(choice.gate), "mean": choice.mean, "vanilla": choice.vanilla}
+    write_durably(out / CHOICE, json.dumps(found, indent=2).encode())

@@ -1,0 +1,126 @@
+"""Run a study in one process, or in several that share its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastfg.study.config import Config
+from fastfg.study.contents import command_line, contents
+from fastfg.study.gallery import gallery
+from fastfg.study.judging import COLUMNS, Judging
+from fastfg.study.prepare import Parts, prepare
+from fastfg.study.protocol import run_protocol
+from fastfg.study.shards import write_durably
+from fastfg.study.store import Store
+
+REPORT = "report.html"
+Say = Callable[[str], None]
+Track = Callable[[str], Callable[[int, int], None]]
+
+
+def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Path | None:
+    """Do what is missing of a study, with the other processes that work on its folder, and write its report.
+
+    Args:
+        say: prints a line. track: takes the title of a long step and returns a progress callback.
+        write: whether this process writes the tables and the report.
+
+    Returns the report, or None without ``write``.
+    """
+    device = device_of(config)
+    if device.type == "cpu":
+        torch.set_num_threads(config.run.threads)
+    out = config.run.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_durably(out / "config.json", config.model_dump_json(indent=2).encode())
+    parts = prepare(config, device, say, track)
+    store = Store(out / "scores", columns=COLUMNS, recipe=_recipe(config, parts, device), say=say)
+    judging = Judging(config, parts, store, track)
+    outcome = run_protocol(judging, say)
+    say(f"This process ran {judging.forwards:,} perturbed forwards; everything else was there, or other processes did it")
+    if not write:
+        return None
+    from fastfg.report import write_report
+
+    made = contents(judging, outcome, command_line(), gallery(judging, outcome, track))
+    for line in (claim := made.claims[0]).sentence, *(f"  {'yes' if c.holds else 'no '}  {c.text}: {c.detail}" for c in claim.conditions):
+        say(line)
+    return write_report(made, out)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of this process: with ``auto``, the GPU of its local rank, or the CPU."""
+    if config.run.device != "auto":
+        return torch.device(config.run.device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def default_processes(config: Config) -> int:
+    """One process per GPU; on a CPU, as many as have ``threads`` cores each."""
+    if device_of(config).type == "cuda":
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // config.run.threads)
+
+
+@contextmanager
+def helpers(n: int, arguments: list[str], logs: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """``n`` more processes that run ``fastfg`` with ``arguments``; their output goes to ``logs``.
+
+    They end with the block. One that dies leaves its work to the others.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(1, n + 1):
+            environment = os.environ | {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(n + 1)}
+            with (logs / f"process-{number}.log").open("wb") as log:
+                command = [sys.executable, "-m", "fastfg", *arguments]
+                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        yield started
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        for process in started:
+            process.wait()
+
+
+def _recipe(config: Config, parts: Parts, device: torch.device) -> dict[str, Any]:
+    """What the scores depend on beside images, variants and measures. Another one needs another folder."""
+    on_cpu = {"threads": config.run.threads} if device.type == "cpu" else {}
+    return {
+        "weights": _hash(parts.model.model),
+        "transform": str(parts.transform),
+        "target": config.model.target,
+        "seed": config.run.seed,
+        "unit": config.run.unit,
+        "device": device.type,
+    } | on_cpu
+
+
+def _hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The configuration as plain values."""
+    found: dict[str, Any] = json.loads(config.model_dump_json())
+    return found
