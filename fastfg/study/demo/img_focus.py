@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from fastfg.data.wheels import wheel_file
 from fastfg.models.timm import import_timm
-from fastfg.study.demo.wheels import wheel_file
 
 if TYPE_CHECKING:
     import numpy as np
