@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that shows the defaults and keeps the line breaks of descriptions."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -39,7 +39,7 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add a subcommand. ``summary`` is one line; ``notes`` follow the arguments in the help."""
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=summary, epilog=notes, formatter_class=_Help
+        name, help=summary, description=summary, epilog=notes, formatter_class=Help
     )
     command.set_defaults(run=run, command=name)
     return command

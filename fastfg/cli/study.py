@@ -109,5 +109,3 @@ def _show_cost(config: Any, device: Any, processes: int) -> None:
     total, gigabytes = cost.minutes, cost.memory / 1e9
     say(f"In one process: {total:,.0f} minutes; in {processes}: about {total / processes:,.0f}, if each has a core")
     say(f"Memory: about {gigabytes:.1f} GB per process, and the SAEs")
-
-

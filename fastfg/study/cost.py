@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
 from fastfg.data.manifest import read_manifest
 from fastfg.models import Adapter, adapt
@@ -29,7 +30,6 @@ from fastfg.types import Gate
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fastfg.types import Attribution
 
 ASIDE = 3  # random maps beside the first one in the measurement
 STEPS = 2  # training steps that are timed, after a first one
@@ -75,14 +75,18 @@ class Cost:
 
 def stages(config: Config) -> list[Stage]:
     """The stages that judge maps, with the most variants that each can have."""
-    protocol, test, data = config.protocol, config.test, config.data
+    protocol, test = config.protocol, config.test
     n_validation, n_test = _n_images(config)
     first, blocks = test.modes[:1], len(protocol.layers)
     most = min(protocol.max_layers, blocks)
     rounds = sum(blocks - size for size in range(1, most))
-    del data
     return [
-        Stage("blocks, one at a time", min(protocol.layer_images or n_validation, n_validation), len(layer_variants(protocol)), tuple(first)),
+        Stage(
+            "blocks, one at a time",
+            min(protocol.layer_images or n_validation, n_validation),
+            len(layer_variants(protocol)),
+            tuple(first),
+        ),
         Stage("combinations, at most", n_validation, blocks + rounds + len(protocol.combinations), tuple(first)),
         Stage("kappa and c_max", n_validation, len(sweep_variants(protocol, protocol.layers[:1])) + 1, tuple(first)),
         Stage("test", n_test, 2 + len(test.controls), tuple(test.modes)),
@@ -98,7 +102,8 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
     shown = table[table["split"] == "validation"].head(config.run.unit)
     classes = config.model.classes or sorted(set(table.loc[table["split"] == "train", "label"]))
     given = config.model
-    model = load_model(given.name, given.weights, num_classes=len(classes) if given.probe else None).to(device)
+    new_head = len(classes) if given.probe else None
+    model = load_model(given.name, given.weights, num_classes=new_head, img_size=given.img_size).to(device)
     adapter, transform = adapt(model), preprocessing(model)
     (batch,) = batches([Path(path) for path in shown["path"]], transform, len(shown))
     images, keys = batch.images.to(device), [Path(path).name for path in batch.paths]
@@ -107,8 +112,12 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
     passes = _seconds_to_explain(adapter, images, config.protocol.layers)
     rows = [_train_row(config, config.saes.train, images, adapter, device)] if config.saes.train else []
     for stage in stages(config):
-        forwards = sum(stage.images * (rates[m].forwards + stage.variants * rates[m].forwards_per_map) for m in stage.modes)
-        seconds = sum(stage.images * (rates[m].seconds + stage.variants * rates[m].seconds_per_map) for m in stage.modes)
+        forwards = sum(
+            stage.images * (rates[m].forwards + stage.variants * rates[m].forwards_per_map) for m in stage.modes
+        )
+        seconds = sum(
+            stage.images * (rates[m].seconds + stage.variants * rates[m].seconds_per_map) for m in stage.modes
+        )
         seconds += stage.images * passes * max(1, len(config.kinds) if stage.title == "test" else 1)
         rows.append(_row(stage.title, stage.images, stage.variants, round(forwards), seconds))
     return Cost(pd.DataFrame(rows), _memory(config, adapter, device))
@@ -127,7 +136,7 @@ def _row(title: str, images: int, variants: int, forwards: int, seconds: float) 
 def _rate(model: Adapter, images: torch.Tensor, keys: Sequence[str], measures: Sequence[Measure]) -> Rate:
     """Judge one random map per image, and then several: the difference is what a map costs."""
     n = len(images)
-    maps, found = explain(model, images, [Variant(str(i), method="random") for i in range(1)], {}, keys=keys)
+    maps, found = explain(model, images, [Variant("random", method="random")], {}, keys=keys)
     random = torch.Generator().manual_seed(0)
     more = torch.cat([maps, *(torch.rand(maps.shape, generator=random).to(maps) for _ in range(ASIDE))])
     seconds, forwards = [], []
@@ -147,18 +156,19 @@ def _seconds_to_explain(model: Adapter, images: torch.Tensor, layers: Sequence[i
     """Seconds per image for one attribution, without the SAEs' own part."""
     gates = [Variant("gate", Gate(tuple(layers), score="gradient_x_residual"))]
     found: list[float] = []
-    result: tuple[torch.Tensor, Attribution]
     for _ in range(2):
         started = _now(images.device)
-        result = explain(model, images, gates, {})
+        explain(model, images, gates, {})
         found.append(_now(images.device) - started)
-    del result
     return found[-1] / len(images)
 
 
-def _train_row(config: Config, how: Train, images: torch.Tensor, model: Adapter, device: torch.device) -> dict[str, Any]:
+def _train_row(
+    config: Config, how: Train, images: torch.Tensor, model: Adapter, device: torch.device
+) -> dict[str, Any]:
     """The training of all SAEs, from the time of a few steps on random tokens."""
-    width = model.blocks[0].norm1.weight.shape[0] if hasattr(model.blocks[0], "norm1") else images.shape[-1]
+    (tokens,) = residuals(model, images[:1], config.protocol.layers[:1]).values()
+    width = tokens.shape[-1]
     recipe = Recipe(n_features=how.expansion * width, k=how.k, steps=STEPS + 1, batch_size=how.batch_tokens, lr=how.lr)
     tokens = torch.randn(how.batch_tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
     trainer = SAETrainer(recipe, tokens)

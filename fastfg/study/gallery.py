@@ -57,7 +57,7 @@ def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variant
         entries.append(
             ImageEntry(
                 key=row["key"],
-                picture=_uint8(picture),
+                picture=(picture.numpy() * 255).round().astype(np.uint8),
                 maps={variant.name: maps[c, i].cpu().numpy() for c, variant in enumerate(variants)},
                 label=row["label"] or None,
                 predicted=_name(parts.classes, predicted),
@@ -72,9 +72,3 @@ def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variant
 
 def _name(classes: tuple[str, ...], number: int) -> str:
     return classes[number] if classes else f"class {number}"
-
-
-def _uint8(picture: Any) -> np.ndarray[Any, Any]:
-    """A picture with values from 0 to 1, [H, W, 3], as uint8."""
-    values = np.asarray(picture)
-    return values if values.dtype == np.uint8 else (values * 255).round().clip(0, 255).astype(np.uint8)

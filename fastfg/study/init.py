@@ -96,7 +96,8 @@ def elpv_settings(full: bool) -> dict[str, Any]:
         "layer_images": None,
         "patches_per_step": 8,
         "shuffled_images": None,
-        "saes": {"images": None, "tokens_per_image": None, "expansion": 64, "k": 128, "steps": 3000} | {"batch_tokens": 4096},
+        "saes": {"images": None, "tokens_per_image": None, "expansion": 64, "k": 128, "steps": 3000}
+        | {"batch_tokens": 4096},
     }
     return {
         "title": "Does an SAE gate improve explanations of a DINOv2-S on solar cells?",
@@ -145,7 +146,8 @@ def init(
         made = _write_manifest(elpv(), file, say)
         settings = elpv_settings(full)
     elif what in STUDIES:
-        settings, made = _preset(what, manifest, weights, full), _required(what, manifest)
+        made = _required(what, manifest)
+        settings = own_settings(what, str(model), weights, [], full)
     elif path.exists():
         if model is None:
             raise ValueError("model: expected --model NAME for images of one's own, got none")
@@ -191,9 +193,7 @@ def _required(what: str, manifest: Path | None) -> Path:
     return manifest.resolve()
 
 
-def own_settings(
-    title: str, model: str, weights: Path | None, classes: list[str], full: bool
-) -> dict[str, Any]:
+def own_settings(title: str, model: str, weights: Path | None, classes: list[str], full: bool) -> dict[str, Any]:
     """Settings for images of one's own: a linear head on a timm backbone, and SAEs that the study trains."""
     sizes = elpv_settings(full)
     return sizes | {
@@ -226,7 +226,9 @@ def render(name: str, settings: Mapping[str, Any], manifest: str) -> str:
         "test": _line("test", settings["test"], "images that the claim is tested on"),
         "weights": _line("weights", settings["weights"], "file of the backbone or classifier"),
         "layer_images": _line("layer_images", settings["layer_images"], "validation images for this comparison"),
-        "shuffled_images": _line("shuffled_images", settings["shuffled_images"], "test images for these; the first ones"),
+        "shuffled_images": _line(
+            "shuffled_images", settings["shuffled_images"], "test images for these; the first ones"
+        ),
     }
     made = {"file": name, "manifest": quoted(manifest), "out": quoted(f"{stem}-study"), "saes": _saes(settings["saes"])}
     return TEMPLATE.format(**plain | optional | made)
@@ -246,4 +248,7 @@ def _saes(given: Mapping[str, Any]) -> str:
     return TRAINED.format(**{key: json.dumps(value) for key, value in given.items()} | lines)
 
 
-TRAIN_LINES = {"images": "training images; drawn by their keys", "tokens_per_image": "patches per image, drawn at random"}
+TRAIN_LINES = {
+    "images": "training images; drawn by their keys",
+    "tokens_per_image": "patches per image, drawn at random",
+}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastfg.data import batches
-from fastfg.data.image import MAX_ASPECT, MAX_PIXELS
 from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
 from fastfg.study.config import Config
 from fastfg.study.measures import Measure, judge, wide
 from fastfg.study.prepare import Parts
-from fastfg.study.shards import Failure
-from fastfg.study.store import Store, Unit, Work, run_units
+from fastfg.study.shards import Failure, Unit, Work
+from fastfg.study.store import Store
+from fastfg.study.units import run_units
 from fastfg.study.variants import Variant, explain
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ class Judging:
         parts = [tuple(keys[first : first + size]) for first in range(0, n, size)]
         return [Unit(f"{split}-{i:05d}-{_short(part)}", part) for i, part in enumerate(parts)]
 
-    def _judge(
-        self, unit: Unit, variants: Sequence[Variant], measures: Sequence[Measure]
-    ) -> tuple[Any, list[Failure]]:
+    def _judge(self, unit: Unit, variants: Sequence[Variant], measures: Sequence[Measure]) -> tuple[Any, list[Failure]]:
         images = self.parts.images.loc[list(unit.keys)]
         key = dict(zip(images["path"], images["key"], strict=True))
         label = dict(zip(images["key"], images["label"], strict=True))
@@ -100,8 +98,7 @@ class Judging:
         if any(one.metric in METRICS and one.metric not in WITHOUT_MASKS for one in measures):
             masks = {Path(p): Path(m) for p, m in zip(images["path"], images["mask"], strict=True) if m}
         paths = [Path(path) for path in images["path"]]
-        limits = {"max_pixels": MAX_PIXELS, "max_aspect": MAX_ASPECT, "masks": masks, "keep_without_mask": True}
-        (batch,) = batches(paths, self.parts.transform, len(paths), **limits)
+        (batch,) = batches(paths, self.parts.transform, len(paths), masks=masks, keep_without_mask=True)
         failures = [Failure(key[str(e.path)], str(e.path), e.message) for e in batch.errors]
         if not batch.paths:
             return [], failures
@@ -115,9 +112,7 @@ class Judging:
         common: dict[str, Any] = {"keys": keys, "seed": seed}
         maps, found = explain(self.parts.model, given, variants, self.parts.saes, target=target, **common)
         names = [self.identity(variant) for variant in variants]
-        judged = judge(
-            self.parts.model, given, maps, names, measures, target=found.target, masks=batch.masks, **common
-        )
+        judged = judge(self.parts.model, given, maps, names, measures, target=found.target, masks=batch.masks, **common)
         self.forwards += judged.forwards
         return judged.rows, failures
 

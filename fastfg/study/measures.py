@@ -136,9 +136,7 @@ def curves(rows: pd.DataFrame, names: Mapping[str, str], measure: Measure) -> pd
     found = own.groupby(["variant", "order", "fraction"])["score"].agg(["mean", "sem", "count"]).reset_index()
     band = 2 * found["sem"]
     found = found.assign(mode=measure.mode, low=found["mean"] - band, high=found["mean"] + band)
-    return found.rename(columns={"count": "n"})[
-        ["variant", "mode", "order", "fraction", "mean", "low", "high", "n"]
-    ]
+    return found.rename(columns={"count": "n"})[["variant", "mode", "order", "fraction", "mean", "low", "high", "n"]]
 
 
 def wide(rows: pd.DataFrame, names: Mapping[str, str], measures: Sequence[Measure]) -> pd.DataFrame:
@@ -162,7 +160,9 @@ def wide(rows: pd.DataFrame, names: Mapping[str, str], measures: Sequence[Measur
     order = pd.MultiIndex.from_product([sorted(own["key"].unique()), list(names.values())], names=at)
     target = own.drop_duplicates(at).set_index(at)["target"]
     table = table.reindex(order[order.isin(table.index)])
-    table = table.assign(target=target, error=reasons.reindex(table.index)).reset_index().rename(columns={"key": "image"})
+    table = (
+        table.assign(target=target, error=reasons.reindex(table.index)).reset_index().rename(columns={"key": "image"})
+    )
     table = table[["image", "variant", "target", *columns.values(), "error"]]
     table.columns.name = None
     table.attrs["metrics"] = list(columns.values())

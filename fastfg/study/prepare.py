@@ -67,7 +67,7 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     """Read the manifest, and make or load the model and the SAEs."""
     manifest = read_manifest(config.data.manifest)
     keys = {
-        split: hash_order(draw(manifest, split, n, config.run.seed)["key"], config.run.seed)
+        split: _drawn(manifest, split, n, config.run.seed)
         for split, n in (("validation", config.data.validation), ("test", config.data.test))
     }
     for split, found in keys.items():
@@ -85,6 +85,12 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     parts = (used, keys["validation"], keys["test"], adapter, transform, classes, reached, saes, identities)
     return Parts(*parts)
+
+
+def _drawn(manifest: pd.DataFrame, split: str, n: int | None, seed: int) -> list[str]:
+    """The keys of ``n`` images of a split, in the order of their hashes."""
+    table = draw(manifest, split, n, seed)
+    return hash_order(table.loc[table["split"] == split, "key"], seed)
 
 
 class _Once:
@@ -115,7 +121,7 @@ def _model(
     """The classifier in eval mode, the names of its classes, and the accuracy of a head that was fitted here."""
     given = config.model
     if not given.probe:
-        return load_model(given.name, given.weights), tuple(given.classes), None
+        return load_model(given.name, given.weights, img_size=given.img_size), tuple(given.classes), None
     classes = tuple(given.classes or sorted(set(train["label"])))
     if len(classes) < 2:
         raise ValueError(f"model.probe: expected training images of at least 2 classes, got {list(classes)}")
@@ -124,7 +130,7 @@ def _model(
     def make() -> None:
         from safetensors.torch import save_file
 
-        model = load_model(given.name, given.weights, num_classes=len(classes))
+        model = load_model(given.name, given.weights, num_classes=len(classes), img_size=given.img_size)
         shown = manifest[manifest["key"].isin(validation)]
         features, labels = _features(model, train, classes, track(f"Features of {len(train)} training images"))
         held, truth = _features(model, shown, classes, track(f"Features of {len(shown)} validation images"))
@@ -139,7 +145,7 @@ def _model(
     once("model", (folder / ACCURACY).exists, make)
     reached = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
     say(f"Linear head, on validation images: {reached.describe()}")
-    return load_model(given.name, folder / MODEL), classes, reached
+    return load_model(given.name, folder / MODEL, img_size=given.img_size), classes, reached
 
 
 def _features(

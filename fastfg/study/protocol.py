@@ -147,7 +147,9 @@ def record_rule(config: Config, begun: bool) -> None:
     text = rule(config.protocol)
     if not before or before[-1]["rule"] != text:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        write_durably(file, json.dumps([*before, {"rule": text, "written": now, "scores_existed": begun}], indent=2).encode())
+        write_durably(
+            file, json.dumps([*before, {"rule": text, "written": now, "scores_existed": begun}], indent=2).encode()
+        )
 
 
 def record_choice(out: Path, choice: Choice) -> None:

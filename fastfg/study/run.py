@@ -48,13 +48,18 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
     store = Store(out / "scores", columns=COLUMNS, recipe=_recipe(config, parts, device), say=say)
     judging = Judging(config, parts, store, track)
     outcome = run_protocol(judging, say)
-    say(f"This process ran {judging.forwards:,} perturbed forwards; everything else was there, or other processes did it")
+    say(
+        f"This process ran {judging.forwards:,} perturbed forwards; everything else was there, or other processes did it"
+    )
     if not write:
         return None
     from fastfg.report import write_report
 
     made = contents(judging, outcome, command_line(), gallery(judging, outcome, track))
-    for line in (claim := made.claims[0]).sentence, *(f"  {'yes' if c.holds else 'no '}  {c.text}: {c.detail}" for c in claim.conditions):
+    for line in (
+        (claim := made.claims[0]).sentence,
+        *(f"  {'yes' if c.holds else 'no '}  {c.text}: {c.detail}" for c in claim.conditions),
+    ):
         say(line)
     return write_report(made, out)
 

@@ -50,8 +50,8 @@ def rule(protocol: Protocol) -> str:
 
 def gate_of(protocol: Protocol, layers: Iterable[int], score: str | None = None) -> Gate:
     """The gate of some blocks with the settings that the protocol starts from."""
-    sharp = {"kappa": protocol.start_kappa, "c_max": protocol.start_c_max}
-    return Gate(tuple(sorted(layers)), **sharp, score=score or protocol.score)
+    kappa, c_max = protocol.start_kappa, protocol.start_c_max
+    return Gate(tuple(sorted(layers)), kappa, c_max, score or protocol.score)
 
 
 def layer_variants(protocol: Protocol) -> list[Variant]:
