@@ -1,0 +1,340 @@
+"""Results of many images in a folder that any number of processes write to at once, and can be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastfg.study.claims import Claims
+from fastfg.study.shards import (
+    KEYS,
+    DamagedError,
+    Failure,
+    Shard,
+    Unit,
+    Work,
+    check_rows,
+    measures_of,
+    read_shard,
+    schema,
+    write_durably,
+    write_shard,
+)
+
+COLUMNS = {"target": "int64", "score": "float64", "error": "string"}
+LOCK = ".lock"
+RECIPE = "recipe.json"
+ERRORS = "errors.parquet"
+ERROR_COLUMNS = ("path", "key", "error")
+
+
+class Progress(NamedTuple):
+    """Images whose work is complete or that failed (``done``), of ``total``; ``failed`` of them failed."""
+
+    done: int
+    total: int
+    failed: int
+
+
+class Store:
+    """A folder with the results of units of images, in ``shards/``, and ``errors.parquet`` with images that failed.
+
+    A result is a row per image, variant and measure. Each unit's rows are written at once, as one file that is there as
+    a whole or not at all. Nothing is written before :meth:`claim`, :meth:`write` or ``recipe`` needs it, so that a
+    read-only folder can be read.
+
+    Args:
+        folder: new, or one that an earlier run has made.
+        columns: {name: pyarrow's name of its type}, the columns beside key, variant and measure.
+        recipe: what the results depend on beside images, variants and measures, such as the model's weights and the
+            seed. It is kept in the folder. Raises ValueError if the folder has another, and names the difference.
+        say: called with a line about damaged files and missing locks; None: :func:`warnings.warn`.
+
+    >>> import tempfile
+    >>> from fastfg.study.store import Store, Unit, Work
+    >>> from fastfg.study.units import run_units
+    >>> units = [Unit("test-0", ("a", "b")), Unit("test-1", ("c",))]
+    >>> def do(unit, work):
+    ...     rows = [
+    ...         {"key": key, "variant": variant, "measure": measure, "target": 0, "score": 0.5, "error": None}
+    ...         for key in unit.keys for variant in work.variants for measure in work.measures
+    ...     ]
+    ...     return rows, []
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = Store(folder)
+    ...     run_units(store, units, Work(("vanilla",), ("saco", "srg")), do)
+    ...     store.read().num_rows
+    6
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        columns: Mapping[str, str] = COLUMNS,
+        recipe: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder, self.columns = Path(folder), dict(columns)
+        self.shards = self.folder / "shards"
+        self.say = say or (lambda text: warnings.warn(text, stacklevel=3))
+        self._claims = Claims(self.shards / LOCK, self.say)
+        self._known: dict[str, Shard | None] = {}  # {file name: what is in it, None if it is damaged}
+        self._made = False
+        if recipe is not None:
+            self._check_recipe(json.loads(json.dumps(recipe)))
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Claim a unit, without waiting. Yields whether this process has it now. A process that dies frees its own."""
+        self._make()
+        with self._claims(name) as held:
+            if held:
+                self._remove_hidden(file for file in self.shards.glob(".*.tmp") if _unit_of(file.name[1:]) == name)
+            yield held
+
+    def remove_leftovers(self) -> None:
+        """Remove the hidden files that processes have left that died while they wrote."""
+        for name in {_unit_of(file.name[1:]) for file in self.shards.glob(".*-*.tmp")}:
+            with self.claim(name):
+                pass
+
+    @property
+    def locks(self) -> bool:
+        """False once the folder's file system was found to have no locks."""
+        return self._claims.works
+
+    def missing(
+        self, unit: Unit, variants: Sequence[str], measures: Sequence[str], *, refresh: bool = True
+    ) -> list[Work]:
+        """What is still to do for ``unit``, as rectangles of variants and measures, by the files that are there now.
+
+        ``refresh=False`` goes by the files that were there at the last look. Raises ValueError if the folder has
+        results of other images under the unit's name.
+        """
+        if refresh:
+            self.refresh()
+        return self._missing(unit, Work(tuple(variants), tuple(measures)), self._by_unit().get(unit.name, []))
+
+    def failed(self, unit: Unit) -> dict[str, Failure]:
+        """{key: failure} of the images of ``unit`` that failed before. They are not tried again."""
+        return {failure.key: failure for shard in self._by_unit().get(unit.name, []) for failure in shard.failures}
+
+    def write(self, unit: Unit, work: Work, rows: Any, failures: Iterable[Failure] = ()) -> Path:
+        """Write the results of ``work`` for all images of ``unit``. Returns the file.
+
+        Args:
+            rows: a pyarrow table, or a list of {column: value}: for each image that has not failed, each variant and
+                each measure one row, or several rows whose measures start with the measure and a slash, such as
+                ``curve/3``.
+            failures: images of the unit without rows.
+
+        Raises ValueError that names the first row that is missing, unknown or there twice, and OSError if the file
+        cannot be written, for example on a full disk.
+        """
+        import pyarrow as pa
+
+        own = schema(self.columns)
+        table = rows.select(own.names).cast(own) if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, own)
+        table = table.combine_chunks().sort_by([(name, "ascending") for name in KEYS])
+        listed = tuple(sorted(Failure(*failure) for failure in failures))
+        shard = Shard(unit.name, unit.keys, work.variants, work.measures, listed)
+        check_rows(shard, table)
+        self._make()
+        return write_shard(self.shards, shard, table)
+
+    def read(
+        self,
+        *,
+        units: Iterable[str] | None = None,
+        variants: Iterable[str] | None = None,
+        measures: Iterable[str] | None = None,
+    ) -> Any:
+        """One pyarrow table of all rows, or of some units, variants and measures, by key, variant and measure.
+
+        The table is the same for every number of processes and every history of kills. Images that failed have no
+        rows, see :meth:`failures`. Raises ValueError for a damaged file.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self.refresh()
+        wanted, only = (None if names is None else set(names) for names in (units, variants))
+        taken: set[tuple[str, str, str]] = set()
+        tables = []
+        for name, shard in sorted(self._known.items()):
+            if shard is None:
+                raise ValueError(f"{self.shards / name}: damaged. The command that made it makes it again")
+            if wanted is not None and shard.unit not in wanted:
+                continue
+            new = {cell for cell in shard.cells if (shard.unit, *cell) not in taken}  # twice only without locks
+            taken.update((shard.unit, *cell) for cell in new)
+            table = read_shard(self.shards / name, self.columns)[1]
+            tables.append(table if new == shard.cells else _only(table, new))
+        table = pa.concat_tables(tables) if tables else schema(self.columns).empty_table()
+        if only is not None:
+            table = table.filter(pc.is_in(table["variant"], pa.array(sorted(only), pa.string())))
+        if measures is not None:
+            kept = set(measures)
+            mask = [not kept.isdisjoint(measures_of(measure)) for measure in table["measure"].to_pylist()]
+            table = table.filter(pa.array(mask, pa.bool_()))
+        return table.combine_chunks().sort_by([(name, "ascending") for name in KEYS]).combine_chunks()
+
+    def failures(self) -> Any:
+        """The images that failed, as a pyarrow table with the columns path, key and error, in the order of key."""
+        import pyarrow as pa
+
+        self.refresh()
+        found = {failure.key: failure for s in self._known.values() if s is not None for failure in s.failures}
+        listed = [found[key] for key in sorted(found)]
+        return pa.table({name: pa.array([getattr(f, name) for f in listed], pa.string()) for name in ERROR_COLUMNS})
+
+    def write_failures(self) -> Path | None:
+        """Write ``errors.parquet`` if images have failed. Returns the file, or None."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table, file = self.failures(), self.folder / ERRORS
+        if not len(table):
+            if file.exists():
+                file.unlink()
+            return None
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer)
+        with self._alone(file):
+            write_durably(file, buffer.getvalue().to_pybytes())
+        return file
+
+    def forget_failures(self) -> int:
+        """Remove the results of units in which images failed, to try them again. Returns the number of units.
+
+        The other images of these units are computed again with them: what an image is computed together with can change
+        its last bits.
+        """
+        self.refresh()
+        again = {shard.unit for shard in self._known.values() if shard is not None and shard.failures}
+        for name, shard in self._known.items():
+            if shard is not None and shard.unit in again:
+                (self.shards / name).unlink(missing_ok=True)
+        return len(again)
+
+    def progress(self, units: Sequence[Unit], work: Work) -> Progress:
+        """How much of ``work`` is complete in the folder, whoever did it, in images."""
+        self.refresh()
+        found = self._by_unit()
+        done = sum(len(unit.keys) for unit in units if not self._missing(unit, work, found.get(unit.name, [])))
+        failed = sum(len({f.key for s in found.get(unit.name, []) for f in s.failures}) for unit in units)
+        return Progress(done, sum(len(unit.keys) for unit in units), failed)
+
+    def refresh(self) -> None:
+        """Look at the files that are new since the last time."""
+        found = {}
+        if self.shards.is_dir():
+            with os.scandir(self.shards) as entries:
+                found = {e.name: e for e in entries if e.name.endswith(".parquet") and not e.name.startswith(".")}
+        for gone in self._known.keys() - found.keys():
+            del self._known[gone]
+        for name in sorted(found):
+            if self._known.get(name) is None:  # a damaged file may have been replaced; a sound one does not change
+                self._look(name)
+
+    def remove_damaged(self, unit: str) -> None:
+        """Remove the damaged files of a unit that this process has claimed, so that they are written again."""
+        self.refresh()
+        for name in [name for name, shard in self._known.items() if shard is None and _unit_of(name) == unit]:
+            (self.shards / name).unlink(missing_ok=True)
+            del self._known[name]
+
+    def _look(self, name: str) -> None:
+        try:
+            self._known[name] = read_shard(self.shards / name, self.columns)[0]
+        except FileNotFoundError:  # removed since
+            self._known.pop(name, None)
+        except DamagedError as error:
+            if name not in self._known:
+                self.say(f"{error}. Its images are computed again")
+            self._known[name] = None
+
+    def _by_unit(self) -> dict[str, list[Shard]]:
+        found: dict[str, list[Shard]] = {}
+        for shard in self._known.values():
+            if shard is not None:
+                found.setdefault(shard.unit, []).append(shard)
+        return found
+
+    def _missing(self, unit: Unit, work: Work, shards: Sequence[Shard]) -> list[Work]:
+        done: set[tuple[str, str]] = set()
+        for shard in shards:
+            if shard.images != unit.keys:
+                raise ValueError(
+                    f"unit {unit.name}: expected results of its {len(unit.keys)} images in {self.folder}, got those of "
+                    f"{len(shard.images)} images that are others, or in another order"
+                )
+            done |= shard.cells
+        todo: dict[tuple[str, ...], list[str]] = {}
+        for variant in work.variants:
+            measures = tuple(measure for measure in work.measures if (variant, measure) not in done)
+            if measures:
+                todo.setdefault(measures, []).append(variant)
+        return [Work(tuple(variants), measures) for measures, variants in todo.items()]
+
+    def _make(self) -> None:
+        if not self._made:
+            try:
+                self.shards.mkdir(parents=True, exist_ok=True)
+                (self.shards / LOCK).touch()
+            except OSError as error:
+                raise OSError(error.errno, f"cannot write to the folder: {error.strerror}", str(self.folder)) from None
+            self._made = True
+
+    @contextmanager
+    def _alone(self, file: Path) -> Iterator[None]:
+        """Wait until no other process writes ``file``."""
+        self._make()
+        while True:
+            with self._claims(file.name) as held:
+                if held:
+                    self._remove_hidden(file.parent.glob(f".{file.name}.*.tmp"))
+                    yield
+                    return
+            time.sleep(0.01)
+
+    def _remove_hidden(self, files: Iterable[Path]) -> None:
+        """Remove hidden files of this process's claims: only the holder writes them, so these are of dead processes."""
+        if self._claims.works:
+            for file in files:
+                file.unlink(missing_ok=True)
+
+    def _check_recipe(self, recipe: Mapping[str, Any]) -> None:
+        file = self.shards / RECIPE
+        if not file.exists():
+            with self._alone(file):
+                if not file.exists():
+                    write_durably(file, (json.dumps(recipe, indent=2) + "\n").encode("ascii"))
+        before = json.loads(file.read_text(encoding="ascii"))
+        other = [name for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r}, as in the results in {self.folder}, got {recipe.get(name)!r} "
+                "(other settings need another folder)"
+            )
+
+
+def _unit_of(file_name: str) -> str:
+    return file_name.rpartition("-")[0]
+
+
+def _only(table: Any, cells: set[tuple[str, str]]) -> Any:
+    """The rows of ``table`` in ``cells``."""
+    import pyarrow as pa
+
+    pairs = zip(table["variant"].to_pylist(), table["measure"].to_pylist(), strict=True)
+    kept = [any((variant, name) in cells for name in measures_of(measure)) for variant, measure in pairs]
+    return table.filter(pa.array(kept, pa.bool_()))
