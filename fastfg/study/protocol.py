@@ -87,7 +87,8 @@ def common_means(table: pd.DataFrame) -> dict[str, float]:
 
 def describe(gate: Gate) -> str:
     """The gate in words."""
-    return f"blocks {', '.join(map(str, gate.layers))}, kappa {gate.kappa:g}, c_max {gate.c_max:g}, {gate.score}"
+    blocks = f"block{'s' * (len(gate.layers) > 1)} {', '.join(map(str, gate.layers))}"
+    return f"{blocks}, kappa {gate.kappa:g}, c_max {gate.c_max:g}, {gate.score}"
 
 
 def test_measures(config: Config) -> dict[str, list[Measure]]:
