@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from fastfg.cli.console import add_command, count, say
 
-from fastfg.cli.console import add_command, count, say, tracker
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastfg.cli.inputs import Inputs
+    from fastfg.cli.results import Results
+    from fastfg.data import Batch
 
 COLUMNS = ("path", "key", "map", "overlay", "target", "predicted", "probability", "warning")
+STORED = {  # columns of the shards
+    "image": "string",
+    "map": "string",
+    "overlay": "string",
+    "target": "int64",
+    "predicted": "int64",
+    "probability": "float64",
+    "warning": "string",
+}
 UNUSUAL = re.compile(r"[^\w.()\[\]+ -]")  # in a file's name
 WRITES = """Writes to --out:
   attributions.csv  one row per image: path, key, map and overlay (names of the
@@ -19,51 +35,81 @@ WRITES = """Writes to --out:
                     a blank image, a constant map, NaN or infinite values
   NNNNNN-NAME.npy   the map, one raw value per patch
   NNNNNN-NAME.png   the map as a heatmap over the image that the model sees
-  errors.csv, windows.csv, fastfg.json: see below
+  config.json       the arguments, versions, and hashes of the weights
+  shards, errors.csv, errors.parquet, windows.csv, fastfg.json: see below
 
 """
 
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NOTES, add_input_arguments
+    from fastfg.cli.results import NOTES as RESUMING
+    from fastfg.cli.results import add_result_arguments
 
     summary = "Explain images: one map and one overlay per image."
-    command = add_command(commands, "attribute", run, summary, WRITES + NOTES)
+    command = add_command(commands, "attribute", run, summary, WRITES + RESUMING + NOTES)
     add_input_arguments(command)
+    add_result_arguments(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from fastfg.cli.inputs import Inputs
+    from fastfg.cli.results import Results
+    from fastfg.study.shards import Work
+
+    inputs = Inputs(arguments)
+    results, work = Results(arguments, inputs, STORED), Work(("map",), ("map",))
+    with inputs:
+        try:
+            title = f"Explaining {count(len(inputs.paths), 'image')}"
+            results.run(work, title, lambda batch, _: _explain(inputs, results, batch))
+        finally:  # also after Ctrl-C or an error
+            _write(inputs.out / "attributions.csv", results.rows(work))
+
+
+def _explain(inputs: Inputs, results: Results, batch: Batch) -> list[dict[str, Any]]:
+    """Write the maps of a batch, and return its rows."""
     import numpy as np
 
     from fastfg.attribution.attribute import attribute
-    from fastfg.cli.inputs import CSVRows, Inputs
     from fastfg.data import path_text
     from fastfg.perturb import image_key
     from fastfg.report.overlay import displayed, save_overlay
     from fastfg.targets import probabilities
 
-    with Inputs(arguments) as inputs:
-        mean, std = inputs.adapter.pixel_mean, inputs.adapter.pixel_std
-        table, warned = CSVRows(inputs.out / "attributions.csv", COLUMNS), 0
-        with tracker() as track:
-            for batch in inputs.batches(track(f"Explaining {count(len(inputs.paths), 'image')}")):
-                images = batch.images
-                result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target)
-                heat = result.heatmap((images.shape[-2], images.shape[-1]))
-                probability = probabilities(result.logits)
-                for i, path in enumerate(batch.paths):
-                    name, warning = _output_name(table.count, path.stem), _warning(images[i], result.maps[i])
-                    target, predicted = int(result.target[i]), int(probability[i].argmax())
-                    np.save(inputs.out / f"{name}.npy", result.maps[i].cpu().numpy())
-                    overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
-                    if overlay:
-                        save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
-                    row = (path_text(path), image_key(images[i]), f"{name}.npy", overlay, target, predicted)
-                    table.add([(*row, float(probability[i, target]), warning)])
-                    warned += bool(warning)
-        say(f"Wrote {count(table.count, 'map')} with overlays, listed in {table.path}")
-        if warned:
-            say(f"Warning: {count(warned, 'map')} cannot explain anything, see the column `warning`")
+    images, rows = batch.images, []
+    mean, std = inputs.adapter.pixel_mean, inputs.adapter.pixel_std
+    result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target)
+    heat = result.heatmap((images.shape[-2], images.shape[-1]))
+    probability = probabilities(result.logits)
+    for i, path in enumerate(batch.paths):
+        name = _output_name(results.number[path_text(path)], path.stem)
+        np.save(inputs.out / f"{name}.npy", result.maps[i].cpu().numpy())
+        overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
+        if overlay:
+            save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
+        target = int(result.target[i])
+        row: dict[str, Any] = {
+            "key": path_text(path),
+            "variant": "map",
+            "measure": "map",
+            "image": image_key(images[i]),
+        }
+        row |= {"map": f"{name}.npy", "overlay": overlay, "target": target, "predicted": int(probability[i].argmax())}
+        row |= {"probability": float(probability[i, target]), "warning": _warning(images[i], result.maps[i])}
+        rows.append(row)
+    return rows
+
+
+def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from fastfg.cli.inputs import write_csv
+
+    if not write_csv(file, COLUMNS, [[row["key"], row["image"], *(row[name] for name in COLUMNS[2:])] for row in rows]):
+        return
+    say(f"Wrote {count(len(rows), 'map')} with overlays, listed in {file}")
+    warned = sum(bool(row["warning"]) for row in rows)
+    if warned:
+        say(f"Warning: {count(warned, 'map')} cannot explain anything, see the column `warning`")
 
 
 def _output_name(number: int, stem: str) -> str:

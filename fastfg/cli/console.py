@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
+LOG_SECONDS = 30.0  # between lines of progress in a log
 console = Console(highlight=False, emoji=False)
 
 # Errors that bad input raises; each is shown as one line. Any other error is a bug and keeps its traceback.
@@ -71,6 +85,25 @@ def share(text: str) -> float:
     return number
 
 
+def share_or_all(text: str) -> float:
+    """Argument type: a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return number
+
+
+def part(text: str) -> tuple[int, int]:
+    """Argument type: ``2/4``, the second of four parts."""
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected a part I/N with I from 1 to N, such as 1/4, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 class EachOnce(argparse.Action):
     """Takes values none of which is given twice."""
 
@@ -109,13 +142,27 @@ def complain(text: str) -> None:
     Console(stderr=True, highlight=False, emoji=False).print("[red]error:[/red]", line, soft_wrap=True)
 
 
+class _Rate(ProgressColumn):
+    """How many per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:.3g}/s")
+
+
 @contextmanager
 def tracker() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yields ``track(title) -> progress(done, total)``, with one progress bar per title."""
+    """Yields ``track(title) -> progress(done, total)``, with one progress bar per title.
+
+    Without a terminal, progress is a line when it begins, about every 30 seconds, and at the end.
+    """
+    if not console.is_terminal:
+        yield _Lines
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -126,3 +173,31 @@ def tracker() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
             return lambda done, total: bars.update(bar, completed=done, total=total)
 
         yield track
+
+
+class _Lines:
+    """Progress as lines of a log."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.begin, self.said, self.ended = title, time.monotonic(), -math.inf, False
+        self.first: tuple[int, float] | None = None  # what was done at the first call, and when
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:  # work of an earlier run does not count for the rate
+            self.first = (done, now)
+        if self.ended or (done < total and now - self.said < LOG_SECONDS):
+            return
+        self.said, self.ended = now, done >= total
+        text = f"{self.title}: {done:,} of {total:,}"
+        if self.ended:
+            text += f" in {_clock(now - self.begin)}"
+        if done > self.first[0]:
+            rate = (done - self.first[0]) / max(now - self.first[1], 1e-9)
+            text += f", {rate:.3g} per second"
+            text += "" if self.ended else f", {_clock((total - done) / rate)} left"
+        say(text)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

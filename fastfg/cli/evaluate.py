@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastfg.cli.console import EachOnce, add_command, at_least_one, console, count, file_or_folder, say, tracker
+from fastfg.cli.console import EachOnce, add_command, at_least_one, console, count, file_or_folder, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fastfg.cli.inputs import Inputs
     from fastfg.data import Batch
-    from fastfg.study.comparison import Comparison
+    from fastfg.study.shards import Work
+
+# columns of the shards
+STORED = {"image": "string", "target": "int64", "score": "float64", "error": "string"}
 
 WRITES = """Writes to --out:
   scores.parquet    one row per image and variant (vanilla, gated where
@@ -24,7 +28,8 @@ WRITES = """Writes to --out:
                     variant, metric, message
   table.md          mean and standard error of each metric and variant, and
                     which differences are real
-  errors.csv, windows.csv, fastfg.json: see below
+  config.json       the arguments, versions, and hashes of the weights
+  shards, errors.csv, errors.parquet, windows.csv, fastfg.json: see below
 
 --masks: the mask of images/a.jpg is DIR/a.png (any suffix and any folder in
 DIR; a file without loss). Pixels above 0 are the object. A mask has the size of
@@ -40,12 +45,14 @@ images with the same pixels.
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NOTES, add_input_arguments
+    from fastfg.cli.results import NOTES as RESUMING
+    from fastfg.cli.results import add_result_arguments
     from fastfg.metrics.choose import DEFAULT_METRICS, METRICS, WITHOUT_MASKS
     from fastfg.perturb.fills import BASELINES
     from fastfg.types import METHODS
 
     command = add_command(
-        commands, "evaluate", run, "Judge the maps of images by faithfulness metrics.", WRITES + NOTES
+        commands, "evaluate", run, "Judge the maps of images by faithfulness metrics.", WRITES + RESUMING + NOTES
     )
     add_input_arguments(command)
     add = command.add_argument_group("metrics").add_argument
@@ -62,51 +69,60 @@ def add(commands: Any) -> None:
     steps = "patches removed per step of Pixel Flipping and the other curves"
     add("--patches-per-step", type=at_least_one, default=1, metavar="N", help=steps)
     add("--seed", type=int, default=0, metavar="N", help="seed of all random draws")
+    add_result_arguments(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from fastfg.cli.annotations import find_masks, read_groups
     from fastfg.cli.inputs import Inputs
-    from fastfg.metrics.choose import taking
-    from fastfg.study import compare_batch
-    from fastfg.types import Gate
+    from fastfg.cli.results import Results
+    from fastfg.study.shards import Work
 
     _check_masks(arguments)
-    with Inputs(arguments) as inputs:
-        if arguments.masks is not None:
-            inputs.leave_out(arguments.masks, "in the folder of the masks")
-            inputs.masks = find_masks(arguments.masks, inputs.paths)
-        groups = None if arguments.groups is None else read_groups(arguments.groups, inputs.paths)
-        gates: dict[str, Gate | None] = {"vanilla": None}
-        if inputs.gate is not None:
-            gates["gated"] = inputs.gate
-        variants = len(gates) + len(arguments.methods)
-        scores: list[pd.DataFrame] = []
-        errors: list[pd.DataFrame] = []
+    inputs = Inputs(arguments)
+    if arguments.masks is not None:
+        inputs.leave_out(arguments.masks, "in the folder of the masks")
+        inputs.masks = find_masks(arguments.masks, inputs.paths)
+    groups = None if arguments.groups is None else read_groups(arguments.groups, inputs.paths)
+    variants = ("vanilla", *(["gated"] if inputs.gate is not None else []), *arguments.methods)
+    results, work = Results(arguments, inputs, STORED), Work(variants, tuple(arguments.metrics))
+    with inputs:
         try:
-            with tracker() as track:
-                title = f"Judging {count(len(inputs.paths), 'image')} x {count(variants, 'variant')}"
-                for batch in inputs.batches(track(title)):
-                    found = compare_batch(
-                        inputs.model,
-                        batch.images,
-                        gates=gates,
-                        methods=arguments.methods,
-                        metrics=arguments.metrics,
-                        saes=inputs.saes,
-                        target=inputs.target,
-                        groups=None if groups is None else [groups[path] for path in batch.paths],
-                        baseline=arguments.baseline,
-                        masks=batch.masks,
-                        seed=arguments.seed,
-                        **taking(arguments.metrics, patches_per_step=arguments.patches_per_step),
-                    )
-                    _name_masks(found.errors, batch, inputs.masks, arguments.masks)
-                    named = _with_paths(found, batch.paths)
-                    scores.append(named[0])
-                    errors.append(named[1])
-        finally:  # also after Ctrl-C or an error, so that finished scores are kept
-            _write(inputs.out, scores, errors)
+            title = f"Judging {count(len(inputs.paths), 'image')} x {count(len(variants), 'variant')}"
+            results.run(work, title, lambda batch, missing: _judge(arguments, inputs, batch, missing))
+        finally:  # also after Ctrl-C or an error
+            _write(inputs.out, *_tables(results.rows(work), work, groups))
+
+
+def _judge(arguments: argparse.Namespace, inputs: Inputs, batch: Batch, work: Work) -> list[dict[str, Any]]:
+    """The scores of a batch, one row per image, variant and metric."""
+    from fastfg.data import path_text
+    from fastfg.metrics.choose import taking
+    from fastfg.study import compare_batch
+
+    found = compare_batch(
+        inputs.model,
+        batch.images,
+        gates={"vanilla": None} | ({"gated": inputs.gate} if "gated" in work.variants else {}),
+        methods=[name for name in work.variants if name in arguments.methods],
+        scored=work.variants,
+        metrics=work.measures,
+        saes=inputs.saes,
+        target=inputs.target,
+        baseline=arguments.baseline,
+        masks=batch.masks,
+        seed=arguments.seed,
+        **taking(work.measures, patches_per_step=arguments.patches_per_step),
+    )
+    _name_masks(found.errors, batch, inputs.masks, arguments.masks)
+    why = {(error[0], error.variant, error.metric): error.message for error in found.errors.itertuples(index=False)}
+    names = [path_text(path) for path in batch.paths]
+    return [
+        {"key": names[row["index"]], "variant": row["variant"], "measure": metric, "image": row["image"]}
+        | {"target": row["target"], "score": row[metric], "error": why.get((row["index"], row["variant"], metric))}
+        for row in found.scores.to_dict("records")
+        for metric in work.measures
+    ]
 
 
 def _check_masks(arguments: argparse.Namespace) -> None:
@@ -132,21 +148,36 @@ def _name_masks(errors: pd.DataFrame, batch: Batch, masks: Mapping[Path, Path] |
         errors.loc[(errors["index"] == i) & (errors["message"] == EMPTY_MASK), "message"] = reason
 
 
-def _with_paths(found: Comparison, paths: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores and errors of a batch, with the columns ``path`` and ``key`` instead of the position in the batch."""
+def _tables(
+    rows: Sequence[Mapping[str, Any]], work: Work, groups: Mapping[Path, str] | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores with one row per image and variant, and the errors, one row per missing score."""
+    import pandas as pd
+
+    from fastfg.cli.results import by_image
     from fastfg.data import path_text
 
-    names = [path_text(path) for path in paths]
-    tables = []
-    for table in (found.scores, found.errors):
-        named = table.rename(columns={"index": "path", "image": "key"})
-        tables.append(named.assign(path=[names[i] for i in table["index"]]))
-    return tables[0], tables[1]
+    group_of = None if groups is None else {path_text(path): group for path, group in groups.items()}
+    scores = [
+        {"path": path, "key": own[0]["image"]}
+        | ({} if group_of is None else {"group": group_of[path]})
+        | {"variant": variant, "target": own[0]["target"]}
+        | {row["measure"]: row["score"] for row in own}
+        for (path, variant), own in by_image(rows).items()
+    ]
+    errors = [
+        {"path": row["key"], "key": row["image"], "variant": row["variant"], "metric": row["measure"]}
+        | {"message": row["error"]}
+        for row in rows
+        if row["error"] is not None
+    ]
+    table = pd.DataFrame(scores)
+    table.attrs["metrics"] = list(work.measures)
+    return table, pd.DataFrame(errors)
 
 
-def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFrame]) -> None:
+def _write(out: Path, table: pd.DataFrame, missing: pd.DataFrame) -> None:
     """Write and show the scores. Files of an earlier run are removed."""
-    import pandas as pd
     from rich.markdown import Markdown
 
     from fastfg.report import markdown_table
@@ -154,9 +185,8 @@ def _write(out: Path, scores: Sequence[pd.DataFrame], errors: Sequence[pd.DataFr
 
     for name in ("scores.parquet", "score_errors.csv", "table.md"):
         (out / name).unlink(missing_ok=True)
-    if not scores:
+    if not len(table):
         return
-    table, missing = pd.concat(scores, ignore_index=True), pd.concat(errors, ignore_index=True)
     text = markdown_table(summarize(table), paired=paired(table))
     table.to_parquet(out / "scores.parquet", index=False)
     (out / "table.md").write_text(text, encoding="utf-8")

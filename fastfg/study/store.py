@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +46,15 @@ class Store:
     """A folder with the results of units of images, in ``shards/``, and ``errors.parquet`` with images that failed.
 
     A result is a row per image, variant and measure. Each unit's rows are written at once, as one file that is there as
-    a whole or not at all. Nothing is written before :meth:`claim`, :meth:`write` or ``recipe`` needs it, so that a
-    read-only folder can be read.
+    a whole or not at all. Nothing is written before :meth:`claim` or :meth:`write`, so that a read-only folder can be
+    read.
 
     Args:
         folder: new, or one that an earlier run has made.
+        name: of these results, where the folder holds several; their shards are in ``shards/NAME/``.
         columns: {name: pyarrow's name of its type}, the columns beside key, variant and measure.
         recipe: what the results depend on beside images, variants and measures, such as the model's weights and the
-            seed. It is kept in the folder. Raises ValueError if the folder has another, and names the difference.
+            seed. It is kept beside the shards. Raises ValueError if the folder has another, and names the difference.
         say: called with a line about damaged files and missing locks; None: :func:`warnings.warn`.
 
     >>> import tempfile
@@ -76,19 +77,20 @@ class Store:
     def __init__(
         self,
         folder: str | Path,
+        name: str = "",
         *,
         columns: Mapping[str, str] = COLUMNS,
         recipe: Mapping[str, Any] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.folder, self.columns = Path(folder), dict(columns)
-        self.shards = self.folder / "shards"
+        self.shards = self.folder / "shards" / name
         self.say = say or (lambda text: warnings.warn(text, stacklevel=3))
         self._claims = Claims(self.shards / LOCK, self.say)
         self._known: dict[str, Shard | None] = {}  # {file name: what is in it, None if it is damaged}
         self._made = False
-        if recipe is not None:
-            self._check_recipe(json.loads(json.dumps(recipe)))
+        self._recipe = None if recipe is None else json.loads(json.dumps(recipe))
+        self._check_recipe()
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -218,11 +220,13 @@ class Store:
         its last bits.
         """
         self.refresh()
-        again = {shard.unit for shard in self._known.values() if shard is not None and shard.failures}
-        for name, shard in self._known.items():
-            if shard is not None and shard.unit in again:
-                (self.shards / name).unlink(missing_ok=True)
-        return len(again)
+        return self._remove({shard.unit for shard in self._known.values() if shard is not None and shard.failures})
+
+    def forget_others(self, units: Iterable[Unit]) -> int:
+        """Remove the results of all units but ``units``. Returns the number of units that are removed."""
+        self.refresh()
+        kept = {unit.name for unit in units}
+        return self._remove({shard.unit for shard in self._known.values() if shard is not None} - kept)
 
     def progress(self, units: Sequence[Unit], work: Work) -> Progress:
         """How much of ``work`` is complete in the folder, whoever did it, in images."""
@@ -250,6 +254,12 @@ class Store:
         for name in [name for name, shard in self._known.items() if shard is None and _unit_of(name) == unit]:
             (self.shards / name).unlink(missing_ok=True)
             del self._known[name]
+
+    def _remove(self, units: Collection[str]) -> int:
+        for name, shard in self._known.items():
+            if shard is not None and shard.unit in units:
+                (self.shards / name).unlink(missing_ok=True)
+        return len(units)
 
     def _look(self, name: str) -> None:
         try:
@@ -291,7 +301,12 @@ class Store:
                 (self.shards / LOCK).touch()
             except OSError as error:
                 raise OSError(error.errno, f"cannot write to the folder: {error.strerror}", str(self.folder)) from None
-            self._made = True
+            self._made, file = True, self.shards / RECIPE
+            if self._recipe is not None and not file.exists():
+                with self._alone(file):
+                    if not file.exists():
+                        write_durably(file, (json.dumps(self._recipe, indent=2) + "\n").encode("ascii"))
+            self._check_recipe()
 
     @contextmanager
     def _alone(self, file: Path) -> Iterator[None]:
@@ -311,13 +326,12 @@ class Store:
             for file in files:
                 file.unlink(missing_ok=True)
 
-    def _check_recipe(self, recipe: Mapping[str, Any]) -> None:
+    def _check_recipe(self) -> None:
+        """Refuse to mix results of different recipes."""
         file = self.shards / RECIPE
-        if not file.exists():
-            with self._alone(file):
-                if not file.exists():
-                    write_durably(file, (json.dumps(recipe, indent=2) + "\n").encode("ascii"))
-        before = json.loads(file.read_text(encoding="ascii"))
+        if self._recipe is None or not file.exists():
+            return
+        before, recipe = json.loads(file.read_text(encoding="ascii")), self._recipe
         other = [name for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
         if other:
             name = other[0]

@@ -64,7 +64,7 @@ def test_attribute(files, tmp_path, capsys, weights):
     arguments = ["attribute", str(files / "images"), *model_arguments(files, weights), *gate_arguments(files)]
     assert main([*arguments, "--out", str(tmp_path), "--batch-size", "2"]) == 0
     table = pd.read_csv(tmp_path / "attributions.csv")
-    assert list(table["map"]) == ["000000-[b].npy", "000001-a.npy", "000002-a.npy"]
+    assert list(table["map"]) == ["000000-[b].npy", "000001-a.npy", "000003-a.npy"]
     assert list(table["path"]) == [str(files.resolve() / "images" / n) for n in ("[b].png", "a.png", "more/a.png")]
     assert table["warning"].isna().all()
     (error,) = read_rows(tmp_path / "errors.csv")
@@ -311,8 +311,10 @@ def test_more_than_eight_bits(files, tmp_path, capsys):
     assert (Path(row["path"]).name, float(row["low"]), float(row["high"])) == ("deep.png", values.min(), values.max())
     assert row["key"] in {row["key"] for row in read_rows(tmp_path / "out" / "attributions.csv")}
     assert "Windowed by their own range: 1 image with more than 8 bits" in capsys.readouterr().out
-    assert main([*arguments, "--window", "0", "4080"]) == 0
-    (row,) = read_rows(tmp_path / "out" / "windows.csv")
+    assert main([*arguments, "--window", "0", "4080"]) == 1
+    check_error(capsys, "window: expected None, as in the results in")
+    assert main([*arguments[:-1], str(tmp_path / "other"), "--window", "0", "4080"]) == 0
+    (row,) = read_rows(tmp_path / "other" / "windows.csv")
     assert (float(row["low"]), float(row["high"])) == (0, 4080)
     assert "own range" not in capsys.readouterr().out
 

@@ -356,10 +356,24 @@ def test_too_many_failures(tmp_path):
 
 
 def test_another_recipe_is_refused(tmp_path):
-    Store(tmp_path, recipe={"weights": "ab12", "seed": 0})
-    Store(tmp_path, recipe={"weights": "ab12", "seed": 0})
+    recipe = {"weights": "ab12", "seed": 0}
+    first, late = Store(tmp_path, recipe=recipe), Store(tmp_path, recipe=recipe | {"weights": "cd34"})
+    assert list(tmp_path.iterdir()) == []
+    run_units(first, UNITS[:1], WORK, Do())
+    Store(tmp_path, recipe=recipe)
     with pytest.raises(ValueError, match=r"seed: expected 0, as in the results in .*, got 1 \(other settings need"):
-        Store(tmp_path, recipe={"weights": "ab12", "seed": 1})
+        Store(tmp_path, recipe=recipe | {"seed": 1})
+    with pytest.raises(ValueError, match="weights: expected 'ab12'"):
+        run_units(late, UNITS, WORK, Do())
+
+
+def test_several_results_in_one_folder(tmp_path):
+    run_units(Store(tmp_path, "maps", recipe={"a": 1}), UNITS[:2], WORK, Do())
+    other = Store(tmp_path, "scores", recipe={"a": 2})
+    run_units(other, UNITS[:3], WORK, Do())
+    assert other.forget_others(UNITS[1:2]) == 2
+    assert set(other.read()["key"].to_pylist()) == set(UNITS[1].keys)
+    assert Store(tmp_path, "maps").read().num_rows == 24
 
 
 def test_other_images_are_refused(tmp_path):
