@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.models.saved import saved_config
 from fastfg.models.timm import import_timm, preprocessing
 
 
@@ -24,7 +25,9 @@ def load(
     Args:
         name: the name of a timm ``VisionTransformer`` or ``Eva``, for example ``vit_base_patch16_224``.
         weights: a file with the model's state dict: .safetensors, or .pt and .pth, which are read without running
-            pickled code. The number of classes is taken from the ``head`` in it.
+            pickled code. The number of classes is taken from the ``head`` in it. For weights of ``fastfg finetune``,
+            the image size, the transform and the names of the classes (``model.pretrained_cfg["label_names"]``) are
+            taken from the ``config.json`` beside them.
         pretrained: True: timm downloads its own weights. False: random weights. Required if ``weights`` is None.
         options: arguments of ``timm.create_model``, for example ``img_size`` and ``num_classes``.
 
@@ -44,6 +47,12 @@ def load(
     from fastfg.models import adapt
 
     state = {} if weights is None else read_state(weights)
+    config = None if weights is None else saved_config(weights)
+    if config is not None:
+        if config["architecture"] != name:
+            raise ValueError(f"model: expected {config['architecture']}, as {weights} says, got {name}")
+        overlay = config["pretrained_cfg"] | {"label_names": config["label_names"]}
+        options = config["model_args"] | {"pretrained_cfg_overlay": overlay} | options
     if "head.weight" in state:
         options = {"num_classes": len(state["head.weight"])} | options
     model = _create(name, pretrained=bool(pretrained), **options)
