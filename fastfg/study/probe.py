@@ -23,8 +23,8 @@ class Accuracy(NamedTuple):
     def describe(self) -> str:
         """In one line."""
         return (
-            f"accuracy {self.overall:.1%} on {self.images} images (always the most frequent class: {self.majority:.1%}), "
-            f"balanced {self.balanced:.1%}"
+            f"accuracy {self.overall:.1%} on {self.images} images (always the most frequent class: "
+            f"{self.majority:.1%}), balanced {self.balanced:.1%}"
         )
 
 

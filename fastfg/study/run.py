@@ -50,9 +50,7 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
     store = Store(out / "scores", columns=COLUMNS, recipe=_recipe(config, parts, device), say=say)
     judging = Judging(config, parts, store, track)
     outcome = run_protocol(judging, say)
-    say(
-        f"This process ran {judging.forwards:,} perturbed forwards; everything else was there, or other processes did it"
-    )
+    say(f"This process ran {judging.forwards:,} perturbed forwards; the rest was there, or others did it")
     if not write:
         return None
     from fastfg.report.page import write_report

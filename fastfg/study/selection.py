@@ -13,8 +13,8 @@ from fastfg.types import Gate
 
 RULE = """The gate is chosen on the validation images alone, by the highest mean of the primary score. All choices are \
 compared on the images for which each of them has a score. Of equal means, the one that was named first counts.
-1. Each block alone, with the scores {scores}, kappa {kappa:g} and c_max {c_max:g}{subset}. The best block by the score \
-{score!r} is kept; the others are shown and not chosen from.
+1. Each block alone, with the scores {scores}, kappa {kappa:g} and c_max {c_max:g}{subset}. Of these, only the score \
+{score!r} is chosen from, on all validation images: the best block is kept.
 2. Blocks are added to it one at a time, always the one with the highest mean, as long as the mean rises and up to \
 {max_layers} blocks{candidates}.
 3. For these blocks, kappa of {kappas} and c_max of {c_maxes}.
