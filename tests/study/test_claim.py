@@ -1,0 +1,101 @@
+"""The claim: it holds only if all of its conditions do, worked out on small tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fastfg.study.claim import GATE, SHUFFLED, VANILLA, judge_claim, with_mean_of_shuffled
+
+
+def table(n=24, **gains):
+    """Scores of ``n`` images. ``gains``: {variant: (in SRG, in MIF, in LIF)} over vanilla; lower MIF is better."""
+    random = np.random.default_rng(0)
+    base, noise = random.normal(0.3, 0.2, n), random.normal(0, 0.02, (n, 8))
+    rows = []
+    for number, (variant, (srg, mif, lif)) in enumerate({VANILLA: (0, 0, 0), **gains}.items()):
+        e = noise[:, number]
+        for i in range(n):
+            scores = {"srg": base[i] + srg + e[i], "deletion": 0.2 + mif - e[i] / 2, "insertion": 0.5 + lif + e[i] / 2}
+            rows.append({"image": f"{i:02}", "variant": variant, "target": 0, **scores, "error": None})
+    found = pd.DataFrame(rows)
+    found.attrs["metrics"] = ["srg", "deletion", "insertion"]
+    return found
+
+
+GOOD = {GATE: (0.1, -0.05, 0.05), "permuted": (0.02, -0.01, 0.01), "random": (-0.3, 0.1, -0.2)}
+
+
+def judged(primary, second, controls=("permuted", "random")):
+    return judge_claim({"mean": table(**primary), "removed": table(**second)}, controls)
+
+
+def test_all_conditions_hold():
+    found = judged(GOOD, GOOD)
+    assert found.claim.holds
+    assert found.strongest == "permuted"
+    assert all(condition.holds for condition in found.claim.conditions)
+    assert len(found.claim.conditions) == 4
+    assert "improves explanations" in found.claim.sentence
+    effect = found.claim.effects[0]
+    assert effect.difference == pytest.approx(0.1, abs=0.02)
+    assert effect.low < effect.difference < effect.high
+    assert (effect.variant, effect.against, effect.verdict) == (GATE, VANILLA, "better")
+
+
+def test_a_control_that_is_as_good_stops_the_claim():
+    found = judged(GOOD | {"permuted": GOOD[GATE]}, GOOD)
+    assert not found.claim.holds
+    failed = [condition.text for condition in found.claim.conditions if not condition.holds]
+    assert failed[0].startswith("Better than the strongest control, permuted")
+    assert "No improvement can be claimed" in found.claim.sentence
+    assert "strongest control" in found.claim.sentence
+
+
+def test_a_worse_gate_stops_the_claim():
+    found = judged(GOOD | {GATE: (-0.1, 0.05, -0.05)}, GOOD)
+    assert not found.claim.holds
+    assert not found.claim.conditions[0].holds
+    assert found.claim.effects[0].verdict == "worse"
+
+
+def test_three_of_four_modes():
+    found = judged(GOOD, GOOD | {GATE: (0.1, 0.05, 0.05)})  # removed: MIF is worse, LIF better
+    assert found.claim.holds
+    assert "3 of 4" in found.claim.conditions[2].detail
+    found = judged(GOOD, GOOD | {GATE: (0.1, 0.05, -0.05)})
+    assert not found.claim.holds
+    assert [condition.holds for condition in found.claim.conditions] == [True, True, False, False]
+    assert "2 of 4" in found.claim.conditions[2].detail
+
+
+def test_the_signs_by_hand():
+    rows = [("a", VANILLA, 0.5, 0.4), ("a", GATE, 0.3, 0.7), ("b", VANILLA, 0.1, 0.2), ("b", GATE, 0.2, 0.2)]
+    scores = pd.DataFrame(rows, columns=["image", "variant", "deletion", "insertion"]).assign(srg=[0.1, 0.4, 0.2, 0.1])
+    scores.attrs["metrics"] = ["srg", "deletion", "insertion"]
+    signs = judge_claim({"mean": scores}, []).signs.set_index("order")["gain"]
+    assert signs["MIF"] == pytest.approx(0.05)  # (0.2 - 0.1) / 2: a lower MIF curve is better
+    assert signs["LIF"] == pytest.approx(0.15)
+
+
+def test_without_controls_nothing_is_claimed():
+    found = judged(GOOD, GOOD, controls=())
+    assert not found.claim.holds
+    assert "no control was judged" in [condition.detail for condition in found.claim.conditions]
+
+
+def test_few_images_cannot_tell():
+    found = judge_claim({"mean": table(n=3, **GOOD)}, ["permuted"])
+    assert not found.claim.holds
+    assert "Holm corrects" in found.claim.conditions[0].detail
+
+
+def test_the_mean_of_the_shuffled_decoders_is_one_variant():
+    scores = table(n=2, **{"s 1": (0.1, 0, 0), "s 2": (0.3, 0, 0)})
+    scores.loc[(scores["variant"] == "s 2") & (scores["image"] == "01"), "srg"] = np.nan
+    found = with_mean_of_shuffled(scores, ["s 1", "s 2"])
+    own = found[found["variant"] == SHUFFLED].set_index("image")["srg"]
+    both = scores[scores["variant"].str.startswith("s ") & (scores["image"] == "00")]["srg"]
+    assert own["00"] == pytest.approx(both.mean())
+    assert np.isnan(own["01"])  # not the mean of the one that is left
+    assert found.attrs["metrics"] == scores.attrs["metrics"]
+    assert len(with_mean_of_shuffled(scores, [])) == len(scores)

@@ -1,0 +1,90 @@
+"""The file of a study: what it may hold, what is said of a wrong one, and the files that ``init`` writes."""
+
+import pytest
+
+from fastfg.data.splits import from_folder
+from fastfg.study.config import read_config
+from fastfg.study.init import init
+from tests.study.studies import TOML, photographs
+
+pytest.importorskip("pydantic")
+
+
+def write(tmp_path, text):
+    file = tmp_path / "s.toml"
+    file.write_text(text)
+    return file
+
+
+def test_paths_start_at_the_file(tmp_path):
+    config = read_config(write(tmp_path, TOML))
+    assert config.data.manifest == tmp_path / "m.parquet"
+    assert config.run.out == tmp_path / "out"
+    assert config.model.weights == tmp_path / "w.safetensors"
+    assert config.saes.folders["trained"] == tmp_path / "saes/trained"
+    assert config.test.modes == ["mean", "removed"]
+    assert config.kinds == ("trained", "frozen-decoder", "random")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[protocol]", "[protocl]", r"protocl: expected one of the keys .*got 'protocl' \(did you mean protocol\?\)"),
+        ("layers = ", "layer = ", r"protocol\.layer: expected one of .* \(did you mean layers\?\)"),
+        ("layers = [1, 2]", "layers = []", r"protocol\.layers: expected distinct 0-based blocks, .*got \[\]"),
+        ("layers = [1, 2]", "layers = [1, 1]", r"protocol\.layers: expected distinct .*got \[1, 1\]"),
+        ("kappa = [0.5, 1.0]", "kappa = [0.0]", r"protocol\.kappa\.0: expected greater than 0, got 0\.0"),
+        ("c_max = [10.0]", "c_max = [1]", r"protocol\.c_max\.0: expected greater than 1, got 1"),
+        ("layers = [1, 2]", "layers = [1, 2]\ncombinations = [[3]]", r"combinations: expected distinct blocks among"),
+        ("shuffled = 2", 'shuffled = 2\nmodes = ["men"]', r"test\.modes: .*got 'men' \(did you mean mean\?\)"),
+        ("shuffled = 2", 'shuffled = 2\nmetrics = ["srg"]', r"test\.metrics: expected others than srg"),
+        ("shuffled = 2", 'shuffled = 2\nmetrics = ["saoc"]', r"test\.metrics: .*got 'saoc' \(did you mean saco\?\)"),
+        ("shuffled = 2", "shuffled = -1", r"test\.shuffled: expected greater than or equal to 0, got -1"),
+        ('title = "Tiny"', "", r"title: expected a value, got none"),
+        ('random = "saes/random"', "", r"saes\.folders: expected a folder for random"),
+        ('random = "saes/random"', 'rndom = "saes/random"', r"folders.*expected kinds among .*got 'rndom'"),
+        ('title = "Tiny"', "title = ", r"expected a TOML file, got"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, TOML.replace(old, new, 1)))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config: expected a TOML file"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_folders_or_training(tmp_path):
+    with pytest.raises(ValueError, match=r"saes: expected folders, or \[saes.train\], got both"):
+        read_config(write(tmp_path, TOML + "[saes.train]\nk = 3\n"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_init_writes_a_file_that_can_be_read(tmp_path, full):
+    photographs(tmp_path / "photos", 30)
+    said = []
+    file = init(str(tmp_path / "photos"), tmp_path / "a.toml", model="vit_tiny_patch16_224", full=full, say=said.append)
+    config = read_config(file)
+    assert config.model.classes == ["bright", "dark"]
+    assert config.data.manifest == tmp_path / "a-manifest.parquet"
+    assert config.test.patches_per_step == (8 if full else 86)
+    assert config.test.shuffled == 19
+    assert any("dark" in line and "train" in line for line in said)
+    assert len(from_folder(tmp_path / "photos").table) == 30
+
+
+def test_init_refuses(tmp_path):
+    (tmp_path / "there.toml").touch()
+    with pytest.raises(ValueError, match="expected a new file"):
+        init("elpv", tmp_path / "there.toml")
+    with pytest.raises(ValueError, match=r"STUDY: .*got 'elvp' \(did you mean elpv\?\)"):
+        init("elvp", tmp_path / "x.toml")
+    with pytest.raises(ValueError, match=r"manifest: expected --manifest FILE for imagenet"):
+        init("imagenet", tmp_path / "x.toml")
+    with pytest.raises(ValueError, match=r"model: expected --model NAME"):
+        init(str(tmp_path), tmp_path / "x.toml")
+    with pytest.raises(ValueError, match=r"model: expected none for elpv"):
+        init("elpv", tmp_path / "x.toml", model="vit_tiny_patch16_224")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.toml"]

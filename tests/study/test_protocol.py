@@ -1,0 +1,192 @@
+"""A small study from beginning to end: its order, what is run again, and that any number of processes get the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastfg.attribution.attribute import attribute
+from fastfg.data import batches
+from fastfg.metrics.evaluate import evaluate
+from fastfg.study.claim import GATE, VANILLA
+from fastfg.study.config import read_config
+from fastfg.study.contents import judgement
+from fastfg.study.judging import COLUMNS, Judging
+from fastfg.study.prepare import prepare
+from fastfg.study.protocol import record_rule, run_protocol
+from fastfg.study.store import Store
+from tests.study.studies import make_study
+
+pytestmark = pytest.mark.slow
+
+
+def silent(*_):
+    pass
+
+
+def track(title):
+    return silent
+
+
+def open_study(file):
+    config = read_config(file)
+    config.run.out.mkdir(exist_ok=True)
+    parts = prepare(config, torch.device("cpu"), silent, track)
+    return Judging(config, parts, Store(config.run.out / "scores", columns=COLUMNS, say=silent), track)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder with a finished study, its judging and its outcome."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("study")
+    judging = open_study(make_study(folder))
+    outcome = run_protocol(judging, silent)
+    yield folder, judging, outcome
+    torch.set_num_threads(threads)
+
+
+def test_splits_stay_apart(done):
+    _, judging, outcome = done
+    images = judging.parts.images
+    assert set(images.loc[judging.parts.validation, "split"]) == {"validation"}
+    assert set(images.loc[judging.parts.test, "split"]) == {"test"}
+    assert set(outcome.sweep["image"]) <= set(judging.parts.validation)
+    for table in outcome.tests.values():
+        assert set(table["image"]) == set(judging.parts.test)
+
+
+def test_the_choice_is_written_before_the_first_test_score(done):
+    folder, *_ = done
+    choice = (folder / "out/choice.json").stat().st_mtime_ns
+    written = {file.name: file.stat().st_mtime_ns for file in (folder / "out/scores/shards").glob("*.parquet")}
+    assert all(time > choice for name, time in written.items() if name.startswith("test"))
+    assert all(time < choice for name, time in written.items() if name.startswith("validation"))
+    (rule,) = json.loads((folder / "out/rules.json").read_text())
+    assert not rule["scores_existed"]
+
+
+def test_the_choice_is_the_best_of_the_sweep(done):
+    _, _, outcome = done
+    means = outcome.sweep.pivot(index="image", columns="variant", values="srg").mean().drop(VANILLA)
+    assert outcome.choice.mean == pytest.approx(means.max())
+    gate = outcome.choice.gate
+    assert f"kappa {gate.kappa:g}, c_max {gate.c_max:g}" in means.idxmax()
+
+
+def test_scores_are_those_of_attribute_and_evaluate(done):
+    _, judging, outcome = done
+    unit = judging.units("test")[0]
+    rows = judging.parts.images.loc[list(unit.keys)]
+    (batch,) = batches([*rows["path"]], judging.parts.transform, len(rows))
+    found = attribute(judging.parts.model, batch.images, saes=judging.parts.saes["trained"], gate=outcome.choice.gate)
+    for mode, table in outcome.tests.items():
+        scores = evaluate(
+            judging.parts.model,
+            batch.images,
+            found.maps,
+            target=found.target,
+            metrics=["srg", "deletion", "insertion"],
+            baseline=mode,
+            keys=list(unit.keys),
+            **{name: {"patches_per_step": 6} for name in ("srg", "deletion", "insertion")},
+        )
+        own = table[table["variant"] == GATE].set_index("image").loc[list(unit.keys)]
+        for metric in scores:
+            assert own[metric].tolist() == pytest.approx(scores[metric].tolist(), abs=1e-6)
+        assert (own["srg"] - (own["insertion"] - own["deletion"])).abs().max() < 1e-6
+
+
+def test_controls_use_their_own_saes(done):
+    _, judging, outcome = done
+    table = outcome.tests["mean"].pivot(index="image", columns="variant", values="srg")
+    names = [VANILLA, GATE, *outcome.controls, *outcome.shuffled]
+    assert sorted(table.columns) == sorted(names)
+    for one, other in [
+        (GATE, "frozen-decoder SAE"),
+        (GATE, "random SAE"),
+        (GATE, "shuffled 0"),
+        ("shuffled 0", "shuffled 1"),
+    ]:
+        assert not table[one].equals(table[other])
+    identities = [judging.identity(variant) for variant in outcome.variants]
+    assert len(set(identities)) == len(identities)
+
+
+def test_nothing_runs_twice_and_only_what_is_new_runs(done):
+    folder, *_ = done
+    again = open_study(folder / "study.toml")
+    run_protocol(again, silent)
+    assert again.forwards == 0
+    text = (folder / "study.toml").read_text()
+    other = folder / "other.toml"
+    other.write_text(text.replace("shuffled = 2", 'shuffled = 2\ncontrols = ["random", "rollout"]'))
+    more = open_study(other)
+    outcome = run_protocol(more, silent)
+    n = len(more.parts.test)
+    per_map = 2 * (3 - 1)  # 16 patches in steps of 6 are 3 steps, the last of which removes all; both orders
+    in_both_modes = 2 * n * (per_map + 2)  # and the image, and the image without any patch
+    assert 0 < more.forwards <= in_both_modes
+    assert "rollout" in outcome.controls
+
+
+def test_a_rule_that_changes_is_recorded(done):
+    folder, judging, _ = done
+    config = judging.config.model_copy(
+        update={"protocol": judging.config.protocol.model_copy(update={"max_layers": 1}), "run": judging.config.run}
+    )
+    before = (folder / "out/rules.json").read_text()
+    try:
+        record_rule(config, begun=True)
+        rules = json.loads((folder / "out/rules.json").read_text())
+        assert [rule["scores_existed"] for rule in rules] == [False, True]
+    finally:
+        (folder / "out/rules.json").write_text(before)
+
+
+def test_the_claim_is_made_of_the_test(done):
+    _, _, outcome = done
+    found, tables = judgement(outcome, 0)
+    assert found.strongest in [*outcome.controls, "shuffled (mean of seeds)"]
+    assert found.claim.holds == all(condition.holds for condition in found.claim.conditions)
+    n = found.claim.effects[0].n
+    assert n == tables["mean"].pivot(index="image", columns="variant", values="srg")[[GATE, VANILLA]].dropna().shape[0]
+
+
+def start(file, rank):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "fastfg", "study", "run", str(file), "--processes", "1"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_killed_processes_leave_the_same_table(done, tmp_path):
+    """Three processes are killed with -9, twice; then one goes on. The scores are those of one undisturbed process."""
+    folder, judging, _ = done
+    expected = judging.store.read(units=[u.name for s in ("validation", "test") for u in judging.units(s)])
+    for name in ("m.parquet", "w.safetensors", "saes", "photos"):
+        (tmp_path / name).symlink_to(folder / name)
+    file = tmp_path / "study.toml"
+    file.write_text((folder / "study.toml").read_text())
+    shards = tmp_path / "out/scores/shards"
+    for wanted in (2, 5):
+        processes = [start(file, rank) for rank in (1, 2, 3)]
+        until = time.monotonic() + 120
+        while len(list(shards.glob("*.parquet"))) < wanted and time.monotonic() < until:
+            time.sleep(0.05)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    last = start(file, 0)
+    output = last.communicate(timeout=300)[0].decode()
+    assert last.returncode == 0, output
+    found = Store(tmp_path / "out/scores", columns=COLUMNS, say=silent).read()
+    variants = set(found["variant"].to_pylist())
+    own = expected.filter(torch.tensor([v in variants for v in expected["variant"].to_pylist()]).numpy())
+    assert found.num_rows > 500
+    assert found.equals(own)
