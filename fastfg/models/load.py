@@ -55,7 +55,7 @@ def load(
         options = config["model_args"] | {"pretrained_cfg_overlay": overlay} | options
     if "head.weight" in state:
         options = {"num_classes": len(state["head.weight"])} | options
-    model = _create(name, pretrained=bool(pretrained), **options)
+    model = create(name, pretrained=bool(pretrained), **options)
     adapt(model)  # refuses other architectures
     if weights is not None:
         load_state(model, state, name)
@@ -64,8 +64,8 @@ def load(
 
 def load_state(model: Any, state: dict[str, Tensor], name: str) -> None:
     """Load ``state`` into ``model``. Raises ValueError if names or shapes differ."""
-    if misfit := _misfit(model.state_dict(), state):
-        raise ValueError(f"weights: expected those of {name}, got a state dict with {misfit}")
+    if wrong := misfit(model.state_dict(), state):
+        raise ValueError(f"weights: expected those of {name}, got a state dict with {wrong}")
     model.load_state_dict(state)
 
 
@@ -103,7 +103,7 @@ def _read(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> Any:
+def create(name: str, pretrained: bool, **options: Any) -> Any:
     """Create timm's model. Errors name the argument."""
     timm = import_timm()
     if "/" not in name and not timm.is_model(name):
@@ -118,7 +118,7 @@ def _create(name: str, pretrained: bool, **options: Any) -> Any:
         raise ValueError(f"{what} {name}: {type(error).__name__}: {_first_sentence(error)}{hint}") from error
 
 
-def _misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
+def misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
     """How the names or shapes of two state dicts differ, with the first few names of each kind; empty if they agree."""
     parts = {
         "no": [name for name in expected if name not in got],

