@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from fastfg.models.timm import preprocessing
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
+from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config, Train
-from fastfg.study.probe import Accuracy, accuracy, features_of, fit_head
+from fastfg.study.probe import features_of, fit_head
 from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import cache_tokens
@@ -155,14 +156,16 @@ def _probe(
         features, labels = _features(start.model, train, classes, track(f"Features of {len(train)} training images"))
         held, truth = _features(start.model, shown, classes, track(f"Features of {len(shown)} validation images"))
         fit_head(start.model, features, labels)
-        reached = accuracy(start.model.head(held).argmax(1), truth, len(classes))
-        about = {"head": "a linear probe", "validation": reached._asdict()}
+        answers = start.model.head(held).argmax(1)
+        reached = asdict(Accuracy.of(classes, truth.tolist(), answers.tolist()))
+        about = {"head": "a linear probe", "validation": reached}
         save_classifier(folder, start.model, start.architecture, classes, model_args=start.model_args, about=about)
-        write_durably(folder / ACCURACY, json.dumps(reached._asdict()).encode())
+        write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
     once("model", (folder / ACCURACY).exists, make)
     found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
-    say(f"Linear head, on validation images: {found.describe()}")
+    for line in found.sentences("validation, linear head"):
+        say(line)
     return found
 
 
@@ -286,5 +289,5 @@ def sizes(parts: Parts) -> dict[str, Any]:
     """What the report says of the images and the model."""
     found: dict[str, Any] = {"validation images": len(parts.validation), "test images": len(parts.test)}
     if parts.accuracy is not None:
-        found["linear head"] = parts.accuracy.describe()
+        found["linear head"] = "\n".join(parts.accuracy.sentences("validation"))
     return found

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class Accuracy(NamedTuple):
-    """On images that were not trained on: ``overall``, ``balanced`` (the mean over classes), and ``majority``, the
-    accuracy of always naming the most frequent class."""
-
-    overall: float
-    balanced: float
-    majority: float
-    per_class: list[float]
-    images: int
-
-    def describe(self) -> str:
-        """In one line."""
-        return (
-            f"accuracy {self.overall:.1%} on {self.images} images (always the most frequent class: "
-            f"{self.majority:.1%}), balanced {self.balanced:.1%}"
-        )
 
 
 def fit_head(model: Any, features: Tensor, labels: Tensor, weight_decay: float = 1e-2) -> None:
@@ -57,13 +38,3 @@ def fit_head(model: Any, features: Tensor, labels: Tensor, weight_decay: float =
 def features_of(model: Any, images: Tensor) -> Tensor:
     """What the head of a timm model reads: [B, d]."""
     return model.forward_head(model.forward_features(images), pre_logits=True)
-
-
-def accuracy(predicted: Sequence[int] | Tensor, labels: Sequence[int] | Tensor, n_classes: int) -> Accuracy:
-    """The :class:`Accuracy` of predicted classes. The accuracy of a class without images is NaN, and not counted."""
-    predicted, labels = torch.as_tensor(predicted), torch.as_tensor(labels)
-    right = (predicted == labels).double()
-    shares = [right[labels == c].mean().item() if bool((labels == c).any()) else float("nan") for c in range(n_classes)]
-    known = [share for share in shares if share == share]
-    majority = torch.bincount(labels, minlength=n_classes).max().item() / len(labels)
-    return Accuracy(right.mean().item(), sum(known) / len(known), majority, shares, len(labels))

@@ -257,12 +257,12 @@ def test_draw(table):
 def test_elpv():
     table, dropped = installed(elpv)
     assert len(dropped) == 0
-    assert table["split"].value_counts().to_dict() == {"train": 1892, "test": 480, "validation": 252}
-    assert sorted(table.loc[table["split"] == "test", "group"].unique()) == ["run-02", "run-03"]
-    assert sorted(table.loc[table["split"] == "validation", "group"].unique()) == ["run-07", "run-08"]
+    assert table["split"].value_counts().to_dict() == {"train": 1674, "test": 590, "validation": 360}
+    assert sorted(table.loc[table["split"] == "test", "group"].unique()) == ["run-01", "run-06"]
+    assert sorted(table.loc[table["split"] == "validation", "group"].unique()) == ["run-03", "run-08"]
     assert (table["label"] == "defective").sum() == 715 + 106
     drawn = elpv(validation=100, test=300).table
-    assert drawn["split"].value_counts().to_dict() == {"train": 1892, "test": 300, "validation": 100}
+    assert drawn["split"].value_counts().to_dict() == {"train": 1674, "test": 300, "validation": 100}
 
 
 def test_elpv_parts_that_are_missing(tmp_path):
