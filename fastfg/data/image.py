@@ -60,11 +60,19 @@ def read_image(
     Raises ValueError for a file that these rules refuse, and Pillow's own errors for a damaged file. Sizes are checked
     before pixels are decoded.
     """
-    path = Path(path)
+    with Path(path).open("rb") as file:
+        return read_open_image(file, Path(path), window=window, max_pixels=max_pixels, max_aspect=max_aspect)
+
+
+def read_open_image(
+    file: BinaryIO, path: Path, *, window: Window | None, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT
+) -> Picture:
+    """:func:`read_image` for a file that is open, or bytes in memory. ``path`` is its name for messages."""
     check_limits(window, max_pixels, max_aspect)
-    if is_dicom(path):
+    if begins_as_dicom(file):
         raise ValueError(DICOM)
-    with path.open("rb") as file, opened(path, file) as image:
+    file.seek(0)
+    with opened(path, file) as image:
         check_size(image.size, max_pixels, max_aspect)
         check_frames(image)
         deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
@@ -117,7 +125,12 @@ def readable_suffixes() -> set[str]:
 def is_dicom(path: Path) -> bool:
     """Whether the file begins as DICOM files do: 128 bytes of any kind, then ``DICM``."""
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return begins_as_dicom(file)
+
+
+def begins_as_dicom(file: BinaryIO) -> bool:
+    """:func:`is_dicom` for a file that is open at its start."""
+    return file.read(132)[128:] == b"DICM"
 
 
 def check_size(size: tuple[int, int], max_pixels: int, max_aspect: float) -> None:

@@ -86,13 +86,18 @@ def from_folder(
     return made if splits else made._replace(table=split(made.table, validation=validation, test=test, seed=seed))
 
 
-def split(table: pd.DataFrame, *, validation: float = 0.15, test: float = 0.15, seed: int = 0) -> pd.DataFrame:
+def split(
+    table: pd.DataFrame, *, validation: float = 0.15, test: float = 0.15, seed: int = 0, by_label: bool = False
+) -> pd.DataFrame:
     """The manifest with new splits. All images of a group are in one split.
 
     Groups (and images without a group, each by itself) are put in the order of the hash of seed and group (or key).
     The first ones are for ``test``, until they hold its share of the images, the next ones for ``validation``, and the
     rest for ``train``. The order of the table and the labels play no part:
     :func:`fastfg.data.manifest.class_counts` says how many images of each class a split has got.
+
+    ``by_label`` takes the shares of each label by itself, so that a rare class is in each split; then no image may
+    have a group.
 
     Raises ValueError for shares that are not at least 0 and together below 1, and if a split gets no image.
     """
@@ -101,25 +106,49 @@ def split(table: pd.DataFrame, *, validation: float = 0.15, test: float = 0.15, 
             raise ValueError(f"{name}: expected a share of at least 0 and below 1, got {share}")
     if validation + test >= 1:
         raise ValueError(f"test: expected shares that leave images for training, got {validation} and {test}")
+    if by_label and (table["group"] != "").any():
+        raise ValueError("by_label: expected images without a group, as a group can have several labels")
     table = table.copy()
     units = table["group"].where(table["group"] != "", "key\n" + table["key"])  # a group's name may be that of a key
-    sizes = units.value_counts()
-    wanted = {"test": round(test * len(table)), "validation": round(validation * len(table))}
-    of_unit, order = {}, hash_order(units, seed)
-    for name, n in wanted.items():
-        taken = 0
-        while taken < n and order:
-            taken += int(sizes[order[0]])
-            of_unit[order.pop(0)] = name
+    of_unit: dict[str, str] = {}
+    for _, part in units.groupby(table["label"]) if by_label else [("", units)]:
+        wanted = {"test": round(test * len(part)), "validation": round(validation * len(part))}
+        of_unit |= _deal(part, wanted, seed)
     table["split"] = [of_unit.get(unit, "train") for unit in units]
     needed = {"train": 1, "validation": validation, "test": test}
     lacking = [name for name, share in needed.items() if share and not (table["split"] == name).any()]
     if lacking:
         raise ValueError(
             f"split: expected enough groups for images in each split, got none for {' and '.join(lacking)} "
-            f"({len(sizes)} groups with {len(table)} images)"
+            f"({units.nunique()} groups with {len(table)} images)"
         )
     return table
+
+
+def not_trained_on(table: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+    """The manifest without the images of its validation and test split that ``trained`` has as training images.
+
+    Use it if a model that was trained on one manifest is judged on another one of the same source. Images are the same
+    if their files are; a group of ``trained`` is not looked at.
+
+    Raises ValueError if no image is left.
+    """
+    keys = set(trained.loc[trained["split"] == "train", "key"])
+    left = table[(table["split"] == "train") | ~table["key"].isin(keys)]
+    if left.empty:
+        raise ValueError(f"trained: expected images that it does not train on, got none of {len(table)}")
+    return left.reset_index(drop=True)
+
+
+def _deal(units: pd.Series, wanted: Mapping[str, int], seed: int) -> dict[str, str]:
+    """{unit: split} for the first ones in the order of their hash, until each split has its number of images."""
+    sizes, of_unit, order = units.value_counts(), {}, hash_order(units, seed)
+    for name, n in wanted.items():
+        taken = 0
+        while taken < n and order:
+            taken += int(sizes[order[0]])
+            of_unit[order.pop(0)] = name
+    return of_unit
 
 
 def _group_of(path: Path, group: Any) -> str:

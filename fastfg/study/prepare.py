@@ -92,8 +92,18 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     labels = preset(config.model.preset).label_names() if config.model.preset else classes
     if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
         raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
-    named = {"classes": classes, "labels": labels, "accuracy": reached, "saes": saes, "identities": identities}
-    return Parts(used, keys["validation"], keys["test"], adapter, transform, **named)
+    return Parts(
+        images=used,
+        validation=keys["validation"],
+        test=keys["test"],
+        model=adapter,
+        transform=transform,
+        classes=classes,
+        labels=labels,
+        accuracy=reached,
+        saes=saes,
+        identities=identities,
+    )
 
 
 def _drawn(manifest: pd.DataFrame, split: str, n: int | None, seed: int) -> list[str]:

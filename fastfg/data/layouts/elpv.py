@@ -70,8 +70,8 @@ def elpv(
 
     The 44 modules are not named in the data. A module has one kind of wafer, and the files are in ten runs of equal
     kind, so a run is the ``group``: 1 and 6 are the test split (590 photographs), 3 and 8 validation (360), and the
-    others training (1,674). Each split has both kinds of wafers, and 29, 48 and 29% defective cells; early runs have far
-    more of them than late ones. Two splits share no module if the files of each module follow one another, which is
+    others training (1,674). Each split has both kinds of wafers, and 29, 48 and 29% defective cells; early runs have
+    far more of them than late ones. Two splits share no module if the files of each module follow one another, which is
     likely but not stated by the authors. Within a run, photographs of one module are not independent: with 2 groups
     in the test split, an interval that takes photographs as independent is too narrow.
 
