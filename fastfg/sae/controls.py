@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfg import ops
 from fastfg.sae.topk_step import TopKStep
 
 COSINE = 0.8  # of a soft-frozen row with its start, at least
@@ -54,12 +53,17 @@ def keep_rows_near(W: Tensor, start: Tensor) -> None:
     W.copy_(torch.where(along < COSINE, nearest, W))
 
 
-def fit_scale(step: TopKStep, x: Tensor) -> None:
-    """Fit one scale of the codes and ``b_dec`` to tokens ``x`` [T, d] by least squares; the codes stay active."""
-    values, indices = ops.encode_topk(x, step.W_enc, step.b_enc, None, step.k)
-    decoded = ops.decode_topk(values, indices, step.W_dec, None)
-    mean, mean_decoded = x.mean(0), decoded.mean(0)
-    spread = (decoded - mean_decoded).double()
+def fit_scale(step: TopKStep, x: Tensor, batch_size: int) -> None:
+    """Fit one scale of the codes and ``b_dec`` to tokens ``x`` [T, d] by least squares; the codes stay active.
+
+    ``batch_size``: of the batches in which ``batch_topk`` chooses.
+    """
+    decoded = []
+    for batch in x.split(batch_size if step.activation == "batch_topk" else len(x)):
+        decoded.append(step.codes(batch).decode(step.W_dec, torch.zeros_like(step.b_dec))[-1])
+    reconstructed = torch.cat(decoded)
+    mean, mean_decoded = x.mean(0), reconstructed.mean(0)
+    spread = (reconstructed - mean_decoded).double()
     scale = float(((x - mean).double() * spread).sum() / spread.square().sum())
     if not scale > 0:
         raise ValueError(f"kind: expected random codes that correlate with the tokens, got a scale of {scale:g}")

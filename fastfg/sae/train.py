@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from numbers import Integral, Real
 
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.recipe import TRAINED, prefix_widths
 from fastfg.sae.report import TOKENS_AT_ONCE, SAEReport, all_same, report
 from fastfg.sae.topk_step import TopKStep
 
 WARM_UP, COOL_DOWN = 0.05, 0.3  # shares of the steps in which the learning rate rises and falls
+MEASURED = 2**15  # tokens that a threshold is measured on
 LARGEST = 1e15  # largest value in a token: its norm is computed in float32
 SMALLEST = 1e-18  # smallest mean deviation of the tokens from their mean, for the same reason
 ROUNDING = 1e-2  # largest share of the deviation that float64 tokens may lose in float32
@@ -33,6 +35,8 @@ def train_sae(
     revivals: int = 4,
     k_aux: int = 0,
     dead_after: int = 10_000_000,
+    activation: str = "topk",
+    prefixes: Sequence[float] = (1.0,),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SparseAutoencoder, SAEReport]:
@@ -52,7 +56,7 @@ def train_sae(
     Args:
         x: [T, d] floating and finite, at least one batch of training tokens that are not all the same.
         n_features: F, the features in the dictionary.
-        k: active features per token.
+        k: active features per token; for ``batch_topk``, in the mean over a batch.
         epochs: passes over the training tokens.
         batch_size: tokens per step.
         lr: the highest learning rate.
@@ -61,6 +65,10 @@ def train_sae(
         revivals: how often dead features are revived; 0 is never.
         k_aux: dead features per token of the auxiliary loss; 0 leaves it out. Gao et al. use a power of two near d / 2.
         dead_after: for ``k_aux``: a feature is dead if it was active for none of this number of training tokens.
+        activation: ``topk``, or ``batch_topk`` (Bussmann et al. 2024): the ``k * batch_size`` largest pre-activations
+            of a batch are active. The SAE that is returned has a threshold, and its report the L0 that it gives.
+        prefixes: of a Matryoshka SAE (Bussmann et al. 2025): increasing shares of the dictionary up to 1, such as
+            ``(0.0625, 0.25, 1)``. The loss is the sum of those of all prefixes.
         seed: seed of the initialisation and of the order of tokens.
         progress: called with (steps done, total steps).
 
@@ -82,13 +90,16 @@ def train_sae(
     whole = {name: (value, 1.0) for name, value in positive.items()}
     whole |= {"revivals": (revivals, 0), "k_aux": (k_aux, 0), "seed": (seed, -math.inf)}
     _check_options(whole, lr, held_out)
+    if activation not in TRAINED:
+        raise ValueError(f"activation: expected one of {TRAINED}, got {activation!r}")
+    widths = prefix_widths(prefixes, n_features)
     x = x.detach() if isinstance(x, Tensor) else x
     n_train = _check_tokens(x, held_out, batch_size)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
         stack.enter_context(torch.no_grad())
-        training = _Training(x[:n_train].float(), n_features, k, lr, seed, k_aux, dead_after)
+        training = _Training(x[:n_train].float(), n_features, k, lr, seed, k_aux, dead_after, activation, widths)
         steps = epochs * (n_train // batch_size)
         revive_at = {round(steps * (i + 1) / (2 * revivals)) for i in range(revivals)} if revivals else set()
         for step, tokens in enumerate(training.batches(epochs, batch_size)):
@@ -97,7 +108,7 @@ def train_sae(
             training.scheduled_step(tokens, step / steps)
             if progress is not None:
                 progress(step + 1, steps)
-        sae = training.finish()
+        sae = training.finish(batch_size)
     return sae, report(sae, x[n_train:], steps=steps, revived=training.revived)
 
 
@@ -107,14 +118,24 @@ class _Training(TopKStep):
     """
 
     def __init__(
-        self, x: Tensor, n_features: int, k: int, lr: float, seed: int, k_aux: int = 0, dead_after: int = 1
+        self,
+        x: Tensor,
+        n_features: int,
+        k: int,
+        lr: float,
+        seed: int,
+        k_aux: int = 0,
+        dead_after: int = 1,
+        activation: str = "topk",
+        widths: Sequence[int] | None = None,
     ) -> None:
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.x, self.lr, self.revived = x, lr, 0
         self.mean = x.mean(0)
         self.unit = (x - self.mean).norm(dim=-1).mean() / x.shape[-1] ** 0.5
         rows = torch.randn(n_features, x.shape[-1], generator=self.generator, dtype=torch.float32, device="cpu")
-        super().__init__(F.normalize(rows, dim=1).to(x.device), int(k), int(k_aux), int(dead_after))
+        rows = F.normalize(rows, dim=1).to(x.device)
+        super().__init__(rows, int(k), int(k_aux), int(dead_after), activation=activation, widths=widths)
         self.fired = torch.zeros(n_features, dtype=torch.bool, device=x.device)
 
     def batches(self, epochs: int, size: int) -> Iterator[Tensor]:
@@ -133,7 +154,7 @@ class _Training(TopKStep):
         self._check_finite()
         dead = (~self.fired).nonzero().flatten()
         self.fired.zero_()
-        error = x - self.reconstruct(x)[1]
+        error = x - self.reconstruct(x)
         chance = error.square().sum(-1).cpu()
         if not len(dead) or not bool(chance.any()):  # without an error there is no direction to start from
             return
@@ -152,10 +173,17 @@ class _Training(TopKStep):
         if not self.is_finite():
             raise RuntimeError(f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.lr}")
 
-    def finish(self) -> SparseAutoencoder:
-        """The SAE in the tokens' own units: codes are multiplied by ``unit``, and dictionary rows keep norm 1."""
+    def finish(self, batch_size: int) -> SparseAutoencoder:
+        """The SAE in the tokens' own units: codes are multiplied by ``unit``, and dictionary rows keep norm 1.
+
+        The threshold of a ``batch_topk`` SAE is measured on up to :data:`MEASURED` tokens in batches of ``batch_size``.
+        """
         self._check_finite()
-        return self.sae(self.mean, self.unit)
+        if self.activation == "topk":
+            return self.sae(self.mean, self.unit)
+        order = torch.randperm(len(self.x), generator=self.generator, device="cpu")[: max(MEASURED, batch_size)]
+        x = (self.x[order.to(self.x.device)] - self.mean) / self.unit
+        return self.sae(self.mean, self.unit, self.threshold(x, batch_size))
 
 
 def _check_options(whole: dict[str, tuple[int, float]], lr: float, held_out: float) -> None:

@@ -28,14 +28,15 @@ class SAETrainer(TopKStep):
     and the biases as zero. So ``b_dec`` starts at the geometric median.
 
     Args:
-        recipe: what to do. first: [n, d] float32, some of the tokens to train on.
+        recipe: what to do. first: [n, d] float32, some of the tokens to train on. The threshold of a ``batch_topk`` SAE
+            is measured on them, too.
 
     Attributes:
         done: number of steps that are done.
     """
 
     def __init__(self, recipe: Recipe, first: Tensor) -> None:
-        self.recipe, self.done = recipe, 0
+        self.recipe, self.done, self.first = recipe, 0, first
         self.centre = geometric_median(first)
         self.unit = (first - self.centre).norm(dim=1).mean() / first.shape[1] ** 0.5
         if not float(self.unit) > 0:
@@ -43,9 +44,17 @@ class SAETrainer(TopKStep):
         random = torch.Generator("cpu").manual_seed(recipe.seed)
         rows = F.normalize(torch.randn(recipe.n_features, first.shape[1], generator=random), dim=1)
         precision = getattr(torch, recipe.precision)
-        super().__init__(rows.to(first.device), recipe.k, recipe.k_aux, recipe.dead_after, precision)
+        super().__init__(
+            rows.to(first.device),
+            recipe.k,
+            recipe.k_aux,
+            recipe.dead_after,
+            precision,
+            recipe.activation,
+            recipe.widths,
+        )
         if recipe.kind == "random":
-            fit_scale(self, self.scaled(first))
+            fit_scale(self, self.scaled(first), recipe.batch_size)
             self.done = recipe.steps
         else:
             self._hold = after_step(recipe.kind, self)
@@ -63,16 +72,16 @@ class SAETrainer(TopKStep):
         return found
 
     @torch.no_grad()
-    def progress(self, x: Tensor, loss: Tensor, counts: Tensor) -> dict[str, float]:
-        """Explained variance and L0 of tokens ``x`` before the step that gave ``loss`` and ``counts``, and the share of
-        features that are dead. Waits for the device.
+    def progress(self, x: Tensor, losses: Tensor, counts: Tensor) -> dict[str, float]:
+        """Explained variance and L0 of tokens ``x`` before the step that gave ``losses`` and ``counts``, and the share
+        of features that are dead. Waits for the device.
 
         The share is NaN as long as fewer tokens were seen than a feature must miss to be dead.
         """
         scaled = self.scaled(x)
         variance = (scaled - scaled.mean(0)).square().sum() / len(x)
         dead = (self.unused >= self.dead_after).double().mean()
-        numbers = torch.stack([1 - loss.double() / variance, counts.double().sum() / len(x), dead]).tolist()
+        numbers = torch.stack([1 - losses[-1].double() / variance, counts.double().sum() / len(x), dead]).tolist()
         if self.done * self.recipe.batch_size < self.dead_after:
             numbers[2] = math.nan
         return dict(zip(("explained_variance", "l0", "dead_share"), numbers, strict=True))
@@ -83,7 +92,10 @@ class SAETrainer(TopKStep):
             raise ValueError(
                 f"lr: expected training to stay finite, got NaN or infinite weights with lr={self.recipe.lr}"
             )
-        return self.sae(self.centre, self.unit, provenance=provenance)
+        threshold = None
+        if self.recipe.activation == "batch_topk":
+            threshold = self.threshold(self.scaled(self.first), self.recipe.batch_size)
+        return self.sae(self.centre, self.unit, threshold, provenance=provenance)
 
     # Checkpoints ---------------------------------------------------------------------------------------------
 

@@ -143,10 +143,10 @@ class _Run:
     def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:
         recipe, started, before = trainer.recipe, time.monotonic(), trainer.done
         for tokens in self._batches(trainer, layer):
-            loss, counts = trainer.train(tokens)
+            losses, counts = trainer.train(tokens)
             done = trainer.done
             if done % EVERY == 0 or done == recipe.steps:
-                figures = trainer.progress(tokens, loss, counts)
+                figures = trainer.progress(tokens, losses, counts)
                 seconds = time.monotonic() - started
                 figures["tokens_per_second"] = (done - before) * recipe.batch_size / max(seconds, 1e-9)
                 progress(done, recipe.steps, figures)

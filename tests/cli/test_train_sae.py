@@ -63,6 +63,20 @@ def test_from_images_to_maps(folder, tmp_path, capsys):
     assert main(command(folder, out, "--kinds", "trained", "random", "--epochs", "2")) == 0  # nothing is left to do
 
 
+def test_batch_topk_with_prefixes(folder, tmp_path, capsys):
+    options = ["--activation", "batch_topk", "--prefixes", "0.25", "1"]
+    assert main(command(folder, tmp_path / "out", *options, layers=["1"])) == 0
+    capsys.readouterr()
+    (row,) = csv.DictReader((tmp_path / "out" / "saes.csv").open())
+    assert float(row["l0"]) == pytest.approx(4, rel=0.25)  # as the threshold gives it
+    config = json.loads((tmp_path / "out" / "trained" / "layer_1" / "config.json").read_text())
+    assert (config["activation"], config["k"]) == ("batch_topk", None)
+    assert config["provenance"]["recipe"]["prefixes"] == [0.25, 1.0]
+    image, model = str(folder / "images" / "0.png"), command(folder, tmp_path)[2:6]
+    saes = ["--saes", str(tmp_path / "out" / "trained"), "--layers", "1"]
+    assert main(["attribute", image, *model, *saes, "--out", str(tmp_path / "a")]) == 0
+
+
 def test_saes_of_another_model_are_refused(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "out", layers=["1"])) == 0
     torch.manual_seed(1)
@@ -110,6 +124,8 @@ def test_groups_stay_on_one_side(folder, tmp_path):
         ([], ["3-1"], 2, "argument --layers: expected a block or a range of blocks, such as 4 or 2-10, got '3-1'"),
         ([], ["7"], 1, "layers: expected blocks from 0 to 2"),
         (["--kinds", "frozen"], ["1"], 2, "argument --kinds: invalid choice: 'frozen'"),
+        (["--prefixes", "0.5"], ["1"], 1, "prefixes: expected increasing shares of the 1048576 features"),
+        (["--activation", "relu"], ["1"], 2, "argument --activation: invalid choice: 'relu'"),
         (["--k", "500"], ["1"], 1, "k: expected 1 to n_features=192, got 500"),
         (
             ["--batch-tokens", "5000", "--buffer", "10000"],

@@ -31,6 +31,18 @@ def test_a_known_dictionary_is_found():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64), rtol=1e-5, atol=0)
 
 
+def test_batch_topk_with_prefixes():
+    x, _ = sparse_data(T=4000)
+    sae, found = fastfg.train_sae(x, 64, 3, epochs=2, activation="batch_topk", prefixes=(0.25, 1))
+    assert sae.activation_name == "batch_topk"
+    assert found.l0 == pytest.approx(3, rel=0.1)
+    assert found.explained_variance > 0.3
+    with pytest.raises(ValueError, match="^activation: expected one of .*, got 'gated'"):
+        fastfg.train_sae(x, 64, 3, activation="gated")
+    with pytest.raises(ValueError, match="^prefixes: expected increasing shares of the 64 features"):
+        fastfg.train_sae(x, 64, 3, prefixes=(0.25,))
+
+
 def test_training_is_repeatable_and_leaves_its_input():
     x, _ = sparse_data(T=4000)
     kept = x.clone()
