@@ -45,9 +45,7 @@ def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variant
     parts = judging.parts
     device = next(parts.model.model.parameters()).device
     keys = list(rows["key"])
-    target = None
-    if judging.config.model.target == "label":
-        target = torch.tensor([parts.labels.index(label) for label in rows["label"]])
+    target = judging.target_of(keys)
     maps, found = explain(parts.model, images.to(device), variants, parts.saes, target=target, keys=keys)
     probability = probabilities(found.logits)
     entries = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastfg.data import batches
 from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
@@ -83,6 +84,12 @@ class Judging:
         """What the rows of ``variant`` are called in the store."""
         return variant.identity(self.parts.identities)
 
+    def target_of(self, keys: Sequence[str]) -> Tensor | None:
+        """The classes to explain [B]; None: the predicted ones."""
+        if self.config.model.target == "predicted":
+            return None
+        return torch.tensor([self.parts.labels.index(label) for label in self.parts.images.loc[list(keys), "label"]])
+
     def units(self, split: str, limit: int | None = None) -> list[Unit]:
         """The images of a split in units, in the order of their hashes; the first ``limit`` images or a few more."""
         keys, size = getattr(self.parts, split), self.config.run.unit
@@ -93,7 +100,6 @@ class Judging:
     def _judge(self, unit: Unit, variants: Sequence[Variant], measures: Sequence[Measure]) -> tuple[Any, list[Failure]]:
         images = self.parts.images.loc[list(unit.keys)]
         key = dict(zip(images["path"], images["key"], strict=True))
-        label = dict(zip(images["key"], images["label"], strict=True))
         masks = None
         if any(one.metric in METRICS and one.metric not in WITHOUT_MASKS for one in measures):
             masks = {Path(p): Path(m) for p, m in zip(images["path"], images["mask"], strict=True) if m}
@@ -103,9 +109,7 @@ class Judging:
         if not batch.paths:
             return [], failures
         keys = [key[str(path)] for path in batch.paths]
-        target = None
-        if self.config.model.target == "label":
-            target = torch.tensor([self.parts.labels.index(label[name]) for name in keys])
+        target = self.target_of(keys)
         seed = self.config.run.seed
         device = next(self.parts.model.model.parameters()).device
         given = batch.images.to(device)

@@ -19,6 +19,7 @@ from torch import nn
 
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
+from fastfg.study.explained import explained
 from fastfg.study.gallery import gallery
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
@@ -55,7 +56,8 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
         return None
     from fastfg.report.page import write_report
 
-    made = contents(judging, outcome, command_line(), gallery(judging, outcome, track))
+    found = explained(judging, outcome, gallery(judging, outcome, track), track)
+    made = contents(judging, outcome, command_line(), found)
     for line in (
         (claim := made.claims[0]).sentence,
         *(f"  {'yes' if c.holds else 'no '}  {c.text}: {c.detail}" for c in claim.conditions),
