@@ -73,13 +73,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence with the answer, whether the claim holds, and what that rests on.
+    """A sentence with the answer, whether the claim holds (None: nothing is claimed), and what that rests on.
 
     ``sentence`` already says what was found, so that it reads right alone: "The gate does not improve SRG: ...".
     """
 
     sentence: str
-    holds: bool
+    holds: bool | None
     conditions: Sequence[Condition] = ()
     effects: Sequence[Effect] = ()
 
@@ -225,8 +225,8 @@ class Contents:
         summary: of :func:`fastfg.study.summarize`. paired: {variant compared with: a table of
             :func:`fastfg.study.paired`}; the first one decides what is bold.
         layers: mean score per ``block`` and ``score`` kind. combinations: per set of ``layers`` (a text). sweep: per
-            ``kappa`` and ``c_max``. In each, a column ``chosen`` (bool) marks what was selected, and ``reference``
-            {metric: mean} is drawn as the line of the baseline on the same images.
+            ``kappa`` and ``c_max``. In each, a column ``chosen`` (bool) may mark what was selected, and ``reference``
+            may hold the baseline's mean on the same images, which is drawn as a line.
         curves: readings (``mean`` with a band ``low`` to ``high``) against the ``fraction`` of patches removed, per
             ``variant``, ``mode`` and ``order`` (MIF: most important first, LIF: least important first).
         shuffled: mean score per ``variant`` and ``seed`` (missing for the real decoder), with a column ``mode`` where
@@ -252,7 +252,6 @@ class Contents:
     layers: pd.DataFrame | None = None
     combinations: pd.DataFrame | None = None
     sweep: pd.DataFrame | None = None
-    reference: Mapping[str, float] = field(default_factory=dict)
     curves: pd.DataFrame | None = None
     shuffled: pd.DataFrame | None = None
     ranks: pd.DataFrame | None = None

@@ -1,86 +1,281 @@
-"""Write the report as one HTML file. It contains the figure, and all text in it is escaped."""
+"""Write the report: one HTML file that needs no other file and no network, and its figures and tables beside it."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastfg.report.charts import (
+    Chart,
+    ablation_charts,
+    combination_charts,
+    curve_charts,
+    difference_charts,
+    layer_charts,
+    shuffled_charts,
+    sweep_charts,
+)
+from fastfg.report.contents import Contents, Effect
+from fastfg.report.embedded import gallery
+from fastfg.report.figure import save_figure
+from fastfg.report.names import GROUPS, Names
 from fastfg.report.table import (
     DIFFERENCE_TITLES,
     FOOTNOTE,
     compared_with,
     difference_cells,
-    differences,
     differences_note,
     table_cells,
 )
+from fastfg.report.theme import LIGHT, darkened, render
 
 if TYPE_CHECKING:
     import pandas as pd
 
+HERE = Path(__file__).parent
+FIGURES, TABLES, PAGE = "figures", "tables", "report.html"
+CHARTS = {
+    "difference": ("Differences", difference_charts),
+    "layers": ("Layer by layer", layer_charts),
+    "combinations": ("Sets of layers", combination_charts),
+    "sweep": ("Sharpness and strength", sweep_charts),
+    "curves": ("Removing patches", curve_charts),
+    "shuffled": ("Shuffled decoders", shuffled_charts),
+    "ablation": ("Taking features out", ablation_charts),
+}
+MOST_ROWS = 1000  # of the table of scores in the page; the folder has all
+PLAIN = re.compile(r"[^\w.+-]+")
 
-def write_page(
-    path: Path,
-    *,
-    title: str,
-    subtitle: str,
-    summary: pd.DataFrame,
-    scores: pd.DataFrame,
-    errors: pd.DataFrame,
-    figure: Path,
-    figure_caption: str,
-    settings: Mapping[str, object],
-    notes: Sequence[str] = (),
-    against: str | None = None,
-    paired: pd.DataFrame | None = None,
-) -> None:
-    """Write the report to ``path``. The page needs no other file, no script and no network.
+
+class Cell(NamedTuple):
+    """One cell of a table in the page. ``text`` is what it says; ``number`` aligns it right; ``best`` is bold."""
+
+    text: str
+    number: bool = False
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """A table of the page: its caption, its columns, and groups of rows (a heading or nothing, and the rows)."""
+
+    caption: str
+    columns: Sequence[str]
+    groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
+
+    @property
+    def numbers(self) -> list[bool]:
+        """Whether each column has numbers, by its first row."""
+        first = next((rows[0] for _, rows in self.groups if rows), ())
+        return [cell.number for cell in first] or [False] * len(self.columns)
+
+
+class Picture(NamedTuple):
+    """A chart of the page, as SVG in base64."""
+
+    chart: Chart
+    light: str
+    dark: str
+    table: Table
+
+
+def write_report(folder: str | Path, contents: Contents) -> Path:
+    """Write ``report.html`` to ``folder``, and return its path.
+
+    The page has no links to other files. Beside it are ``figures/`` (each chart as PNG and SVG) and ``tables/`` (each
+    table as CSV and Parquet). Files of an earlier report with the same names are replaced.
 
     Args:
-        title, subtitle: the heading, and the line under it.
-        summary: a result of :func:`fastfg.study.summarize`.
-        scores, errors: tables from :func:`fastfg.study.compare_batch`.
-        figure: a PNG file, which is embedded. figure_caption: its caption.
-        settings: {name: value}, shown as text.
-        notes: paragraphs under the comparison.
-        against: the variant that the others are tested against; None: the one that the tables name.
-        paired: a result of :func:`fastfg.study.paired`; without it, the page does not say which differences are real.
+        folder: it is created if it is not there.
+        contents: what the report is made of.
+
+    Raises ValueError where the parts do not fit together.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    folder, names = Path(folder), Names(contents)
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = {part: list(make(names)) for part, (_, make) in CHARTS.items()}
+    _write_tables(folder / TABLES, contents)
+    (folder / FIGURES).mkdir(exist_ok=True)
+    if contents.images and names.pair is not None:
+        save_figure(folder / FIGURES / "images.png", contents)
+    pictures = {part: [_picture(chart, folder / FIGURES) for chart in found] for part, found in charts.items()}
+    page = folder / PAGE
+    page.write_text(_html(names, pictures), encoding="utf-8")
+    return page
 
-    against = compared_with(against, summary, paired)
-    environment = Environment(loader=PackageLoader("fastfg.report", "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("page.html.jinja").render(
-        title=title,
-        subtitle=subtitle,
-        means=table_cells(summary, paired),
-        sentences=[] if paired is None else differences(paired, against),
-        differences={} if paired is None else difference_cells(paired),
-        difference_titles=DIFFERENCE_TITLES,
-        differences_note="" if paired is None else differences_note(paired, against),
-        footnote=FOOTNOTE.format(against=against),
-        notes=notes,
-        figure=base64.b64encode(figure.read_bytes()).decode(),
-        figure_caption=figure_caption,
-        settings=settings,
-        scores=_records(scores),
-        errors=_records(errors),
+
+def _html(names: Names, pictures: Mapping[str, Sequence[Picture]]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    contents = names.contents
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    path.write_text(page, encoding="utf-8")
+    data = json.dumps(gallery(names), separators=(",", ":")) if contents.images else ""
+    for mark, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):  # data can't end its element
+        data = data.replace(mark, code)
+    return environment.get_template("page.html.jinja").render(
+        contents=contents,
+        claims=[(claim, [_effect(effect, names) for effect in claim.effects]) for claim in contents.claims],
+        means=_means(names),
+        paired=_paired(names),
+        about=[one for one in names.variants.values() if one.about],
+        parts={part: (CHARTS[part][0], found) for part, found in pictures.items()},
+        ranks=None if contents.ranks is None else frame(contents.ranks, "The real decoder's rank"),
+        scores=_scores(names),
+        errors=None if contents.errors is None or not len(contents.errors) else frame(contents.errors, "Errors"),
+        settings={name: _plain(value) for name, value in contents.settings.items()},
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(data),
+        pair=names.pair,
+    )
 
 
-def _records(table: pd.DataFrame) -> dict[str, Any]:
-    """The columns and rows of ``table`` as the page shows them, and which columns hold text."""
-    from pandas.api.types import is_numeric_dtype
+# Tables --------------------------------------------------------------------------------------------------------------
 
+
+def frame(table: pd.DataFrame, caption: str) -> Table:
+    """A pandas table as a table of the page."""
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+    numbers = [is_numeric_dtype(table[name]) and not is_bool_dtype(table[name]) for name in table.columns]
+    rows = [
+        [Cell(shown(value), number) for value, number in zip(row, numbers, strict=True)]
+        for row in table.itertuples(index=False, name=None)
+    ]
+    return Table(caption, [str(name) for name in table.columns], [("", rows)])
+
+
+def shown(value: object) -> str:
+    """A value of a table as the page shows it: floats with four digits, nothing for a missing value."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, bool) or type(value).__name__ == "bool":
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else shown(value)
+
+
+def _effect(effect: Effect, names: Names) -> dict[str, str]:
+    """One effect in words."""
+    interval = "" if effect.low != effect.low else f" [{_three(effect.low)}, {_three(effect.high)}]"
+    p = (
+        "not tested"
+        if effect.p != effect.p
+        else "p < .001"
+        if effect.p < 0.001
+        else f"p = {effect.p:.3f}".replace("0.", ".")
+    )
     return {
-        "columns": list(table.columns),
-        "texts": [name for name in table.columns if not is_numeric_dtype(table[name])],
-        "rows": [{name: _shown(value) for name, value in row.items()} for row in table.to_dict("records")],
+        "metric": names.heading(effect.metric),
+        "pair": f"{effect.variant} minus {effect.against}",
+        "difference": f"{_three(effect.difference)}{interval}",
+        "p": p,
+        "n": str(effect.n),
+        "verdict": effect.verdict,
     }
 
 
-def _shown(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+def _three(value: float) -> str:
+    return (
+        "missing"
+        if value != value
+        else f"{value:+.3f}"
+        if 0.01 <= abs(value) < 10_000 or not value
+        else f"{value:+.2e}"
+    )
+
+
+def _means(names: Names) -> dict[str, Any] | None:
+    """Table 1: means of all metrics by variant, in groups by role. Seeds are one row, with the range of their means."""
+    contents = names.contents
+    if contents.summary is None:
+        return None
+    paired = next(iter(contents.paired.values()), None)
+    against = compared_with(next(iter(contents.paired), None), contents.summary, paired)
+    summary = contents.summary.loc[contents.summary["metric"].isin(names.metrics)]
+    summary = summary.assign(metric=summary["metric"].astype("category").cat.set_categories(names.metrics))
+    summary = summary.sort_values("metric", kind="stable").astype({"metric": object})
+    (cells,) = table_cells(summary, paired, per_table=len(names.metrics), heading=names.heading)
+    groups: dict[str, list[list[Cell]]] = {}
+    for name, variant in names.variants.items():
+        if name in cells.rows and variant.role != "seed":
+            row = [Cell(cell.text, True, cell.best) for cell in cells.rows[name]]
+            groups.setdefault(GROUPS[variant.role], []).append([Cell(name), *row])
+    if seeds := [name for name in names.of_role("seed") if name in cells.rows]:
+        groups.setdefault("Controls", []).append(_seeds(summary, seeds, names.metrics))
+    caption = "Mean ± standard error over images"
+    table = Table(caption, ["variant", *cells.titles], list(groups.items()))
+    every = [[Cell(name), *(Cell(cell.text, True, cell.best) for cell in cells.rows[name])] for name in seeds]
+    more = Table("Each shuffled decoder", ["variant", *cells.titles], [("", every)]) if seeds else None
+    return {"table": table, "note": FOOTNOTE.format(against=against), "seeds": more}
+
+
+def _seeds(summary: pd.DataFrame, seeds: Sequence[str], metrics: Sequence[str]) -> list[Cell]:
+    """One row for variants that differ by a seed alone: the mean of their means, and the range of these."""
+    means = summary.loc[summary["variant"].isin(seeds)].groupby("metric")["mean"]
+    texts = [f"{means.mean()[m]:.3f} ({means.min()[m]:.3f} to {means.max()[m]:.3f})" for m in metrics]
+    return [Cell(f"{len(seeds)} shuffled decoders: mean (range)"), *(Cell(text, True) for text in texts)]
+
+
+def _paired(names: Names) -> list[dict[str, Any]]:
+    """The paired differences, one table per metric and variant compared with."""
+    found = []
+    for against, table in names.contents.paired.items():
+        compared_with(against, table)
+        for title, rows in difference_cells(table, names.heading).items():
+            last = len(DIFFERENCE_TITLES) - 1
+            cells = [[Cell(text, 0 < i < last) for i, text in enumerate(row)] for row in rows]
+            columns = ["variant", *DIFFERENCE_TITLES[1:]]
+            note = differences_note(table, against)
+            found.append({"table": Table(f"{title}: difference to {against}", columns, [("", cells)]), "note": note})
+    return found
+
+
+def _scores(names: Names) -> Table | None:
+    """The scores of each image, where no gallery shows them and they are few enough."""
+    contents = names.contents
+    if contents.images or len(contents.scores) > MOST_ROWS:
+        return None
+    return frame(contents.scores, "Scores of each image")
+
+
+# Files beside the page -----------------------------------------------------------------------------------------------
+
+
+def file_name(text: str) -> str:
+    """``text`` as the name of a file: letters, digits and ``. _ + -``, at most 80 of them."""
+    return PLAIN.sub("-", text).strip("-.")[:80] or "unnamed"
+
+
+def _write_tables(folder: Path, contents: Contents) -> None:
+    tables = {
+        **{name: getattr(contents, name) for name in ("scores", "summary", "layers", "combinations", "sweep")},
+        **{name: getattr(contents, name) for name in ("curves", "shuffled", "ranks", "ablations", "errors")},
+        **{f"paired-{against}": table for against, table in contents.paired.items()},
+    }
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        if table is not None:
+            table.to_csv(folder / f"{file_name(name)}.csv", index=False)
+            table.to_parquet(folder / f"{file_name(name)}.parquet", index=False)
+
+
+def _picture(chart: Chart, folder: Path) -> Picture:
+    """Draw a chart, write it to ``folder`` as PNG and SVG, and return it for the page."""
+    name, light = file_name(chart.name), render(chart, LIGHT, "svg")
+    (folder / f"{name}.svg").write_bytes(light)
+    (folder / f"{name}.png").write_bytes(render(chart, LIGHT, "png"))
+    for_light, for_dark = (base64.b64encode(svg).decode() for svg in (light, darkened(light)))
+    return Picture(chart, for_light, for_dark, frame(chart.table, chart.title))

@@ -42,13 +42,21 @@ class Means(NamedTuple):
     rows: dict[str, list[Cell]]
 
 
-def table_cells(summary: pd.DataFrame, paired: pd.DataFrame | None = None) -> list[Means]:
-    """The means of at most three metrics per table.
+def table_cells(
+    summary: pd.DataFrame,
+    paired: pd.DataFrame | None = None,
+    *,
+    per_table: int = PER_TABLE,
+    heading: Callable[[str], str] | None = None,
+) -> list[Means]:
+    """The means of at most ``per_table`` metrics per table.
 
     Args:
         summary: a table of :func:`fastfg.study.summarize`.
         paired: the table of :func:`fastfg.study.paired` for the same scores. Without it, no cell is the best.
+        heading: metric -> the title of its column; None: the metric's own title, with an arrow.
     """
+    titled = heading or (lambda metric: _title(metric, paired))
     metrics = list(dict.fromkeys(summary["metric"]))
     columns = {}
     for metric in metrics:
@@ -57,17 +65,18 @@ def table_cells(summary: pd.DataFrame, paired: pd.DataFrame | None = None) -> li
         columns[metric] = {e["variant"]: Cell(_mean(e, show), e["variant"] == best) for e in found.to_dict("records")}
     variants = list(dict.fromkeys(summary["variant"]))
     return [
-        Means([_title(m, paired) for m in part], {v: [columns[m][v] for m in part] for v in variants})
-        for part in (metrics[first : first + PER_TABLE] for first in range(0, len(metrics), PER_TABLE))
+        Means([titled(m) for m in part], {v: [columns[m][v] for m in part] for v in variants})
+        for part in (metrics[first : first + per_table] for first in range(0, len(metrics), per_table))
     ]
 
 
-def difference_cells(paired: pd.DataFrame) -> dict[str, list[list[str]]]:
-    """{title of a metric: one row per variant, with the cells of ``DIFFERENCE_TITLES``}."""
+def difference_cells(paired: pd.DataFrame, heading: Callable[[str], str] | None = None) -> dict[str, list[list[str]]]:
+    """{title of a metric: one row per variant, with the cells of ``DIFFERENCE_TITLES``}; ``heading`` as above."""
+    titled = heading or (lambda metric: _title(metric, paired))
     tables: dict[str, list[list[str]]] = {}
     for metric, rows in paired.groupby("metric", sort=False):
         show = _shown(rows["difference"])
-        tables[_title(str(metric), paired)] = [
+        tables[titled(str(metric))] = [
             [r["variant"], _interval(r, show), _p(r["p_holm"]), _p(r["p_welch"]), show(r["mde"]), _n(r), r["verdict"]]
             for r in rows.to_dict("records")
         ]

