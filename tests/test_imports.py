@@ -23,6 +23,7 @@ HEAVY = (
     "rich",
     "PIL",
     "onnx",
+    "ray",
 )
 
 # {folder or file: what it may import from fastfg, besides its own files}. Lower ones import less.
@@ -41,6 +42,7 @@ ALLOWED = {
     "metrics": {"checks", "models", "perturb", "targets", "types"},
     "report": {"metrics", "types"},
     "study": {"attribution", "checks", "data", "metrics", "models", "perturb", "report", "sae", "targets", "types"},
+    "ray": {"attribution", "data", "metrics", "models", "sae", "targets", "types"},
     "cli": {"attribution", "data", "metrics", "models", "ops", "perturb", "report", "sae", "study", "targets", "types"},
 }
 
