@@ -22,7 +22,7 @@ _WHERE = {
     "sae_report": "fastfg.attribution.sae_report",
     "train_sae": "fastfg.sae.train",
 }
-_MODULES = ("data", "metrics", "models", "ops", "perturb", "reference", "report", "sae", "study")
+_MODULES = ("data", "metrics", "models", "ops", "perturb", "ray", "reference", "report", "sae", "study")
 
 __all__ = [
     "Attribution",

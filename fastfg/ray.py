@@ -51,7 +51,7 @@ class Explain:
     :func:`fastfg.attribute` and :func:`fastfg.evaluate`.
 
     With Ray: ``dataset.map_batches(fastfg.ray.Explain, fn_constructor_kwargs={"model": make}, batch_size=16,
-    concurrency=4)``. Ray itself is not needed to use the class:
+    compute=ray.data.ActorPoolStrategy(size=4))``. Ray itself is not needed to use the class:
 
     >>> import numpy as np, fastfg.ray
     >>> def make():
@@ -132,10 +132,7 @@ class Explain:
         from PIL import Image
 
         if isinstance(image, bytes):
-            with tempfile.NamedTemporaryFile() as file:  # read_image has its rules for files
-                file.write(image)
-                file.flush()
-                picture = read_image(file.name).image
+            picture = _read(image)
         else:
             array = np.asarray(image)
             if array.dtype.kind == "f" and array.ndim == 3:
@@ -147,3 +144,15 @@ class Explain:
         if self.transform is None:
             self.transform = preprocessing(self.model)
         return self.transform(picture)
+
+
+def _read(content: bytes) -> Any:
+    """The PIL image in the bytes of a file."""
+    with tempfile.NamedTemporaryFile() as file:  # read_image has its rules for files
+        file.write(content)
+        file.flush()
+        try:
+            return read_image(file.name).image
+        except Exception as error:  # that file's name says nothing
+            error.args = tuple(a.replace(file.name, "bytes") if isinstance(a, str) else a for a in error.args)
+            raise

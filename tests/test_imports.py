@@ -23,6 +23,7 @@ HEAVY = (
     "rich",
     "PIL",
     "onnx",
+    "ray",
 )
 
 # {folder or file: what it may import from fastfg, besides its own files}. Lower ones import less.
@@ -42,6 +43,7 @@ ALLOWED = {
     "report": {"metrics", "types"},
     "study": {"attribution", "checks", "data", "metrics", "models", "perturb", "report", "sae", "targets", "types"},
     "__main__": {"cli"},
+    "ray": {"attribution", "data", "metrics", "models", "sae", "targets", "types"},
     "cli": {"attribution", "data", "metrics", "models", "ops", "perturb", "report", "sae", "study", "targets", "types"},
 }
 
