@@ -1,6 +1,6 @@
 """Trainers of other libraries behind one interface, for :mod:`bench.train_sae`. Each is imported when it is asked for.
 
-Each makes an SAE of d dimensions, F features and K active features, of which ``dead`` features have a low bias and count
+Each makes an SAE of d dimensions, F features and K active ones, with ``dead`` features that have a low bias and count
 as dead, and has ``step(x)``, which trains on tokens [T, d] as the library's own training loop does.
 """
 
