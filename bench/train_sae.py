@@ -1,6 +1,7 @@
 """A training step of a TopK SAE beside dense PyTorch with autograd, in one run and in turn.
 
     python -m bench.train_sae                      tokens per second, and the ratio of the two
+    python -m bench.train_sae --peers overcomplete saelens sparsify   beside other libraries, too
     python -m bench.train_sae --losses 200         also train both for 200 steps and compare their losses
     python -m bench.train_sae --memory             also the peak memory of a step, beside its floor
     python -m bench.train_sae --results DIR        also append lines to DIR/<device>/train_sae.jsonl
@@ -29,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import PEERS, version
 from bench.results import append
 from fastfg.sae.topk_step import AUX_COEFFICIENT, BETAS, EPS, TopKStep
 
@@ -112,24 +114,27 @@ def speed(case: argparse.Namespace) -> dict[str, float]:
     """Seconds per step of both trainers (medians), and the medians of the ratios of the rounds."""
     ours = trainer(case, dead=True)
     dense = Dense(ours)
-    rounds = []
+    peers = {name: PEERS[name](case.d, case.F, case.k, round(DEAD_SHARE * case.F)) for name in case.peers}
+    steps = {"fastfg": partial(ours.step, lr=1e-4), "dense": partial(dense.step, lr=1e-4)}
+    steps |= {name: peer.step for name, peer in peers.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for seed in range(case.rounds + 1):
         x = tokens(case.T, case.d, seed, case.device)
-        one, other = (clocked(partial(made.step, x, 1e-4), case.device) for made in (ours, dense))
-        seconds = f"{one[0]:.2f} s and {other[0]:.2f} s, processor {one[1]:.2f} s and {other[1]:.2f} s"
-        print(f"round {seed}: {seconds}", flush=True)
-        rounds.append((*one, *other))
-    wall, processor, dense_wall, dense_processor = map(list, zip(*rounds[1:], strict=True))  # the first warms up
-    return {
-        "median": statistics.median(wall),
-        "dense": statistics.median(dense_wall),
-        "processor": statistics.median(processor),
-        "dense_processor": statistics.median(dense_processor),
-        "ratio": statistics.median(b / a for a, b in zip(wall, dense_wall, strict=True)),
-        "processor_ratio": statistics.median(b / a for a, b in zip(processor, dense_processor, strict=True)),
-        "dead": int((ours.unused >= ours.dead_after).sum()),
-        "rounds": case.rounds,
-    }
+        for name, step in steps.items():
+            wall, processor = clocked(partial(step, x), case.device)
+            print(f"round {seed}, {name}: {wall:.2f} s, processor {processor:.2f} s", flush=True)
+            if seed:  # the first round warms up
+                seconds[name].append((wall, processor))
+    own = [list(of) for of in zip(*seconds.pop("fastfg"), strict=True)]  # wall times and processor times
+    found = {"median": statistics.median(own[0]), "processor": statistics.median(own[1]), "rounds": case.rounds}
+    found["dead"] = int((ours.unused >= ours.dead_after).sum())
+    for name, times in seconds.items():
+        before = "" if name == "dense" else f"{name}_"
+        for own_times, other, kind in zip(own, zip(*times, strict=True), ("", "processor_"), strict=True):
+            found[f"{name}_{kind}".rstrip("_")] = statistics.median(other)
+            ratios = (b / a for a, b in zip(own_times, other, strict=True))
+            found[f"{before}{kind}ratio"] = statistics.median(ratios)
+    return found
 
 
 def losses(case: argparse.Namespace, steps: int) -> dict[str, float]:
@@ -139,7 +144,7 @@ def losses(case: argparse.Namespace, steps: int) -> dict[str, float]:
     for step in range(steps):
         x = tokens(case.T, case.d, step, case.device)
         dead += bool((ours.unused >= ours.dead_after).any())
-        one, other = float(ours.step(x, case.lr)[0]), float(dense.step(x, case.lr))
+        one, other = float(ours.step(x, case.lr)[0][0]), float(dense.step(x, case.lr))
         worst = max(worst, abs(one - other) / other)
         seen.append(one)
         if step % 20 == 0:
@@ -179,6 +184,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-4, help="of the comparison of losses; near that of Gao et al.")
     parser.add_argument("--memory", nargs="?", const="measured")
     parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=[], help="other libraries; pip install fastfg[peers]"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the encoder")
     parser.add_argument("--results", type=Path, metavar="DIR")
@@ -202,7 +210,8 @@ def main() -> None:
         print(provider, {name: round(number, 6) for name, number in numbers.items()})
         if case.results is not None:
             line = {"name": "train_sae", "provider": provider, "shape": shape, "dtype": case.precision, "median": None}
-            append(case.results, case.device, line | numbers)
+            peers = {"peers": {name: version(name) for name in case.peers}} if provider == "step" and case.peers else {}
+            append(case.results, case.device, line | numbers | peers)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 
 EXPECTED = (  # in a complete environment
     "needs a CUDA device",
+    "of the extra peers",
     "HookedViT keeps the precision of its config",
     "torch was built for GPUs: see test_gpu.py",
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastfg.types import integers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2**26
+LOCK = ".lock"
 
 
 def cache_tokens(
@@ -68,7 +70,45 @@ def cache_tokens(
     check_layers("layers", layers, len(adapter.blocks))
     recipe = {"layers": list(layers), "tokens_per_image": tokens_per_image, "seed": seed, "dtype": str(dtype)}
     weights = {str(block): found for block, found in fingerprints(adapter, layers).items()}
-    writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes)
+    _check_new(Path(folder))
+    with alone(Path(folder), "folder"):
+        writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes)
+        _write(writer, model, batches, layers, tokens_per_image, dtype, seed, progress)
+    return TokenCache(folder)
+
+
+@contextmanager
+def alone(folder: Path, argument: str) -> Iterator[None]:
+    """Hold the only lock on ``folder``, which is made. The system releases it when the process ends.
+
+    Raises ValueError that names the ``argument`` if another process holds it.
+    """
+    import fcntl
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{argument}: expected a folder, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{argument}: expected a folder that no other process writes to, got {folder}, which one does"
+            ) from None
+        yield
+
+
+def _write(
+    writer: _Writer,
+    model: nn.Module | Adapter,
+    batches: Iterable[tuple[Tensor, Sequence[str] | None]],
+    layers: Sequence[int],
+    tokens_per_image: int | None,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Write the tokens of the images that are new."""
     try:
         for images, keys in batches:
             names = image_keys(images, keys)
@@ -84,7 +124,6 @@ def cache_tokens(
         writer.flush()
     if not writer.known:
         raise ValueError("batches: expected at least one image, got none")
-    return TokenCache(folder)
 
 
 def _chosen(x: Tensor, keys: Sequence[str], n: int | None, seed: int) -> Tensor:
@@ -117,9 +156,6 @@ class _Writer:
         self.pending: list[tuple[dict[int, Tensor], list[str]]] = []
         if (folder / RECIPE).exists():
             self._go_on(TokenCache(folder))
-        elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
-            raise ValueError(f"folder: expected a new or empty folder, or one with tokens, got {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _go_on(self, earlier: TokenCache) -> None:
         before = {name: earlier.recipe.get(name) for name in self.recipe}
@@ -183,9 +219,15 @@ class _Writer:
         self.pending, self.pending_bytes = [], 0
 
 
+def _check_new(folder: Path) -> None:
+    """Raise ValueError if ``folder`` is something else than tokens."""
+    if folder.exists() and not (folder / RECIPE).exists() and (not folder.is_dir() or _foreign(folder)):
+        raise ValueError(f"folder: expected a new or empty folder, or one with tokens, got {folder}")
+
+
 def _foreign(folder: Path) -> list[str]:
     """Names in ``folder`` that a run that was stopped at its start has not left."""
-    return [file.name for file in folder.iterdir() if file.name != f".{RECIPE}"]
+    return [file.name for file in folder.iterdir() if file.name not in (f".{RECIPE}", LOCK)]
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study.token_cache import TokenCache
-from fastfg.study.token_writer import write_whole
+from fastfg.study.token_writer import alone, write_whole
 from fastfg.types import integers
 
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
@@ -83,10 +83,11 @@ def train_saes(
     sides = cache.split(held_out, groups=groups, seed=recipe.seed, keys=keys)
     run = _Run(cache, Path(out), *sides, groups is not None, buffer, torch.device(device), checkpoint_every)
     found = {}
-    for kind in kinds:
-        for layer in layers:
-            progress = _silent if track is None else track(f"{kind}, block {layer}")
-            found[kind, layer] = run.train(replace(recipe, kind=kind), layer, progress)
+    with alone(Path(out), "out"):
+        for kind in kinds:
+            for layer in layers:
+                progress = _silent if track is None else track(f"{kind}, block {layer}")
+                found[kind, layer] = run.train(replace(recipe, kind=kind), layer, progress)
     return found
 
 

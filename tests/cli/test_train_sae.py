@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastfg
 from fastfg.cli import main
 from fastfg.models.timm import import_timm
 
@@ -57,6 +58,8 @@ def test_from_images_to_maps(folder, tmp_path, capsys):
     assert given["recipe"]["n_features"] == 192
     assert given["recipe"]["k_aux"] == 128  # near d / 2 = 96
     assert given["recipe"]["dead_after"] == 256  # a tenth of the run is less than a batch
+    with pytest.raises(ValueError, match=r"got .* \(did you mean .*trained or .*random\?\)"):
+        fastfg.load_saes(out)
     image, model = str(folder / "images" / "0.png"), command(folder, out)[2:6]
     maps = ["attribute", image, *model, "--saes", str(out / "trained"), "--layers", "1", "--out", str(tmp_path / "a")]
     assert main(maps) == 0

@@ -1,6 +1,8 @@
 """Tokens on disk are those of the model, each image's once, whatever stopped the run before."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -202,3 +204,16 @@ def test_damaged_folders_are_named(model, images, tmp_path):
 def test_a_run_that_was_stopped_at_its_start_goes_on(model, images, tmp_path):
     (tmp_path / ".tokens.json").write_text("{")
     assert len(cache_tokens(model, parts(images), LAYERS, tmp_path).keys) == 9
+
+
+def test_one_process_writes_at_a_time(model, images, tmp_path):
+    holder = "import sys, time; from pathlib import Path; from fastfg.study.token_writer import alone\n"
+    holder += "with alone(Path(sys.argv[1]), 'folder'): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(
+            ValueError, match="^folder: expected a folder that no other process writes to, got .* one d"
+        ):
+            cache_tokens(model, [(images, None)], [1], tmp_path)
+        process.kill()
+    assert cache_tokens(model, [(images, None)], [1], tmp_path).n_tokens > 0

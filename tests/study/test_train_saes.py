@@ -12,6 +12,7 @@ from fastfg.sae.recipe import Recipe
 from fastfg.sae.report import report
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study import cache_tokens, train_saes
+from fastfg.study.token_writer import alone
 from fastfg.study.train_saes import CHECKPOINT
 from tests.tools import tiny_vit
 
@@ -176,3 +177,11 @@ def test_only_the_named_images_are_used(cache, tmp_path):
     train_saes(cache, tmp_path, RECIPE, layers=[1], keys=[f"image {i}" for i in range(8)], **OPTIONS)
     data = json.loads((tmp_path / "trained" / "layer_1" / "report.json").read_text())["data"]
     assert (data["images"], data["held_out_images"]) == (6, 2)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(cache, tmp_path):
+    with (
+        alone(tmp_path, "out"),
+        pytest.raises(ValueError, match="^out: expected a folder that no other process writes"),
+    ):
+        train_saes(cache, tmp_path, RECIPE)

@@ -124,9 +124,17 @@ def _find(source: Path, layers: Sequence[int] | None) -> dict[int, Path]:
         names = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"source: expected SAE folders named by block under {source}, or the files of one SAE ({known()}), "
-            f"got {names}"
+            f"got {names}{_meant(source, layers)}"
         )
     return found
+
+
+def _meant(source: Path, layers: Sequence[int] | None) -> str:
+    """A hint at the folders of ``source`` that have SAE folders, such as ``trained`` of ``fastfg train-sae``."""
+    inside = [path for path in sorted(source.iterdir()) if path.is_dir()]
+    inside = [path for path in inside if any(_is_sae(child, layers) for child in path.iterdir() if child.is_dir())]
+    inside.sort(key=lambda path: path.name != "trained")
+    return f" (did you mean {' or '.join(str(path) for path in inside[:3])}?)" if inside else ""
 
 
 def _block(path: Path) -> int | None:
