@@ -157,7 +157,7 @@ def test_overcomplete(tmp_path, w, kind):
     overcomplete = library("overcomplete.sae", "overcomplete")
     encoder = overcomplete.MLPEncoder(D, F, nb_blocks=1, norm_layer=torch.nn.Identity)
     options = {"encoder_module": encoder} | ({"top_k": K} if kind == "TopKSAE" else {})
-    theirs = getattr(overcomplete, kind)(D, F, **options).eval()
+    theirs = getattr(overcomplete, kind)(D, F, **options)
     state = theirs.state_dict()
     given = {"encoder.final_block.0.weight": w["W_enc"].T, "encoder.final_block.0.bias": w["b_enc"]}
     given |= {"dictionary._weights": w["W_dec"]}
@@ -165,6 +165,7 @@ def test_overcomplete(tmp_path, w, kind):
         given["thresholds"] = 0.3 * draw(F, seed=8, dtype=torch.float32)
     assert given.keys() <= state.keys()
     theirs.load_state_dict(state | given)
+    theirs.eval()  # keeps the normalised dictionary
     torch.save(theirs.state_dict(), tmp_path / "sae.pth")
     x = tokens(w, subtract=False)
     codes = theirs.encode(x)[1]
