@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from fastfg import __version__
-from fastfg.cli import attribute, convert_sae, demo, evaluate, info, train_sae
+from fastfg.cli import attribute, convert_sae, demo, evaluate, info, report, train_sae
 from fastfg.cli.console import USER_ERRORS, Parser, complain
 
-COMMANDS = (demo, attribute, evaluate, train_sae, convert_sae, info)
+COMMANDS = (demo, attribute, evaluate, report, train_sae, convert_sae, info)
 EXIT_CODES = """Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a wrong command line;
 130 interrupted (finished work is kept)."""
 
