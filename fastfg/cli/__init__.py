@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from fastfg import __version__
-from fastfg.cli import attribute, convert_sae, data, demo, evaluate, finetune, info, study, train_sae
+from fastfg.cli import attribute, convert_sae, data, demo, evaluate, finetune, info, report, study, train_sae
 from fastfg.cli.console import USER_ERRORS, Parser, complain
 
-COMMANDS = (demo, attribute, evaluate, study, data, finetune, train_sae, convert_sae, info)
+COMMANDS = (demo, attribute, evaluate, report, study, data, finetune, train_sae, convert_sae, info)
 EXIT_CODES = """Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a wrong command line;
 130 interrupted (finished work is kept)."""
 

@@ -89,7 +89,7 @@ def _layers(rows: pd.DataFrame, names: Names, metric: str) -> Callable[[Axes, Th
     def draw(axes: Axes, theme: Theme) -> None:
         if (reference := _reference(rows)) is not None:
             base = next(iter(names.of_role("baseline")), "baseline")
-            axes.axhline(reference, color=theme.soft, linestyle="--", linewidth=1.3, label=base)
+            axes.axhline(reference, color=theme.soft, linestyle="--", linewidth=1.3, label=short(base))
         for i, (kind, line) in enumerate(rows.groupby("score", sort=False)):
             line = line.sort_values("block")
             colour, mean, se = theme.lines[i % len(theme.lines)], line["mean"].to_numpy(float), line["se"]

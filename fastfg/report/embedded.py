@@ -30,7 +30,8 @@ def gallery(names: Names) -> dict[str, Any]:
     """Everything that the script needs: images, scores, features, names. It can be written as JSON."""
     contents = names.contents
     side, quality = next((side, quality) for most, side, quality in SIDES if len(contents.images) <= most)
-    shown = [name for name in names.variants if any(name in image.maps for image in contents.images)]
+    judged = [name for name in names.variants if names.variants[name].role != "seed"]
+    shown = [name for name in names.variants if any(name in image.maps for image in contents.images)] or judged
     table = _scores(names, shown)
     return {
         "images": [_image(image, shown, side, quality) for image in contents.images],

@@ -106,14 +106,14 @@
   const choices = data.variants.map((v) => v.name).filter((name) => named.has(name));
   const others = data.variants.filter((v) => v.role === "control" && named.has(v.name)).map((v) => v.name);
   const pair = data.pair.length ? data.pair : [choices[0], choices[1] || choices[0]];
-  const state = { left: pair[0], right: pair[1], by: "gain/0", view: "both", kind: "", error: "", controls: others.length <= 3, shown: PER_PAGE };
+  const state = { left: pair[0], right: pair[1], by: choices.length < 2 ? "0/0" : "gain/0", view: "both", kind: "", error: "", controls: others.length <= 3, shown: PER_PAGE };
   const classOf = (image) => image.label ?? image.predicted ?? image.explained;
   const classes = [...new Set(data.images.map(classOf).filter((c) => c !== null && c !== undefined))].sort();
   const judged = data.images.some((image) => image.label !== null && image.predicted !== null);
 
   function value(i) {  // what images are ordered by; higher is better
     const [of, metric] = state.by.split("/");
-    const found = of === "gain" ? gain(i, +metric) : score(i, choices[+of], +metric);
+    const found = of === "gain" ? gain(i, +metric) : score(i, data.variants[+of].name, +metric);
     return found === null ? null : data.metrics[metric].higher === false ? -found : found;
   }
   function kept() {
@@ -139,13 +139,13 @@
   }
   function controls() {
     const metrics = data.metrics.map((m, i) => [i, m.title]);
-    const orders = metrics.length ? [["Change", metrics.map(([i, title]) => [`gain/${i}`, `Change in ${title}`])],
-      ...choices.map((name, v) => [name, metrics.map(([i, title]) => [`${v}/${i}`, `${name}: ${title}`])])] : [];
+    const orders = metrics.length ? [...(choices.length < 2 ? [] : [["Change", metrics.map(([i, title]) => [`gain/${i}`, `Change in ${title}`])]]),
+      ...data.variants.map(({ name }, v) => [name, metrics.map(([i, title]) => [`${v}/${i}`, `${name}: ${title}`])])] : [];
     const variants = choices.map((name) => [name, name]);
     const box = el("input", { type: "checkbox", checked: state.controls, onchange: () => { state.controls = box.checked; show("controls"); } });
     $("controls").replaceChildren(...[
       orders.length ? choice("Order by", "by", orders) : null,
-      orders.length ? choice("Show", "view", [["both", "Gained and lost most"], ["best", "All, best first"], ["worst", "All, worst first"]]) : null,
+      orders.length ? choice("Show", "view", [["both", "Both ends"], ["best", "All, best first"], ["worst", "All, worst first"]]) : null,
       choices.length > 1 ? choice("Compare", "left", variants) : null,
       choices.length > 1 ? choice("with", "right", variants) : null,
       classes.length > 1 ? choice("Class", "kind", [["", "All"], ...classes.map((c) => [c, c])]) : null,
@@ -163,7 +163,6 @@
   let most = 0;
   function show(changed) {
     if (!changed || changed === "left" || changed === "right") most = largestDifference();
-    if (state.by.startsWith("gain") === false && !data.metrics.length) state.by = "gain/0";
     $("bars").replaceChildren(...(choices.length ? [bar("Heatmaps: each between its own smallest and largest value", "heat", ["0", "1"])] : []),
       ...(choices.length > 1 ? [bar(`Difference, ${state.right} minus ${state.left}: one scale for all images`, "difference", [num(-most), "0", num(most, true)])] : []));
     const found = ordered(), cards = $("cards");
@@ -205,7 +204,8 @@
       return el("span", { class: `scores ${better === null ? "" : better ? "gained" : "lost"}` }, `${m.title} ${num(v, true)}${better === null ? "" : better ? " (better)" : " (worse)"}`);
     }));
     const shown = difference(image);
-    const tiles = [tile("Photograph", null, "heat", null)];
+    const bare = !image.maps.some(Boolean), all = data.variants.map(({ name }) => el("span", {}, el("strong", {}, name), scores(name)));
+    const tiles = [tile(bare ? "Picture" : "Photograph", null, "heat", bare ? all : null)];
     if (choices.length) tiles.push(tile(state.left, map(image, state.left), "heat", scores(state.left)));
     if (choices.length > 1) {
       tiles.push(tile(state.right, map(image, state.right), "heat", scores(state.right)),
