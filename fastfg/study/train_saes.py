@@ -83,10 +83,10 @@ def train_saes(
     sides = cache.split(held_out, groups=groups, seed=recipe.seed, keys=keys)
     run = _Run(cache, Path(out), *sides, groups is not None, buffer, torch.device(device), checkpoint_every)
     found = {}
-    with alone(Path(out), "out"):
-        for kind in kinds:
-            for layer in layers:
-                progress = _silent if track is None else track(f"{kind}, block {layer}")
+    for kind in kinds:
+        for layer in layers:
+            progress = _silent if track is None else track(f"{kind}, block {layer}")
+            with alone(run.folder(kind, layer), "out"):
                 found[kind, layer] = run.train(replace(recipe, kind=kind), layer, progress)
     return found
 
@@ -120,14 +120,17 @@ class _Run:
             **{name: cache.recipe[name] for name in ("tokens_per_image", "dtype", "seed")},
         }
 
+    def folder(self, kind: str, layer: int) -> Path:
+        """Where an SAE is written."""
+        return self.out / kind / f"layer_{layer}"
+
     def train(self, recipe: Recipe, layer: int, progress: Progress) -> SAEReport:
         """The report of one SAE, which is trained unless ``out`` holds it."""
-        folder = self.out / recipe.kind / f"layer_{layer}"
+        folder = self.folder(recipe.kind, layer)
         of = {"layer": layer, "weights": self.cache.recipe["weights"][str(layer)], "data": self.data}
         described = {"recipe": recipe.as_dict(), **of}
         if (folder / REPORT).exists():
             return _earlier(folder, described)
-        folder.mkdir(parents=True, exist_ok=True)
         trainer = SAETrainer(recipe, self._some(layer, self.trained, FIRST))
         checkpoint = folder / CHECKPOINT
         if checkpoint.exists():

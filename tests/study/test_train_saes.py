@@ -179,9 +179,8 @@ def test_only_the_named_images_are_used(cache, tmp_path):
     assert (data["images"], data["held_out_images"]) == (6, 2)
 
 
-def test_a_folder_that_another_run_writes_to_is_refused(cache, tmp_path):
-    with (
-        alone(tmp_path, "out"),
-        pytest.raises(ValueError, match="^out: expected a folder that no other process writes"),
-    ):
-        train_saes(cache, tmp_path, RECIPE)
+def test_an_sae_that_another_run_trains_is_refused(cache, tmp_path):
+    with alone(tmp_path / "trained" / "layer_2", "out"):
+        with pytest.raises(ValueError, match="^out: expected a folder that no other process writes"):
+            train_saes(cache, tmp_path, RECIPE, layers=2)
+        assert set(train_saes(cache, tmp_path, RECIPE, layers=1)) == {("trained", 1)}  # another SAE of the same folder
