@@ -177,21 +177,26 @@ def _tables(
 
 
 def _write(out: Path, table: pd.DataFrame, missing: pd.DataFrame) -> None:
-    """Write and show the scores. Files of an earlier run are removed."""
+    """Write and show the scores. Files of an earlier run are replaced or removed."""
     from rich.markdown import Markdown
 
     from fastfg.report import markdown_table
     from fastfg.study import paired, summarize
+    from fastfg.study.shards import write_durably
 
-    for name in ("scores.parquet", "score_errors.csv", "table.md"):
-        (out / name).unlink(missing_ok=True)
+    files = {"scores.parquet": b"", "score_errors.csv": b"", "table.md": b""}
+    if len(table):
+        text = markdown_table(summarize(table), paired=paired(table))
+        files |= {"scores.parquet": table.to_parquet(index=False), "table.md": text.encode("utf-8")}
+    if len(missing):
+        files["score_errors.csv"] = missing.to_csv(index=False).encode("utf-8")
+    for name, content in files.items():
+        if content:
+            write_durably(out / name, content)
+        else:
+            (out / name).unlink(missing_ok=True)
     if not len(table):
         return
-    text = markdown_table(summarize(table), paired=paired(table))
-    table.to_parquet(out / "scores.parquet", index=False)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    if len(missing):
-        missing.to_csv(out / "score_errors.csv", index=False)
     console.print(Markdown(text))
     say(f"Wrote {out / 'scores.parquet'} and {out / 'table.md'}")
     again = int(table.drop_duplicates("path")["key"].duplicated().sum())

@@ -158,11 +158,13 @@ class Inputs:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         windows, errors = self.out / "windows.csv", self.out / "errors.csv"
-        rows = [(path, *window) for path, window in self.windows.items()]
+        order = {path_text(path): n for n, path in enumerate(self.paths)}  # the same for every history of the folder
+        rows = [(path, *self.windows[path]) for path in sorted(self.windows, key=order.__getitem__)]
+        skipped = sorted(self.errors.items(), key=lambda item: order.get(item[0], -1))
         if write_csv(windows, ("path", "key", "low", "high"), rows) and self.window is None:
             deep = count(len(rows), "image")
             say(f"Windowed by their own range: {deep} with more than 8 bits, see {windows} and --window")
-        if write_csv(errors, ("path", "error"), self.errors.items()):
+        if write_csv(errors, ("path", "error"), skipped):
             say(f"Skipped: {count(len(self.errors), 'path')}, see {errors}")
 
     def batches(self, progress: Callable[[int, int], None]) -> Iterator[Batch]:

@@ -24,9 +24,9 @@ NOTES = """How a run goes on:
   Each batch is written to OUT/shards when it is done. The same command goes on
   after Ctrl-C, a kill or a crash, and computes only what is missing. Several
   processes may run the same command at once; they share the images.
-  Another model, SAE, gate or other setting needs another folder. --device,
-  --max-failures and --shard may change, and evaluate can add --metrics and
-  --methods. A file that was changed is computed again.
+  Another model, SAE, gate or other setting needs another folder. Only --shard
+  and --max-failures may change, and evaluate can add --metrics and --methods.
+  A file that was changed is computed again.
   --shard 2/4 computes the second of four parts of the images, for machines
   with folders of their own. To join them, copy OUT/shards of all machines into
   one folder, with the files' times, and run the command there without --shard.

@@ -232,3 +232,16 @@ def test_groups_are_a_column(model, images, monkeypatch):
         fastfg.compare(model, images, groups=[1, 2, 3, 4], metrics=["saco"])
     with pytest.raises(ValueError, match="groups: expected 3 of them, one per image, got 2"):
         compare_batch(model, images, groups=[1, 2], metrics=["saco"])
+
+
+@pytest.mark.parametrize("metric", ["srg", "max_sensitivity"])  # one from masks, one that explains again
+def test_some_variants_are_scored(model, images, saes, metric):
+    options = {"saes": saes, "gates": GATES, "methods": ["edges"], "metrics": [metric], "keys": ["a", "b", "c"]}
+    whole = compare_batch(model, images, **options)
+    some = compare_batch(model, images, scored=("real", "edges"), **options)
+    expected = whole.scores[whole.scores["variant"].isin(["real", "edges"])]
+    assert list(some.scores["variant"]) == ["real", "edges"] * 3
+    torch.testing.assert_close(
+        torch.tensor(some.scores[metric].to_numpy()), torch.tensor(expected[metric].to_numpy()), rtol=1e-4, atol=1e-6
+    )
+    assert list(some.maps) == list(whole.maps)
