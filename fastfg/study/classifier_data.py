@@ -191,7 +191,7 @@ def seeded(*parts: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         random.seed(number)
         np.random.seed(number % 2**32)
-        torch.manual_seed(number)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed also seeds the GPUs, which stay as they are
         try:
             yield
         finally:

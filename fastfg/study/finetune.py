@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastfg.data.manifest import content_hash
+from fastfg.models import adapt
 from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import Converted, preprocessing
 from fastfg.study.accuracy import COLUMNS, Accuracy
@@ -146,7 +147,7 @@ def _images(
 
     transform = preprocessing(start.model)
     size = start.model.patch_embed.img_size
-    options = {} if size is None else {"input_size": (start.model.patch_embed.proj.in_channels, *size)}
+    options = {} if size is None else {"input_size": (adapt(start.model).in_chans, *size)}
     config = resolve_data_config(options, model=start.model)
     channels = config["input_size"][0]
     augment = create_transform(

@@ -31,7 +31,7 @@ def test_always_one_class_is_said():
         "validation: balanced accuracy 50.0%, accuracy 95.0% on 100 images (always 'functional': 95.0%)"
     )
     assert "defective: 0 of 5 = 0.0% (95% interval 0.0% to 43.4%, few images)" in text
-    assert "no better than always answering 'functional'" in text
+    assert "Its accuracy is no better than that of always answering 'functional'." in text
 
 
 def test_accuracy_above_the_majority_and_chance_by_class():
