@@ -113,6 +113,7 @@
 
   function value(i) {  // what images are ordered by; higher is better
     const [of, metric] = state.by.split("/");
+    if (!data.metrics.length) return null;
     const found = of === "gain" ? gain(i, +metric) : score(i, data.variants[+of].name, +metric);
     return found === null ? null : data.metrics[metric].higher === false ? -found : found;
   }

@@ -1,12 +1,16 @@
 """The parts of a patch's score add up to it, and what is said of features is what a slow count finds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import fastfg
+from fastfg.study.add_evidence import add_evidence, both_ends
 from fastfg.study.evidence import ablate, patch_evidence, strongest_features
 from fastfg.study.feature_evidence import Histogram, LabelledBatch, feature_evidence
+from tests.report import toy
 from tests.tools import random_sae
 
 KINDS = {
@@ -171,3 +175,29 @@ def test_the_strongest_features(model, images):
                     totals[block, int(feature)] = totals.get((block, int(feature)), 0) + abs(value)
     best = sorted(sorted(totals, key=totals.get, reverse=True)[:5])
     assert [(block, f) for block, fs in strongest_features(found, 5).items() for f in fs] == best
+
+
+def test_a_report_gets_its_evidence(model, images):
+    contents = toy.full(3, grid=4, explained=0)
+    keys = [image.key for image in contents.images]
+    rectangular = [replace(image, maps={name: np.zeros((4, 6)) for name in image.maps}) for image in contents.images]
+    contents = replace(contents, images=rectangular, features={}, ablations=None)
+    batches = [LabelledBatch(images, keys, ["a", "b", None])]
+    chosen = dict(zip(keys[:2], images[:2], strict=True))
+    made = add_evidence(
+        contents, model, chosen, GATE, saes_of("topk"), batches, of="gated", most_features=5, per_block=1
+    )
+    assert [list(image.evidence) for image in made.images] == [[1, 2], [1, 2], []]
+    assert len(made.features) == 5
+    assert len(made.ablations) == 2 * 2
+    assert made.evidence_of == "gated"
+    with pytest.raises(ValueError, match="images: expected keys of images of the report, got .'other'."):
+        add_evidence(contents, model, {"other": images[0]}, GATE, saes_of("topk"))
+
+
+def test_images_at_both_ends():
+    contents = toy.full(7, grid=2, explained=0)
+    wide = contents.scores.pivot(index="image", columns="variant", values="srg")
+    order = (wide["gated"] - wide["vanilla"]).sort_values(ascending=False).index
+    assert both_ends(contents, 3) == [*order[:2], order[-1]]
+    assert both_ends(contents, 7) == [image.key for image in contents.images]

@@ -57,7 +57,7 @@ READABLE = {
 }
 
 
-def write_results(
+def demo_contents(
     out: Path,
     settings: Settings,
     model: Any,
@@ -66,25 +66,20 @@ def write_results(
     paths: Sequence[Path],
     accuracy: float,
     reports: dict[int, SAEReport],
-) -> Path:
-    """Write ``table.md``, ``scores.parquet``, ``figure.png`` and the report, and return the path of its page."""
+) -> Contents:
+    """What the page and the figure show."""
     differences = paired(comparison.scores, seed=settings.seed)
     controls = [name for name, (role, _) in VARIANTS.items() if role == "control"]
     claim, against = answer(comparison.scores, differences, METHOD, controls=controls, seed=settings.seed)
-    summary, n = summarize(comparison.scores), len(paths)
-    (out / "table.md").write_text(
-        f"{claim.sentence}\n\n{markdown_table(summary, paired=differences)}", encoding="utf-8"
-    )
-    comparison.scores.to_parquet(out / "scores.parquet", index=False)
     variance = ", ".join(f"{r.explained_variance:.3f} at block {block}" for block, r in reports.items())
-    contents = Contents(
+    return Contents(
         title=TITLE,
-        subtitle=f"fastfg {fastfg.__version__}: Feature-Gradient Attribution on {BACKBONE}, {n} held-out cells that "
-        f"the model rightly classifies as defective, explained for that class. {LICENCE}.",
+        subtitle=f"fastfg {fastfg.__version__}: Feature-Gradient Attribution on {BACKBONE}, {len(paths)} held-out "
+        f"cells that the model rightly classifies as defective, explained for that class. {LICENCE}.",
         claims=[claim],
         scores=comparison.scores,
         variants=[Variant(name, *VARIANTS[name]) for name in dict.fromkeys(comparison.scores["variant"])],
-        summary=summary,
+        summary=summarize(comparison.scores),
         paired={"vanilla": differences} | against,
         images=_images(model, images, comparison, paths),
         settings={"linear head, held-out accuracy": f"{accuracy:.1%}", "SAEs, explained variance": variance}
@@ -99,6 +94,14 @@ def write_results(
         ],
         errors=comparison.errors,
     )
+
+
+def write_results(out: Path, contents: Contents) -> Path:
+    """Write ``table.md``, ``scores.parquet``, ``figure.png`` and the report, and return the path of its page."""
+    assert contents.summary is not None
+    table = markdown_table(contents.summary, paired=contents.paired["vanilla"])
+    (out / "table.md").write_text(f"{contents.claims[0].sentence}\n\n{table}", encoding="utf-8")
+    contents.scores.to_parquet(out / "scores.parquet", index=False)
     save_figure(out / "figure.png", contents)
     return write_report(out, contents)
 

