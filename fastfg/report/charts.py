@@ -70,7 +70,7 @@ def _forest(rows: pd.DataFrame, real: list[bool], better: str) -> Callable[[Axes
             axes.plot(row["difference"], i, "o", color=colour, markersize=7, fillstyle="full" if real[i] else "none")
         axes.set_yticks(range(len(rows)), [short(name) for name in rows["variant"]])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel(f"difference{f' ({better})' if better else ''}; filled: real")
+        axes.set_xlabel(f"difference{f' ({better})' if better else ''}")
 
     return draw
 

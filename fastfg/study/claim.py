@@ -136,11 +136,10 @@ def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.Dat
 def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None) -> tuple[str, bool]:
     vanilla = rows[VANILLA]
     effect = f"{_gain(vanilla)} in SRG against vanilla, Holm p {_p(vanilla['p_holm'])}, n = {vanilla['n']}"
-    failed = [condition for condition in conditions if not condition.holds]
+    failed = sum(not condition.holds for condition in conditions)
     if not failed:
         return (
-            f"The gate improves explanations: {effect}, and it is better than the strongest control ({strongest}).",
+            f"The gate improves explanations: {effect}, and it is better than the strongest control, {strongest}.",
             True,
         )
-    lines = "; ".join(f"{condition.text[0].lower()}{condition.text[1:]}" for condition in failed)
-    return f"No improvement can be claimed ({effect}). What failed: {lines}.", False
+    return f"No improvement can be claimed: {effect}; {failed} of {len(conditions)} conditions fail.", False

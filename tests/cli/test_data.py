@@ -96,7 +96,7 @@ def test_the_example_of_help_runs(tmp_path, monkeypatch, capsys):
     assert main([*words[1:], "--test", "300", "--validation", "100"]) == 0
     assert "2,624" not in said(capsys)
     counts = class_counts(read_manifest("data/elpv/manifest.parquet"))
-    assert counts.sum().to_dict() == {"train": 1892, "validation": 100, "test": 300}
+    assert counts.sum().to_dict() == {"train": 1674, "validation": 100, "test": 300}
     with pytest.raises(SystemExit):
         main(["data", "prepare", "elpv", "--help"])
     assert EXAMPLES["elpv"] in said(capsys)
