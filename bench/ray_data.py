@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +85,20 @@ def main() -> None:
         both.append((in_ray(ray, images), in_a_loop(images)))
         print("seconds per batch, wall and processor: Ray Data {}, loop {}".format(*both[-1]), flush=True)
     ray.shutdown()
-    wall, processor = (statistics.median(float(one[i] / two[i]) for one, two in both) for i in (0, 1))
-    print(
-        f"Ray Data over loop, median of {len(both)} rounds: {wall:.3f} by wall time, {processor:.3f} by processor time"
-    )
+    found = figures(both)
+    print("Ray Data over loop: {ratio:.3f} by wall time, {processor ratio:.3f} by processor time".format_map(found))
     if arguments.results is not None:
         shape = {"model": MODEL, "batch": BATCH, "batches": arguments.batches}
-        median = statistics.median(float(one[0]) for one, _ in both)
-        line = {"name": "ray_data", "provider": "Explain", "shape": shape, "dtype": "float32", "median": median}
-        append(arguments.results, "cpu", line | {"ratio": wall, "processor ratio": processor, "rounds": len(both)})
+        line = {"name": "ray_data", "provider": "Explain", "shape": shape, "dtype": "float32"}
+        append(arguments.results, "cpu", line | found)
+
+
+def figures(both: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+    """Medians over rounds of (wall, processor) seconds per batch in Ray Data and in the loop, and of their ratios."""
+    ray, loop = np.array(both).transpose(1, 2, 0)
+    times = {"median": ray[0], "loop": loop[0], "processor": ray[1], "loop processor": loop[1]}
+    ratios = {"ratio": ray[0] / loop[0], "processor ratio": ray[1] / loop[1]}
+    return {name: float(np.median(values)) for name, values in (times | ratios).items()} | {"rounds": len(both)}
 
 
 if __name__ == "__main__":
