@@ -174,7 +174,7 @@
       const [of] = state.by.split("/"), ranked = found.filter((i) => value(i) !== null);
       const [top, low] = of === "gain" ? ["Gained most", "Lost most, or gained least"] : ["Best", "Worst"];
       cards.append(el("h3", {}, top), ...ranked.slice(0, PER_SIDE).map(card), el("h3", {}, low), ...ranked.slice(PER_SIDE).slice(-PER_SIDE).reverse().map(card));
-    } else cards.append(...listed.map(card));
+    } else cards.append(el("h3", { class: "hidden" }, "Images in order"), ...listed.map(card));
     $("count").textContent = both ? `${2 * PER_SIDE} of ${found.length} images: ${PER_SIDE} at each end of the order.` : `${listed.length} of ${found.length} images.`;
     const more = $("more");
     more.hidden = !both && listed.length >= found.length;
@@ -185,7 +185,7 @@
     const before = state.shown;
     state.shown += PER_PAGE;
     show("shown");
-    const next = $("cards").children[before];
+    const next = $("cards").children[before + 1];  // after the heading
     if (next) { next.tabIndex = -1; next.focus(); }
   });
 

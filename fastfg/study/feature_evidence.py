@@ -100,7 +100,7 @@ class Histogram:
             return
         largest = float(values.max())
         if self.top == 0.0:
-            self.top = 2.0 ** np.ceil(np.log2(largest))
+            self.top = float(2.0 ** np.ceil(np.log2(largest)))
         while largest > self.top:
             self.top *= 2
             half = self.counts.reshape(-1, 2).sum(1)
