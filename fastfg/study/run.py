@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
+from fastfg.models.fingerprint import fingerprint
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
-from fastfg.study.explained import explained
+from fastfg.study.explained import with_evidence
 from fastfg.study.gallery import gallery
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
@@ -56,8 +55,8 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
         return None
     from fastfg.report.page import write_report
 
-    found = explained(judging, outcome, gallery(judging, outcome, track), track)
-    made = contents(judging, outcome, command_line(), found)
+    made = contents(judging, outcome, command_line(), gallery(judging, outcome, track))
+    made = with_evidence(judging, outcome, made, track)
     for line in (
         (claim := made.claims[0]).sentence,
         *(f"  {'yes' if c.holds else 'no '}  {c.text}: {c.detail}" for c in claim.conditions),
@@ -110,7 +109,7 @@ def _recipe(config: Config, parts: Parts, device: torch.device) -> dict[str, Any
     """What the scores depend on beside images, variants and measures. Another one needs another folder."""
     on_cpu = {"threads": config.run.threads} if device.type == "cpu" else {}
     return {
-        "weights": _hash(parts.model.model),
+        "weights": fingerprint(parts.model.model),
         "transform": _does(parts.transform),
         "target": config.model.target,
         "seed": config.run.seed,
@@ -124,17 +123,3 @@ def _does(transform: Callable[[Image.Image], torch.Tensor]) -> str:
     values = np.random.default_rng(0).integers(0, 256, (260, 300, 3), np.uint8)
     found = transform(Image.fromarray(values))
     return hashlib.sha256(f"{list(found.shape)}".encode() + found.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The configuration as plain values."""
-    found: dict[str, Any] = json.loads(config.model_dump_json())
-    return found
