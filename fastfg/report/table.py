@@ -162,6 +162,8 @@ def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str 
 
 
 def _mean(entry: dict[Any, Any], show: Callable[[float], str]) -> str:
+    if not entry["n"]:
+        return "no score"
     text = f"{show(entry['mean'])} ± {show(entry['se'])}{entry['stars']}"
     if entry["missing"]:  # a mean over some of the images says so
         text += f" ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
