@@ -50,6 +50,8 @@ def add(commands: Any) -> None:
     run = parts.add_parser("run", help="run it, or go on with it", epilog=RUN, formatter_class=Help)
     run.set_defaults(run=_run)
     run.add_argument("config", type=file_or_folder, metavar="CONFIG.toml")
+    again = "try images again that could not be read before"
+    run.add_argument("--retry-failed", action="store_true", help=again)
     run.add_argument("--dry-run", action="store_true", help="say what it costs on this device, and run nothing")
     cores = "processes; without it, one per GPU, or one per core"
     run.add_argument("--processes", type=at_least_one, metavar="N", help=cores)
@@ -76,14 +78,16 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from fastfg.study.config import read_config
-    from fastfg.study.run import default_processes, device_of, helpers, run_study
+    from fastfg.study.run import default_processes, device_of, forget_failures, helpers, run_study
 
     config = read_config(arguments.config)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
     n = arguments.processes or (default_processes(config) if world == 1 else 1)
     if arguments.dry_run:
         _show_cost(config, device_of(config), n)
         return
+    if arguments.retry_failed and rank == 0:
+        forget_failures(config)
     more = n - 1 if world == 1 else 0
     command = ["study", "run", str(arguments.config), "--processes", "1"]
     with helpers(more, command, config.run.out / "logs") as started, tracker() as track:

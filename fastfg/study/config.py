@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastfg.metrics.choose import METRICS
+from fastfg.metrics.explanation_metric import ExplanationMetric
 from fastfg.perturb.fills import BASELINES
 from fastfg.sae.recipe import KINDS
 from fastfg.types import METHODS
@@ -30,7 +31,8 @@ CONTROLS = (
 )
 NEEDED_KIND = {"frozen-decoder": "frozen-decoder", "random-sae": "random"}  # {control: the SAEs that it is gated by}
 AtLeast1 = Annotated[int, Field(ge=1)]
-Above0 = Annotated[float, Field(gt=0)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Above1 = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
@@ -130,9 +132,9 @@ class Protocol(Part):
     score: Literal["combined"] = "combined"
     layer_images: AtLeast1 | None = None
     start_kappa: Above0 = 0.5
-    start_c_max: Annotated[float, Field(gt=1)] = 10.0
+    start_c_max: Above1 = 10.0
     kappa: list[Above0] = [0.1, 0.5, 1.0]
-    c_max: list[Annotated[float, Field(gt=1)]] = [2.0, 10.0, 50.0]
+    c_max: list[Above1] = [2.0, 10.0, 50.0]
     max_layers: AtLeast1 = 3
     combinations: list[list[int]] = []
 
@@ -157,13 +159,13 @@ class Test(Part):
 
     Attributes:
         modes: what becomes of a removed patch: names of fills, or ``removed``. The first is the primary one.
-        patches_per_step: of the curves. metrics: more metrics, judged in the first mode.
+        steps: of the curves, until all patches are removed. metrics: more metrics, judged in the first mode.
         controls: beside the shuffled decoders. shuffled: their number; 19 are needed for a rank test at .05.
         shuffled_images: test images for these; None: all.
     """
 
     modes: list[str] = ["mean", "removed"]
-    patches_per_step: AtLeast1 = 1
+    steps: Annotated[int, Field(ge=2)] = 16
     metrics: list[str] = []
     controls: list[str] = list(CONTROLS)
     shuffled: Annotated[int, Field(ge=0)] = 19
@@ -179,6 +181,11 @@ class Test(Part):
                 if one not in known:
                     close = difflib.get_close_matches(one, known, n=1)
                     raise ValueError(f"{name}: expected names among {known}, got {one!r}" + _hint(close))
+        again = [name for name in self.metrics if issubclass(METRICS[name], ExplanationMetric)]
+        if again:
+            raise ValueError(f"metrics: expected metrics that do not explain again, got {again}")
+        if "running_mean" in self.modes:
+            raise ValueError("modes: expected fills that do not depend on the order, got 'running_mean'")
         both = [name for name in self.metrics if name in ("srg", "deletion", "insertion")]
         if both:
             raise ValueError(f"metrics: expected others than srg, deletion and insertion, which are there, got {both}")
@@ -193,7 +200,7 @@ class Run(Part):
     """
 
     out: Path
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     unit: AtLeast1 = 8
     threads: AtLeast1 = 1
     device: str = "auto"

@@ -174,7 +174,7 @@ def _curves(judging: Judging, outcome: Outcome) -> pd.DataFrame:
     names = {judging.identity(variant): variant.name for variant in outcome.variants}
     names = {identity: name for identity, name in names.items() if name not in outcome.shuffled}
     found = []
-    for measures in test_measures(judging.config).values():
+    for measures in test_measures(judging.config, judging.patches_per_step).values():
         (primary,) = (measure for measure in measures if measure.metric == PRIMARY)
         found.append(curves(outcome.rows, names, primary))
     return pd.concat(found, ignore_index=True)
@@ -224,8 +224,9 @@ def _versions() -> dict[str, str]:
 def _notes(judging: Judging) -> list[str]:
     import json
 
-    from fastfg.study.protocol import RULES
+    from fastfg.study.protocol import CHOICE, RULES
 
+    choices = json.loads((judging.config.run.out / CHOICE).read_text(encoding="utf-8"))
     rules = json.loads((judging.config.run.out / RULES).read_text(encoding="utf-8"))
     found = [f"The rule of the choice, written {rules[-1]['written']}: {rules[-1]['rule']}"]
     if rules[-1]["scores_existed"]:
@@ -233,12 +234,22 @@ def _notes(judging: Judging) -> list[str]:
             "This rule was written after scores had been computed in this folder. The choice is then not independent "
             "of what was seen before."
         )
+    if len(choices) > 1:
+        found.append(f"This is the choice number {len(choices)} in this folder: choice.json has the earlier ones.")
+    if choices[-1]["mean"] <= choices[-1]["vanilla"]:
+        found.append(
+            f"On the validation images, the chosen gate's mean SRG is not above that of vanilla: "
+            f"{choices[-1]['mean']:.4f} and {choices[-1]['vanilla']:.4f}, on {choices[-1]['images']} images."
+        )
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):
         found.append(
             f"The test images are of {groups.nunique()} known groups, which the statistics do not use (by_group = "
             "false). Images of one group are not independent, so intervals are too narrow and p values too small."
         )
+    elif bool((groups != "").any()) and bool((groups == "").any()):
+        n = int((groups == "").sum())
+        found.append(f"{n} of {len(groups)} test images have no group: each counts as a group of its own.")
     n = judging.config.test.shuffled
     if n and (limit := judging.config.test.shuffled_images):
         found.append(f"The {n} shuffled decoders were judged on {limit} test images or a few more, not on all.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
 from fastfg.data.manifest import read_manifest
+from fastfg.metrics.choose import WITHOUT_MASKS
 from fastfg.models import Adapter, adapt
 from fastfg.models.timm import preprocessing
 from fastfg.sae.recipe import Recipe
@@ -91,7 +93,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("combinations, at most", n_validation, blocks + rounds + len(protocol.combinations), tuple(first)),
         Stage("kappa and c_max", n_validation, len(sweep_variants(protocol, protocol.layers[:1])) + 1, tuple(first)),
         Stage("test", n_test, 2 + len(test.controls), tuple(test.modes)),
-        Stage("test, shuffled decoders", min(test.shuffled_images or n_test, n_test), test.shuffled, tuple(first)),
+        Stage("test, shuffled decoders", min(test.shuffled_images or n_test, n_test), test.shuffled, tuple(test.modes)),
     ]
 
 
@@ -106,7 +108,13 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
     (batch,) = batches([Path(path) for path in shown["path"]], transform, len(shown))
     images, keys = batch.images.to(device), [Path(path).name for path in batch.paths]
     say(f"Measuring on {len(keys)} images and {device}")
-    rates = {mode: _rate(adapter, images, keys, own) for mode, own in test_measures(config).items()}
+    gh, gw = adapter.patches(images)
+    per_step = min(math.ceil(gh * gw / config.test.steps), gh * gw - 1)
+    measures = {
+        mode: [one for one in own if one.metric in WITHOUT_MASKS]  # the others need no forwards
+        for mode, own in test_measures(config, per_step).items()
+    }
+    rates = {mode: _rate(adapter, images, keys, own) for mode, own in measures.items()}
     passes = _seconds_to_explain(adapter, images, config.protocol.layers)
     rows = [_train_row(config, config.saes.train, images, adapter, device)] if config.saes.train else []
     for stage in stages(config):

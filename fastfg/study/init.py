@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ combinations = {combinations}                  # more sets of blocks to compare,
 
 [test]
 modes = ["mean", "removed"]        # what becomes of removed patches; the first mode is the primary one
-patches_per_step = {patches_per_step}              # of the curves; 1 is the finest
+steps = {steps}                          # of the curves, until all patches are removed; more are finer
 metrics = []                       # more metrics, such as "saco"; judged in the first mode
 controls = [
     "gradient_x_residual", "sae_error", "frozen-decoder", "random-sae", "permuted", "blurred", "random", "centre",
@@ -91,14 +92,14 @@ def elpv_settings(full: bool) -> dict[str, Any]:
     small = {
         "layers": [4, 6, 8],
         "layer_images": 40,
-        "patches_per_step": 86,
+        "steps": 3,
         "shuffled_images": 40,
         "saes": {"images": 600, "tokens_per_image": 128, "expansion": 8, "k": 64, "steps": 600, "batch_tokens": 1024},
     }
     large = {
         "layers": list(range(2, 11)),
         "layer_images": None,
-        "patches_per_step": 8,
+        "steps": 32,
         "shuffled_images": None,
         "saes": {"images": None, "tokens_per_image": None, "expansion": 64, "k": 128, "steps": 3000}
         | {"batch_tokens": 4096},
@@ -139,25 +140,27 @@ def init(
     Raises ValueError for names that are not known and for what is missing.
     """
     path = Path(what)
-    file = out or Path(f"{path.stem if path.exists() else what}.toml")
+    file = out or Path(f"{path.resolve().stem if path.exists() else what}.toml")
     if file.suffix != ".toml":
         raise ValueError(f"out: expected a .toml file, got {file}")
     if file.exists():
         raise ValueError(f"out: expected a new file, got {file}, which exists")
     if what == "elpv":
-        _refuse(model=model, weights=weights, manifest=manifest)
+        _refuse(what, model=model, weights=weights, manifest=manifest)
         say(ELPV)
         made = _write_manifest(elpv(), file, say)
         settings = elpv_settings(full)
     elif what in STUDIES:
+        _refuse(what, model=model)
         made = _required(what, manifest)
         settings = preset_settings(preset(what), full)
     elif path.exists():
         if model is None:
             raise ValueError("model: expected --model NAME for images of one's own, got none")
+        _refuse(what, manifest=manifest)
         made = path.resolve() if path.is_file() else _write_manifest(from_folder(path), file, say)
         table = read_manifest(made)
-        settings = own_settings(path.stem, model, weights, sorted(set(table["label"])), full)
+        settings = own_settings(path.resolve().stem, model, weights, sorted(set(table["label"])), full)
     else:
         close = difflib.get_close_matches(what, STUDIES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -173,10 +176,10 @@ def init(
     return file
 
 
-def _refuse(**given: object) -> None:
+def _refuse(what: str, **given: object) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name}: expected none for elpv, which brings its own, got {value}")
+            raise ValueError(f"{name}: expected none for {what}, which brings its own, got {value}")
 
 
 def _write_manifest(made: Manifest, file: Path, say: Callable[[str], None]) -> Path:
@@ -243,7 +246,9 @@ def write_config(file: Path, settings: Mapping[str, Any], manifest: Path | str) 
 
 def render(name: str, settings: Mapping[str, Any], manifest: str) -> str:
     """The text of the TOML file."""
-    quoted: Callable[[Any], str] = json.dumps  # TOML's strings, numbers, truth values and lists are those of JSON
+    quoted: Callable[[Any], str] = partial(
+        json.dumps, ensure_ascii=False
+    )  # TOML's strings, numbers, truth values and lists are those of JSON
     plain = {key: quoted(value) for key, value in settings.items() if key != "saes"}
     stem = Path(name).stem
     optional = {

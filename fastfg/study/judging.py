@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfg.data import batches
+from fastfg.data.manifest import content_hash
 from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
 from fastfg.study.config import Config
 from fastfg.study.measures import Measure, judge, wide
@@ -54,7 +55,7 @@ class Judging:
         Returns the rows of the store. All processes get the same ones: the call returns when all units are complete.
         """
         units = self.units(split, limit)
-        by_identity = {self.identity(variant): variant for variant in variants}
+        by_identity = self._by_identity(variants)
         by_measure = {measure.identity: measure for measure in measures}
         progress = self.track(title)
 
@@ -68,7 +69,7 @@ class Judging:
             Work(tuple(by_identity), tuple(by_measure)),
             do,
             progress=lambda at: progress(at.done, at.total),
-            max_failures=self.config.data.max_failures,
+            max_failures=self._max_failures(split, units),
         )
         return self.store.read(units=[u.name for u in units], variants=by_identity, measures=by_measure).to_pandas()
 
@@ -76,9 +77,30 @@ class Judging:
         """``rows`` of one mode as a table like that of :func:`fastfg.compare`, with groups if all of them are known."""
         table = wide(rows, {self.identity(variant): variant.name for variant in variants}, measures)
         groups = self.parts.images.loc[table["image"], "group"]
-        if self.config.data.by_group and len(groups) and bool((groups != "").all()):
-            table.insert(1, "group", groups.to_numpy())
+        if self.config.data.by_group and bool((groups != "").any()):  # an image without a group is one by itself
+            table.insert(1, "group", groups.where(groups != "", "image " + groups.index).to_numpy())
         return table
+
+    @property
+    def patches_per_step(self) -> int:
+        """Of the curves: ``test.steps`` of them remove all patches."""
+        n, steps = self.parts.n_patches, self.config.test.steps
+        return min(math.ceil(n / steps), n - 1)
+
+    def _by_identity(self, variants: Sequence[Variant]) -> dict[str, Variant]:
+        found: dict[str, Variant] = {}
+        for variant in variants:
+            other = found.setdefault(self.identity(variant), variant)
+            if other is not variant:
+                raise ValueError(
+                    f"{variant.name}: expected other maps than {other.name!r}, got the same gate with the same SAEs"
+                )
+        return found
+
+    def _max_failures(self, split: str, units: Sequence[Unit]) -> float:
+        """The share of the images of ``units`` that may fail, as that of the whole split is given."""
+        n, whole = sum(len(unit.keys) for unit in units), len(getattr(self.parts, split))
+        return min(1.0, self.config.data.max_failures * whole / n)
 
     def identity(self, variant: Variant) -> str:
         """What the rows of ``variant`` are called in the store."""
@@ -95,7 +117,17 @@ class Judging:
         keys, size = getattr(self.parts, split), self.config.run.unit
         n = len(keys) if limit is None else min(len(keys), math.ceil(limit / size) * size)
         parts = [tuple(keys[first : first + size]) for first in range(0, n, size)]
-        return [Unit(f"{split}-{i:05d}-{_short(part)}", part) for i, part in enumerate(parts)]
+        return [Unit(f"{split}-{i:05d}-{self._short(part)}", part) for i, part in enumerate(parts)]
+
+    def _short(self, keys: Sequence[str]) -> str:
+        """A few digits that differ where images differ, or what they are judged by: labels and masks."""
+        rows = self.parts.images.loc[list(keys)]
+        said = [list(keys)]
+        if self.config.model.target == "label":
+            said.append(list(rows["label"]))
+        if set(self.config.test.metrics) - set(WITHOUT_MASKS):
+            said.append([content_hash(Path(mask)) if mask else "" for mask in rows["mask"]])
+        return sha256(repr(said).encode()).hexdigest()[:8]
 
     def _judge(self, unit: Unit, variants: Sequence[Variant], measures: Sequence[Measure]) -> tuple[Any, list[Failure]]:
         images = self.parts.images.loc[list(unit.keys)]
@@ -119,8 +151,3 @@ class Judging:
         judged = judge(self.parts.model, given, maps, names, measures, target=found.target, masks=batch.masks, **common)
         self.forwards += judged.forwards
         return judged.rows, failures
-
-
-def _short(keys: Sequence[str]) -> str:
-    """A few digits that differ between units of different images."""
-    return sha256(",".join(keys).encode()).hexdigest()[:8]

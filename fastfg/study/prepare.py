@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fastfg.data import batches
-from fastfg.data.manifest import draw, hash_order, read_manifest
+from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
 from fastfg.models import Adapter, adapt
 from fastfg.models.fingerprint import fingerprint
 from fastfg.models.saved import WEIGHTS, save_classifier
@@ -24,8 +23,8 @@ from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
 from fastfg.study.check_weights import check_weights
-from fastfg.study.claims import Claims
 from fastfg.study.config import Config, Train
+from fastfg.study.prepared import Once, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.probe import features_of, fit_head
 from fastfg.study.shards import write_durably
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 BATCH = 16
 ACCURACY = "accuracy.json"
 OPEN_CLIP = "open_clip:"
-WAIT = 1.0  # seconds between looks at what another process makes
 Say = Callable[[str], None]
 Track = Callable[[str], Callable[[int, int], None]]
 SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
@@ -62,6 +60,7 @@ class Parts:
     test: list[str]
     model: Adapter
     transform: Any
+    n_patches: int
     classes: tuple[str, ...]
     labels: tuple[str, ...]
     accuracy: Accuracy | None
@@ -72,6 +71,8 @@ class Parts:
 def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Parts:
     """Read the manifest, and make or load the model and the SAEs."""
     manifest = read_manifest(config.data.manifest)
+    if config.run.out.exists() and not config.run.out.is_dir():
+        raise ValueError(f"run.out: expected a folder, got {config.run.out}, which is a file")
     keys = {
         split: _drawn(manifest, split, n, config.run.seed)
         for split, n in (("validation", config.data.validation), ("test", config.data.test))
@@ -80,15 +81,17 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         if len(found) < 2:
             raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
     train = manifest[manifest["split"] == "train"]
-    once = _Once(config.run.out)
+    used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
+    verify_content(used)
+    once = Once(config.run.out)
+    check_prepared(config, train, used.loc[keys["validation"]], once)
     reached = _probe(config, train, manifest, keys["validation"], once, say, track) if config.model.probe else None
     model, transform, classes = load_classifier(config)
     adapter = adapt(model.to(device))
     if config.saes.train is not None:
         _train(config, config.saes.train, adapter, transform, train, once, say, track)
     saes = _load(config, adapter, device)
-    identities = {kind: {block: fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
-    used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
+    identities = {kind: {block: _identity(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
     labels = preset(config.model.preset).label_names() if config.model.preset else classes
     if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
         raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
@@ -98,6 +101,7 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         test=keys["test"],
         model=adapter,
         transform=transform,
+        n_patches=_n_patches(adapter, transform),
         classes=classes,
         labels=labels,
         accuracy=reached,
@@ -106,26 +110,22 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     )
 
 
+def _identity(sae: SparseAutoencoder) -> str:
+    """A hash of all that an SAE's codes depend on: its weights and its settings."""
+    settings = {name: value for name, value in sae.config().items() if name != "provenance"}
+    return sha256((fingerprint(sae) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def _n_patches(model: Adapter, transform: Any) -> int:
+    """The patches of an image."""
+    gh, gw = model.patches(transform(Image.new("RGB", (256, 256)))[None])
+    return gh * gw
+
+
 def _drawn(manifest: pd.DataFrame, split: str, n: int | None, seed: int) -> list[str]:
     """The keys of ``n`` images of a split, in the order of their hashes."""
     table = draw(manifest, split, n, seed)
     return hash_order(table.loc[table["split"] == split, "key"], seed)
-
-
-class _Once:
-    """Makes things that several processes need: the first one makes them, and the others wait."""
-
-    def __init__(self, out: Path) -> None:
-        self.claims = Claims(out / ".lock", lambda text: None)
-
-    def __call__(self, name: str, ready: Callable[[], bool], make: Callable[[], None]) -> None:
-        while not ready():
-            with self.claims(name) as held:
-                if held:
-                    if not ready():
-                        make()
-                    return
-            time.sleep(WAIT)
 
 
 def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
@@ -154,14 +154,15 @@ def _probe(
     train: pd.DataFrame,
     manifest: pd.DataFrame,
     validation: Sequence[str],
-    once: _Once,
+    once: Once,
     say: Say,
     track: Track,
 ) -> Accuracy:
     """Fit a linear head, and write the classifier. Returns its accuracy on the validation images."""
-    given, folder = config.model, config.run.out / "model"
+    given, folder, limit = config.model, config.run.out / "model", config.data.max_failures
     classes = tuple(given.classes or sorted(set(train["label"])))
-    if len(classes) < 2 or (unknown := sorted(set(train["label"]) - set(classes))):
+    shown = manifest[manifest["key"].isin(validation)]
+    if len(classes) < 2 or (unknown := sorted((set(train["label"]) | set(shown["label"])) - set(classes))):
         got = f"{unknown} beside" if len(classes) >= 2 else ""
         raise ValueError(
             f"model.classes: expected at least 2, and the labels of all training images, got {got} {classes}"
@@ -170,9 +171,12 @@ def _probe(
     def make() -> None:
         start = start_model(given.name, given.weights, classes, img_size=given.img_size, seed=config.run.seed)
         start.model.eval()
-        shown = manifest[manifest["key"].isin(validation)]
-        features, labels = _features(start.model, train, classes, track(f"Features of {len(train)} training images"))
-        held, truth = _features(start.model, shown, classes, track(f"Features of {len(shown)} validation images"))
+        features, labels = _features(
+            start.model, train, classes, limit, say, track(f"Features of {len(train)} training images")
+        )
+        held, truth = _features(
+            start.model, shown, classes, limit, say, track(f"Features of {len(shown)} validation images")
+        )
         fit_head(start.model, features, labels)
         answers = start.model.head(held).argmax(1)
         reached = asdict(Accuracy.of(classes, truth.tolist(), answers.tolist()))
@@ -188,25 +192,30 @@ def _probe(
 
 
 def _features(
-    model: Any, images: pd.DataFrame, classes: Sequence[str], progress: Callable[[int, int], None]
+    model: Any,
+    images: pd.DataFrame,
+    classes: Sequence[str],
+    max_failures: float,
+    say: Say,
+    progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
     """The features [n, d] of the images that can be read, and their classes [n]."""
-    label = dict(zip(images["path"], images["label"], strict=True))
-    features, labels, done = [], [], 0
-    for batch in batches([Path(path) for path in images["path"]], preprocessing(model), BATCH):
-        if batch.paths:
-            features.append(features_of(model, batch.images))
-            labels += [classes.index(label[str(path)]) for path in batch.paths]
-        done += len(batch.paths) + len(batch.errors)
-        progress(done, len(images))
+    label = dict(zip(images["key"], images["label"], strict=True))
+    features, labels = [], []
+    for batch, keys in read_images(images, preprocessing(model), max_failures, say):
+        features.append(features_of(model, batch))
+        labels += [classes.index(label[key]) for key in keys]
+        progress(len(labels), len(images))
     return torch.cat(features), torch.tensor(labels)
 
 
 def _train(
-    config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: _Once, say: Say, track: Track
+    config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: Once, say: Say, track: Track
 ) -> None:
     """Train the SAEs that are missing, in the study's own folder."""
     out, layers, folder = config.run.out / "saes", config.protocol.layers, config.run.out / "tokens"
+    folder /= "-".join(map(str, layers))  # with another block, all are written again, and finished SAEs are kept
+    device = next(model.model.parameters()).device
     chosen = draw(train.assign(split="train"), "train", how.images, config.run.seed)
     kinds = [kind for kind in config.kinds if not all((out / kind / f"layer_{b}/report.json").exists() for b in layers)]
     if not kinds:
@@ -217,7 +226,10 @@ def _train(
         progress = track(f"Tokens of {len(chosen)} images")
         cache_tokens(
             model,
-            _images(chosen, transform, next(model.model.parameters()).device),
+            (
+                (images.to(device), keys)
+                for images, keys in read_images(chosen, transform, config.data.max_failures, say)
+            ),
             layers,
             folder,
             tokens_per_image=how.tokens_per_image,
@@ -231,7 +243,6 @@ def _train(
     cache = TokenCache(folder)
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
     grouped = groups if all(groups.values()) else None
-    device = next(model.model.parameters()).device
     recipe = _recipe(config, how, cache.width, device)
     for kind in kinds:
         for layer in layers:
@@ -264,15 +275,6 @@ def _quiet(bar: Callable[[int, int], None]) -> Progress:
     return lambda done, total, figures: bar(done, total)
 
 
-def _images(
-    images: pd.DataFrame, transform: Any, device: torch.device
-) -> Iterator[tuple[Tensor, Sequence[str] | None]]:
-    key = dict(zip(images["path"], images["key"], strict=True))
-    for batch in batches([Path(path) for path in images["path"]], transform, BATCH):
-        if batch.paths:
-            yield batch.images.to(device), [key[str(path)] for path in batch.paths]
-
-
 def _load(config: Config, model: Adapter, device: torch.device) -> dict[str, dict[int, SparseAutoencoder]]:
     """{kind: {block: SAE}}. Raises ValueError for SAEs of other weights than the model's."""
     own = config.run.out / "saes"
@@ -280,8 +282,19 @@ def _load(config: Config, model: Adapter, device: torch.device) -> dict[str, dic
     for kind in config.kinds:
         saes = load_saes(config.saes.folders.get(kind, own / kind), config.protocol.layers)
         check_weights(model, saes)
+        _check_kind(kind, saes)
         found[kind] = {block: sae.to(device) for block, sae in saes.items()}
     return found
+
+
+def _check_kind(kind: str, saes: Mapping[int, SparseAutoencoder]) -> None:
+    """Refuse SAEs that say of themselves that they are of another kind."""
+    for block, sae in saes.items():
+        said = (sae.provenance.get("recipe") or {}).get("kind", kind)
+        if said != kind:
+            raise ValueError(
+                f"saes.folders.{kind}: expected SAEs of this kind, got one of the kind {said!r} for {block}"
+            )
 
 
 def sizes(parts: Parts) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def fit_head(model: Any, features: Tensor, labels: Tensor, weight_decay: float =
     Minimises cross-entropy plus ``weight_decay`` times the squared weights, on standardised features. The weights
     that are written include the standardisation.
     """
-    mean, std = features.mean(0), features.std(0)
+    mean, std = features.mean(0), features.std(0).nan_to_num(1.0)
+    std = torch.where(std > 0, std, 1.0)  # a feature that is constant says nothing
     x = (features - mean) / std
     head = nn.Linear(x.shape[1], model.head.out_features)
     nn.init.zeros_(head.weight)

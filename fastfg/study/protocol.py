@@ -13,7 +13,7 @@ from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import Config
 from fastfg.study.judging import Judging
 from fastfg.study.measures import CURVES, PRIMARY, Measure
-from fastfg.study.selection import Choice, choose_gate, choose_layers, layer_variants, rule
+from fastfg.study.selection import Choice, Means, choose_gate, choose_layers, layer_variants, rule
 from fastfg.study.shards import write_durably
 from fastfg.study.variants import Variant
 from fastfg.types import METHODS, Gate
@@ -51,8 +51,8 @@ class Outcome(NamedTuple):
 def run_protocol(judging: Judging, say: Say) -> Outcome:
     """Run what is missing of a study. Every process gets the same outcome."""
     config, protocol, test = judging.config, judging.config.protocol, judging.config.test
-    record_rule(config, bool(judging.store.read().num_rows))
-    primary = Measure.of([PRIMARY], test.modes[0], test.patches_per_step)
+    record_rule(config, any(judging.store.shards.glob("*.parquet")))
+    primary = Measure.of([PRIMARY], test.modes[0], judging.patches_per_step)
 
     def validate(title: str, variants: Sequence[Variant], limit: int | None = None) -> pd.DataFrame:
         rows = judging.scores(title, "validation", variants, primary, limit)
@@ -60,7 +60,7 @@ def run_protocol(judging: Judging, say: Say) -> Outcome:
 
     combined: dict[str, pd.DataFrame] = {}
 
-    def score(title: str, variants: Sequence[Variant]) -> Mapping[str, float]:
+    def score(title: str, variants: Sequence[Variant]) -> Means:
         combined[title] = validate(title, variants)
         return common_means(combined[title])
 
@@ -70,7 +70,10 @@ def run_protocol(judging: Judging, say: Say) -> Outcome:
     choice = choose_gate(protocol, chosen, score)
     sweep = combined.pop("kappa and c_max")
     record_choice(config.run.out, choice)
-    say(f"Chosen on {len(judging.parts.validation)} validation images: {describe(choice.gate)}")
+    n, fewer = len(judging.parts.validation), choice.mean <= choice.vanilla
+    say(f"Chosen on {choice.images} of {n} validation images: {describe(choice.gate)}")
+    if fewer:
+        say(f"On these images, its mean SRG is not above that of vanilla: {choice.mean:.4f} and {choice.vanilla:.4f}")
 
     variants, shuffled = _test_variants(config, choice.gate)
     tests, rows = _test(judging, variants, shuffled)
@@ -79,10 +82,20 @@ def run_protocol(judging: Judging, say: Say) -> Outcome:
     return Outcome(layers, combined, sweep, choice, tests, rows, [*variants, *shuffled], names, controls)
 
 
-def common_means(table: pd.DataFrame) -> dict[str, float]:
-    """{variant: mean primary score} over the images for which every variant has a score."""
-    scores = table.pivot(index="image", columns="variant", values=PRIMARY).dropna()
-    return {str(name): float(mean) for name, mean in scores.mean().items()}
+def common_means(table: pd.DataFrame) -> Means:
+    """The means over the images for which every variant has a score.
+
+    Raises ValueError if these are less than half of the images: a choice by them would be one by what could be scored.
+    """
+    every = table.pivot(index="image", columns="variant", values=PRIMARY)
+    scores = every.dropna()
+    if 2 * len(scores) < len(every):
+        missing = every.isna().sum().sort_values().index[-1]
+        raise ValueError(
+            f"protocol: expected scores of all variants for at least half of {len(every)} validation images, got "
+            f"{len(scores)}; {missing!r} lacks most (see scores)"
+        )
+    return Means({str(name): float(mean) for name, mean in scores.mean().items()}, len(scores))
 
 
 def describe(gate: Gate) -> str:
@@ -91,11 +104,11 @@ def describe(gate: Gate) -> str:
     return f"{blocks}, kappa {gate.kappa:g}, c_max {gate.c_max:g}, {gate.score}"
 
 
-def test_measures(config: Config) -> dict[str, list[Measure]]:
+def test_measures(config: Config, patches_per_step: int) -> dict[str, list[Measure]]:
     """{mode: measures} of the test: the curves in every mode, and the other metrics in the first one."""
     test = config.test
     return {
-        mode: Measure.of([*CURVES, *(test.metrics if mode == test.modes[0] else ())], mode, test.patches_per_step)
+        mode: Measure.of([*CURVES, *(test.metrics if mode == test.modes[0] else ())], mode, patches_per_step)
         for mode in test.modes
     }
 
@@ -120,21 +133,18 @@ def _test_variants(config: Config, gate: Gate) -> tuple[list[Variant], list[Vari
 def _test(
     judging: Judging, variants: list[Variant], shuffled: list[Variant]
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
-    """Judge all variants on the test images: the shuffled ones in the first mode alone."""
+    """Judge all variants on the test images: the shuffled ones by the curves alone."""
     import pandas as pd
 
-    by_mode = test_measures(judging.config)
-    first = next(iter(by_mode))
+    by_mode = test_measures(judging.config, judging.patches_per_step)
     every = [measure for measures in by_mode.values() for measure in measures]
     rows = [judging.scores("Test", "test", variants, every)]
     if shuffled:
         limit = judging.config.test.shuffled_images
-        rows.append(judging.scores("Test: shuffled decoders", "test", shuffled, by_mode[first], limit))
+        only_curves = [measure for measure in every if measure.metric in CURVES]
+        rows.append(judging.scores("Test: shuffled decoders", "test", shuffled, only_curves, limit))
     joined = pd.concat(rows, ignore_index=True)
-    tables = {
-        mode: judging.table(joined, [*variants, *(shuffled if mode == first else [])], measures)
-        for mode, measures in by_mode.items()
-    }
+    tables = {mode: judging.table(joined, [*variants, *shuffled], measures) for mode, measures in by_mode.items()}
     return tables, joined
 
 
@@ -145,7 +155,7 @@ def record_rule(config: Config, begun: bool) -> None:
     """
     file = config.run.out / RULES
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    text = rule(config.protocol)
+    text = rule(config)
     if not before or before[-1]["rule"] != text:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
         write_durably(
@@ -154,6 +164,9 @@ def record_rule(config: Config, begun: bool) -> None:
 
 
 def record_choice(out: Path, choice: Choice) -> None:
-    """Write the chosen gate before the first test image is read."""
-    found: dict[str, Any] = {"gate": asdict(choice.gate), "mean": choice.mean, "vanilla": choice.vanilla}
-    write_durably(out / CHOICE, json.dumps(found, indent=2).encode())
+    """Write the chosen gate before the first test image is read. Another choice, after a change, is added."""
+    file = out / CHOICE
+    found: dict[str, Any] = json.loads(json.dumps(choice._asdict() | {"gate": asdict(choice.gate)}))
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    if not before or before[-1] != found:
+        write_durably(file, json.dumps([*before, found], indent=2).encode())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import fastfg
 from fastfg.models.fingerprint import fingerprint
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
@@ -65,13 +66,18 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
     return write_report(out, made)
 
 
+def forget_failures(config: Config) -> None:
+    """Let images that could not be read be tried again. No other process may work on the folder."""
+    Store(config.run.out / "scores", columns=COLUMNS).forget_failures()
+
+
 def device_of(config: Config) -> torch.device:
     """The device of this process: with ``auto``, the GPU of its local rank, or the CPU."""
     if config.run.device != "auto":
         return torch.device(config.run.device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
 
 
 def default_processes(config: Config) -> int:
@@ -109,6 +115,7 @@ def _recipe(config: Config, parts: Parts, device: torch.device) -> dict[str, Any
     """What the scores depend on beside images, variants and measures. Another one needs another folder."""
     on_cpu = {"threads": config.run.threads} if device.type == "cpu" else {}
     return {
+        "fastfg": fastfg.__version__,
         "weights": fingerprint(parts.model.model),
         "transform": _does(parts.transform),
         "target": config.model.target,

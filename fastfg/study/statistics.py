@@ -79,7 +79,8 @@ def key_column(scores: pd.DataFrame) -> str | None:
 
 def depends_on_scale(metric: str) -> bool:
     """Whether the scores of fastfg's ``metric`` change with the unit of the maps."""
-    return metric in METRICS and METRICS[metric].depends_on_scale
+    name = metric.split(" (")[0]  # a study's columns name the mode too
+    return name in METRICS and METRICS[name].depends_on_scale
 
 
 def summarize(scores: pd.DataFrame, against: str = "vanilla", *, metrics: Sequence[str] | None = None) -> pd.DataFrame:

@@ -171,10 +171,10 @@ class Store:
         taken: set[tuple[str, str, str]] = set()
         tables = []
         for name, shard in sorted(self._known.items()):
+            if wanted is not None and _unit_of(name) not in wanted:
+                continue
             if shard is None:
                 raise ValueError(f"{self.shards / name}: damaged. The command that made it makes it again")
-            if wanted is not None and shard.unit not in wanted:
-                continue
             new = {cell for cell in shard.cells if (shard.unit, *cell) not in taken}  # twice only without locks
             taken.update((shard.unit, *cell) for cell in new)
             table = read_shard(self.shards / name, self.columns)[1]

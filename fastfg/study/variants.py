@@ -43,7 +43,7 @@ class Variant:
         if gate is None:
             return "vanilla"
         blocks = ",".join(map(str, gate.layers))
-        parts = [f"{gate.score} blocks={blocks} kappa={gate.kappa:g} c_max={gate.c_max:g}"]
+        parts = [f"{gate.score} blocks={blocks} kappa={float(gate.kappa)!r} c_max={float(gate.c_max)!r}"]
         parts += [f"{name}={getattr(gate, name)}" for name in ("shuffle_seed", "permute_seed") if _set(gate, name)]
         parts += [name for name in ("rescale", "blurred") if getattr(gate, name)]
         if gate.needs_sae:

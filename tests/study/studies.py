@@ -29,7 +29,7 @@ layer_images = 4
 kappa = [0.5, 1.0]
 c_max = [10.0]
 [test]
-patches_per_step = 6
+steps = 3
 shuffled = 2
 [run]
 out = "out"

@@ -34,7 +34,7 @@ def test_all_conditions_hold():
     assert found.claim.holds
     assert found.strongest == "permuted"
     assert all(condition.holds for condition in found.claim.conditions)
-    assert len(found.claim.conditions) == 4
+    assert len(found.claim.conditions) == 5
     assert "improves explanations" in found.claim.sentence
     effect = found.claim.effects[0]
     assert effect.difference == pytest.approx(0.1, abs=0.02)
@@ -48,7 +48,7 @@ def test_a_control_that_is_as_good_stops_the_claim():
     failed = [condition.text for condition in found.claim.conditions if not condition.holds]
     assert failed[0].startswith("Better than the strongest control, permuted")
     assert "No improvement can be claimed" in found.claim.sentence
-    assert found.claim.sentence.endswith("1 of 4 conditions fail.")
+    assert found.claim.sentence.endswith("2 of 5 conditions fail.")
 
 
 def test_a_worse_gate_stops_the_claim():
@@ -61,11 +61,11 @@ def test_a_worse_gate_stops_the_claim():
 def test_three_of_four_modes():
     found = judged(GOOD, GOOD | {GATE: (0.1, 0.05, 0.05)})  # removed: MIF is worse, LIF better
     assert found.claim.holds
-    assert "3 of 4" in found.claim.conditions[2].detail
+    assert "3 of 4" in found.claim.conditions[3].detail
     found = judged(GOOD, GOOD | {GATE: (0.1, 0.05, -0.05)})
     assert not found.claim.holds
-    assert [condition.holds for condition in found.claim.conditions] == [True, True, False, False]
-    assert "2 of 4" in found.claim.conditions[2].detail
+    assert [condition.holds for condition in found.claim.conditions] == [True, True, True, False, False]
+    assert "2 of 4" in found.claim.conditions[3].detail
 
 
 def test_the_signs_by_hand():
@@ -99,3 +99,26 @@ def test_the_mean_of_the_shuffled_decoders_is_one_variant():
     assert np.isnan(own["01"])  # not the mean of the one that is left
     assert found.attrs["metrics"] == scores.attrs["metrics"]
     assert len(with_mean_of_shuffled(scores, [])) == len(scores)
+
+
+def test_a_control_without_scores_or_with_few_is_not_beaten():
+    scores = table(n=24, **GOOD, **{"SAE error": (0, 0, 0)})
+    scores.loc[scores["variant"] == "SAE error", ["srg", "deletion", "insertion"]] = np.nan
+    found = judge_claim({"mean": scores}, ["permuted", "random", "SAE error"])
+    assert not found.claim.holds
+    assert "SAE error" in found.claim.conditions[2].detail
+    few = table(n=24, **GOOD, **{SHUFFLED: (-0.2, 0.1, -0.1)})
+    few.loc[(few["variant"] == SHUFFLED) & (few["image"] > "02"), "srg"] = np.nan
+    found = judge_claim({"mean": few}, ["permuted", "random", SHUFFLED])
+    assert found.strongest == "permuted"
+    assert not found.claim.holds
+    assert SHUFFLED in found.claim.conditions[2].detail
+
+
+def test_three_quarters_of_six_are_five():
+    worse = GOOD | {GATE: (0.1, 0.05, -0.05)}
+    found = judge_claim(
+        {"mean": table(**GOOD), "removed": table(**GOOD), "blur": table(**worse)}, ["permuted", "random"]
+    )
+    assert "at least 5 of 6" in found.claim.conditions[3].text
+    assert not found.claim.holds

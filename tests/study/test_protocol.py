@@ -1,5 +1,6 @@
 """A small study from beginning to end: its order, what is run again, and that any number of processes get the same."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 
 from fastfg.attribution.attribute import attribute
 from fastfg.data import batches
 from fastfg.metrics.evaluate import evaluate
+from fastfg.study import protocol
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import read_config
 from fastfg.study.contents import judgement
@@ -49,6 +52,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     judging = open_study(make_study(folder))
     outcome = run_protocol(judging, silent)
+    judging.store.read().to_pandas().to_parquet(folder / "expected.parquet")
     yield folder, judging, outcome
     torch.set_num_threads(threads)
 
@@ -122,6 +126,7 @@ def test_controls_use_their_own_saes(done):
 
 def test_nothing_runs_twice_and_only_what_is_new_runs(done):
     folder, *_ = done
+    rules = (folder / "out/rules.json").read_text()
     again = open_study(folder / "study.toml")
     run_protocol(again, silent)
     assert again.forwards == 0
@@ -135,12 +140,14 @@ def test_nothing_runs_twice_and_only_what_is_new_runs(done):
     in_both_modes = 2 * n * (per_map + 2)  # and the image, and the image without any patch
     assert 0 < more.forwards <= in_both_modes
     assert "rollout" in outcome.controls
+    assert [rule["scores_existed"] for rule in json.loads((folder / "out/rules.json").read_text())] == [False, True]
+    (folder / "out/rules.json").write_text(rules)
 
 
 def test_a_rule_that_changes_is_recorded(done):
     folder, judging, _ = done
     config = judging.config.model_copy(
-        update={"protocol": judging.config.protocol.model_copy(update={"max_layers": 1}), "run": judging.config.run}
+        update={"protocol": judging.config.protocol.model_copy(update={"max_layers": 1})}
     )
     before = (folder / "out/rules.json").read_text()
     try:
@@ -160,6 +167,43 @@ def test_the_claim_is_made_of_the_test(done):
     assert n == tables["mean"].pivot(index="image", columns="variant", values="srg")[[GATE, VANILLA]].dropna().shape[0]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('weights = "w.safetensors"', 'weights = "other.safetensors"', "model.weights: expected '.*got None"),
+        ("img_size = 64", "img_size = 32", "model.img_size: expected 64, which the model and the SAEs"),
+        ('out = "out"', 'out = "out"\nseed = 1', "run.seed: expected 0"),
+        ('trained = "saes/trained"', 'trained = "saes/frozen"', "frozen-decoder SAE.*expected other maps than 'gate'"),
+    ],
+)
+def test_a_folder_of_another_study_is_refused(done, old, new, message):
+    folder, *_ = done
+    file = folder / "refused.toml"
+    file.write_text((folder / "study.toml").read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        run_protocol(open_study(file), silent)
+
+
+def test_an_image_without_a_group_is_one_by_itself(done):
+    _, judging, outcome = done
+    images = judging.parts.images.copy()
+    images["group"] = ["patient"] * (len(images) - 1) + [""]
+    parts = dataclasses.replace(judging.parts, images=images)
+    own = dataclasses.replace(judging, parts=parts, config=judging.config)
+    measures = protocol.test_measures(judging.config, judging.patches_per_step)["mean"]
+    table = own.table(outcome.rows, outcome.variants[:2], measures)
+    alone = images.index[-1]
+    assert set(table.loc[table["image"] != alone, "group"]) <= {"patient"}
+    assert set(table.loc[table["image"] == alone, "group"]) <= {f"image {alone}"}
+
+
+def test_the_shuffled_decoders_can_be_the_strongest_control(done):
+    _, _, outcome = done
+    found, _ = judgement(outcome._replace(controls=[]), 0)
+    assert found.strongest == "shuffled (mean of seeds)"
+    assert len(found.signs) == 8
+
+
 def start(file, rank):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "1"}
     command = [sys.executable, "-m", "fastfg", "study", "run", str(file), "--processes", "1"]
@@ -168,8 +212,7 @@ def start(file, rank):
 
 def test_killed_processes_leave_the_same_table(done, tmp_path):
     """Three processes are killed with -9; then one goes on. The scores are those of one undisturbed process."""
-    folder, judging, _ = done
-    expected = judging.store.read(units=[u.name for s in ("validation", "test") for u in judging.units(s)])
+    folder, *_ = done
     for name in ("m.parquet", "w.safetensors", "saes", "photos"):
         (tmp_path / name).symlink_to(folder / name)
     file = tmp_path / "study.toml"
@@ -186,10 +229,8 @@ def test_killed_processes_leave_the_same_table(done, tmp_path):
     output = last.communicate(timeout=300)[0].decode()
     assert last.returncode == 0, output
     found = Store(tmp_path / "out/scores", columns=COLUMNS, say=silent).read()
-    variants = set(found["variant"].to_pylist())
-    own = expected.filter(torch.tensor([v in variants for v in expected["variant"].to_pylist()]).numpy())
     assert found.num_rows > 500
-    assert found.equals(own)
+    assert found.to_pandas().equals(pd.read_parquet(folder / "expected.parquet"))
 
 
 def test_the_cost_is_foreseen(done):

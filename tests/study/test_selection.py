@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fastfg.study.config import Protocol
-from fastfg.study.selection import choose_gate, choose_layers, layer_variants, rule
+from fastfg.study.config import Config, Protocol
+from fastfg.study.selection import Means, choose_gate, choose_layers, layer_variants, rule
 
 PROTOCOL = Protocol(layers=[1, 2, 3], kappa=[0.1, 1.0], c_max=[2.0, 10.0], max_layers=3)
 
@@ -18,7 +18,7 @@ class Toy:
 
     def __call__(self, title, variants):
         self.asked.append([variant.gate and variant.gate.layers for variant in variants])
-        return {variant.name: self.score(variant.gate) for variant in variants}
+        return Means({variant.name: self.score(variant.gate) for variant in variants}, 9)
 
     def score(self, gate):
         if gate is None:
@@ -59,6 +59,7 @@ def test_kappa_and_c_max():
     assert (choice.gate.layers, choice.gate.kappa, choice.gate.c_max) == ((2, 3), 1.0, 2.0)
     assert choice.mean == pytest.approx(0.41)
     assert choice.vanilla == 0.0
+    assert choice.images == 9
 
 
 def test_every_block_with_every_score():
@@ -67,8 +68,29 @@ def test_every_block_with_every_score():
     assert len({variant.name for variant in variants}) == len(variants)
 
 
+def config(**changes):
+    parts = {
+        "title": "t",
+        "data": {"manifest": "m"},
+        "model": {"name": "x"},
+        "saes": {"train": {}},
+        "run": {"out": "o"},
+    }
+    return Config.model_validate(parts | {"protocol": PROTOCOL.model_dump()} | changes)
+
+
 def test_the_rule_names_what_it_depends_on():
-    text = rule(PROTOCOL.model_copy(update={"combinations": [[1, 2]], "layer_images": 7}))
-    for part in ("0.1, 1", "2, 10", "blocks 1, 2", "7 images", "up to 3 blocks"):
+    protocol = PROTOCOL.model_copy(update={"combinations": [[1, 2]], "layer_images": 7}).model_dump()
+    text = rule(config(protocol=protocol))
+    for part in ("0.1, 1", "2, 10", "blocks 1, 2", "7 images", "up to 3 blocks", "'mean'", "sae_error", "19 shuffled"):
         assert part in text
-    assert rule(PROTOCOL) != rule(PROTOCOL.model_copy(update={"max_layers": 2}))
+    first = rule(config())
+    for changes in (
+        {"test": {"modes": ["removed", "mean"]}},
+        {"test": {"controls": ["random"]}},
+        {"test": {"steps": 5}},
+        {"data": {"manifest": "m", "test": 5}},
+        {"model": {"name": "x", "target": "label"}},
+        {"protocol": protocol},
+    ):
+        assert rule(config(**changes)) != first

@@ -1,0 +1,102 @@
+"""What several processes prepare together: each part is made once, from what is recorded, and reading is checked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastfg.data import batches
+from fastfg.data.manifest import content_hash
+from fastfg.study.claims import Claims
+from fastfg.study.config import Config
+from fastfg.study.shards import write_durably
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PREPARED = "prepared.json"
+WAIT = 1.0  # seconds between looks at what another process makes
+BATCH = 16
+
+
+class Once:
+    """Makes things that several processes need: the first one makes them, and the others wait."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.claims = Claims(out / ".lock", lambda text: None)
+
+    def __call__(self, name: str, ready: Callable[[], bool], make: Callable[[], None]) -> None:
+        while not ready():
+            with self.claims(name) as held:
+                if held:
+                    if not ready():
+                        make()
+                    return
+            time.sleep(WAIT)
+
+
+def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame, once: Once) -> None:
+    """Record what the model and the SAEs are made from, or refuse a folder where they were made from something else.
+
+    Args:
+        train, validation: the manifest's rows.
+    """
+    given, how = config.model, config.saes.train
+    found: dict[str, Any] = {
+        "model.name": given.name,
+        "model.weights": content_hash(given.weights) if given.weights is not None and given.weights.is_file() else None,
+        "model.img_size": given.img_size,
+        "model.probe": given.probe,
+        "run.seed": config.run.seed,
+    }
+    if given.probe or how:
+        found["training images"] = _hash(train[["key", "label", "group"]])
+    if given.probe:
+        found |= {"model.classes": given.classes, "validation images": _hash(validation[["key", "label"]])}
+    if how:
+        found |= {f"saes.train.{name}": value for name, value in how.model_dump().items()}
+    file = config.run.out / PREPARED
+    once("prepared", file.exists, lambda: write_durably(file, json.dumps(found, indent=2).encode()))
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name in {**before, **found}:
+        if before.get(name) != found.get(name):
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r}, which the model and the SAEs in {config.run.out} were made "
+                f"with, got {found.get(name)!r} (another one needs another folder)"
+            )
+
+
+def _hash(rows: pd.DataFrame) -> str:
+    return sha256(rows.to_csv(index=False).encode()).hexdigest()
+
+
+def read_images(
+    images: pd.DataFrame, transform: Any, max_failures: float, say: Callable[[str], None]
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """The images of a manifest's rows in batches, with their keys. Those that can't be read are said.
+
+    Raises ValueError if their share is above ``max_failures``, or if no image can be read.
+    """
+    key = dict(zip(images["path"], images["key"], strict=True))
+    failed, read = 0, 0
+    for batch in batches([Path(path) for path in images["path"]], transform, BATCH):
+        for error in batch.errors:
+            failed += 1
+            say(f"Not read: {error.path}: {error.message}")
+        if failed > max_failures * len(images):
+            raise ValueError(
+                f"data.max_failures: expected at most {max_failures:g} of {len(images)} images to be unreadable, got "
+                f"{failed}; the last one: {batch.errors[-1].path}: {batch.errors[-1].message}"
+            )
+        if batch.paths:
+            read += len(batch.paths)
+            yield batch.images, [key[str(path)] for path in batch.paths]
+    if not read:
+        raise ValueError(f"data.manifest: expected images that can be read, got none of {len(images)}")
