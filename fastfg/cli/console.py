@@ -49,9 +49,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, notes: str = ""
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None] | None, summary: str, notes: str = ""
 ) -> argparse.ArgumentParser:
-    """Add a subcommand. ``summary`` is one line; ``notes`` follow the arguments in the help."""
+    """Add a subcommand; ``run`` is None for one that has subcommands of its own. ``summary`` is one line, and ``notes``
+    follow the arguments in the help."""
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, epilog=notes, formatter_class=Help
     )

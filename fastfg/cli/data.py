@@ -44,10 +44,10 @@ TITLES = {
 
 def add(commands: Any) -> None:
     epilog = "Example:\n  " + EXAMPLES["elpv"] + "\n"
-    command = add_command(commands, "data", _none, "Prepare data sets: make the manifest of their images.", epilog)
+    command = add_command(commands, "data", None, "Prepare data sets: make the manifest of their images.", epilog)
     actions = command.add_subparsers(required=True, metavar="ACTION")
     summary = "Make the manifest of a published data set, or of a folder of classes."
-    prepare = add_command(actions, "prepare", _none, summary, epilog)
+    prepare = add_command(actions, "prepare", None, summary, epilog)
     layouts = prepare.add_subparsers(required=True, metavar="LAYOUT")
     for name, title in TITLES.items():
         one = add_command(layouts, name, run, title, WRITES.format(example=EXAMPLES[name]))
@@ -91,10 +91,6 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
 
 def _zero_or_more(text: str) -> int:
     return 0 if text == "0" else at_least_one(text)
-
-
-def _none(arguments: argparse.Namespace) -> None:
-    """The parser asks for a subcommand before this is called."""
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ Writes to the folder `out` of the file:
 
 def add(commands: Any) -> None:
     summary = "Run the paper's study on your own images: choose a gate, test it, write a report."
-    study = add_command(commands, "study", _none, summary)
+    study = add_command(commands, "study", None, summary)
     parts = study.add_subparsers(required=True, metavar="init|run", parser_class=Parser)
     init = parts.add_parser("init", help="write the configuration", epilog=INIT, formatter_class=Help)
     init.set_defaults(run=_init)
@@ -55,10 +55,6 @@ def add(commands: Any) -> None:
     run.add_argument("--dry-run", action="store_true", help="say what it costs on this device, and run nothing")
     cores = "processes; without it, one per GPU, or one per core"
     run.add_argument("--processes", type=at_least_one, metavar="N", help=cores)
-
-
-def _none(arguments: argparse.Namespace) -> None:
-    raise ValueError("study: expected init or run, got neither")
 
 
 def _init(arguments: argparse.Namespace) -> None:

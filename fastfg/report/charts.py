@@ -20,6 +20,9 @@ DASHES = ("-", "--", "-.", ":")
 ORDERS = {"MIF": "most important removed first", "LIF": "least important removed first"}
 
 
+SIZE = (4.4, 3.2)  # inches
+
+
 class Chart(NamedTuple):
     """One chart.
 
@@ -34,7 +37,7 @@ class Chart(NamedTuple):
     alt: str
     table: pd.DataFrame
     draw: Callable[[Axes, Theme], None]
-    size: tuple[float, float] = (4.4, 3.2)
+    size: tuple[float, float] = SIZE
 
 
 def difference_charts(names: Names) -> Iterator[Chart]:
@@ -77,12 +80,23 @@ def _forest(rows: pd.DataFrame, real: list[bool], better: str) -> Callable[[Axes
 
 def layer_charts(names: Names) -> Iterator[Chart]:
     """Per metric: the mean score for each gated block, one line per score kind."""
-    table = names.contents.layers
+    return _charts(names, names.contents.layers, "layers", "by gated block", _layers)
+
+
+def _charts(
+    names: Names,
+    table: pd.DataFrame | None,
+    name: str,
+    by: str,
+    draw: Callable[[pd.DataFrame, Names, str], Callable[[Axes, Theme], None]],
+    height: Callable[[int], float] = lambda rows: SIZE[1],
+) -> Iterator[Chart]:
+    """One chart per metric of ``table``, if there is one. ``height`` depends on the number of rows."""
     if table is None:
         return
     for metric, rows in _by_metric(table, names):
-        title = f"{names.title(metric)} by gated block"
-        yield Chart(f"layers-{metric}", title, _alt(title, rows, names, metric), rows, _layers(rows, names, metric))
+        title, size = f"{names.title(metric)} {by}", (SIZE[0], height(len(rows)))
+        yield Chart(f"{name}-{metric}", title, _alt(title, rows, names, metric), rows, draw(rows, names, metric), size)
 
 
 def _layers(rows: pd.DataFrame, names: Names, metric: str) -> Callable[[Axes, Theme], None]:
@@ -107,20 +121,8 @@ def _layers(rows: pd.DataFrame, names: Names, metric: str) -> Callable[[Axes, Th
 
 def combination_charts(names: Names) -> Iterator[Chart]:
     """Per metric: the mean score of each set of gated blocks."""
-    table = names.contents.combinations
-    if table is None:
-        return
-    for metric, rows in _by_metric(table, names):
-        title = f"{names.title(metric)} by set of gated blocks"
-        draw = _combinations(rows, names, metric)
-        yield Chart(
-            f"combinations-{metric}",
-            title,
-            _alt(title, rows, names, metric),
-            rows,
-            draw,
-            (4.4, 1.1 + 0.24 * len(rows)),
-        )
+    by = "by set of gated blocks"
+    return _charts(names, names.contents.combinations, "combinations", by, _combinations, lambda n: 1.1 + 0.24 * n)
 
 
 def _combinations(rows: pd.DataFrame, names: Names, metric: str) -> Callable[[Axes, Theme], None]:
@@ -142,12 +144,7 @@ def _combinations(rows: pd.DataFrame, names: Names, metric: str) -> Callable[[Ax
 
 def sweep_charts(names: Names) -> Iterator[Chart]:
     """Per metric: the mean score as a heat map over kappa and c_max."""
-    table = names.contents.sweep
-    if table is None:
-        return
-    for metric, rows in _by_metric(table, names):
-        title = f"{names.title(metric)} by kappa and c_max"
-        yield Chart(f"sweep-{metric}", title, _alt(title, rows, names, metric), rows, _sweep(rows, names, metric))
+    return _charts(names, names.contents.sweep, "sweep", "by kappa and c_max", _sweep)
 
 
 def _sweep(rows: pd.DataFrame, names: Names, metric: str) -> Callable[[Axes, Theme], None]:

@@ -14,10 +14,10 @@ from fastfg.study.judging import Judging
 from fastfg.study.measures import ORDERS, PRIMARY, curves
 from fastfg.study.paired import paired
 from fastfg.study.prepare import sizes
-from fastfg.study.protocol import Outcome, describe, test_measures
+from fastfg.study.protocol import Outcome, describe, measures_of
 from fastfg.study.rank import rank_test
 from fastfg.study.selection import layer_variants, sweep_variants
-from fastfg.study.statistics import summarize
+from fastfg.study.statistics import metric_of, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[
             GATE: judged.against_gate,
         },
         layers=_layers(judging, outcome),
-        combinations=_combinations(judging, outcome),
+        combinations=_combinations(outcome),
         sweep=_sweep(judging, outcome),
         curves=_curves(judging, outcome),
         shuffled=_shuffled(outcome),
@@ -100,14 +100,10 @@ def _joined(tables: Mapping[str, pd.DataFrame], shuffled: Sequence[str]) -> pd.D
     return found
 
 
-def _metric(column: str) -> str:
-    return column.split(" (")[0]
-
-
 def _directions(columns: Sequence[str]) -> dict[str, bool]:
     from fastfg.metrics import METRICS
 
-    return {column: METRICS[_metric(column)].higher_is_better for column in columns}
+    return {column: METRICS[metric_of(column)].higher_is_better for column in columns}
 
 
 def _titles(columns: Sequence[str]) -> dict[str, str]:
@@ -116,7 +112,7 @@ def _titles(columns: Sequence[str]) -> dict[str, str]:
     orders = {metric: order for order, metric in ORDERS.items()}
     found = {}
     for column in columns:
-        metric = _metric(column)
+        metric = metric_of(column)
         title = METRICS[metric].title
         found[column] = f"{title}{f', {orders[metric]}' if metric in orders else ''} {column[len(metric) :]}"
     return found
@@ -139,16 +135,17 @@ def _layers(judging: Judging, outcome: Outcome) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _combinations(judging: Judging, outcome: Outcome) -> pd.DataFrame | None:
+def _combinations(outcome: Outcome) -> pd.DataFrame:
     import pandas as pd
 
-    rows: dict[str, dict[str, Any]] = {}
-    for table in outcome.combined.values():
-        for name in dict.fromkeys(table["variant"]):
-            blocks = name.split(", kappa")[0].split("block")[1].lstrip("s ")
-            rows[blocks] = {"layers": blocks} | _mean(table, name)
-    chosen = ", ".join(map(str, outcome.choice.gate.layers))
-    return pd.DataFrame([row | {"chosen": row["layers"] == chosen} for row in rows.values()]) if rows else None
+    rows: dict[tuple[int, ...], dict[str, Any]] = {}
+    for variants, table in outcome.combined:
+        for variant in variants:
+            assert variant.gate is not None
+            layers = variant.gate.layers
+            named = {"layers": ", ".join(map(str, layers)), "chosen": layers == outcome.choice.gate.layers}
+            rows[layers] = named | _mean(table, variant.name)
+    return pd.DataFrame(list(rows.values()))
 
 
 def _sweep(judging: Judging, outcome: Outcome) -> pd.DataFrame:
@@ -174,7 +171,7 @@ def _curves(judging: Judging, outcome: Outcome) -> pd.DataFrame:
     names = {judging.identity(variant): variant.name for variant in outcome.variants}
     names = {identity: name for identity, name in names.items() if name not in outcome.shuffled}
     found = []
-    for measures in test_measures(judging.config, judging.patches_per_step).values():
+    for measures in measures_of(judging.config, judging.patches_per_step).values():
         (primary,) = (measure for measure in measures if measure.metric == PRIMARY)
         found.append(curves(outcome.rows, names, primary))
     return pd.concat(found, ignore_index=True)

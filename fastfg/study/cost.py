@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -23,9 +22,9 @@ from fastfg.sae.recipe import Recipe
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study.backbone import start_model
 from fastfg.study.config import Config, Train
-from fastfg.study.measures import Measure, judge
+from fastfg.study.measures import Measure, judge, patches_per_step
 from fastfg.study.prepare import load_classifier
-from fastfg.study.protocol import test_measures
+from fastfg.study.protocol import measures_of
 from fastfg.study.selection import layer_variants, sweep_variants
 from fastfg.study.variants import Variant, explain
 from fastfg.types import Gate
@@ -76,10 +75,11 @@ class Cost:
         return float(self.table["minutes"].sum())
 
 
-def stages(config: Config) -> list[Stage]:
+def stages(config: Config, manifest: pd.DataFrame) -> list[Stage]:
     """The stages that judge maps, with the most variants that each can have."""
-    protocol, test = config.protocol, config.test
-    n_validation, n_test = _n_images(config)
+    protocol, test, there = config.protocol, config.test, manifest["split"].value_counts()
+    n_validation = config.data.validation or int(there.get("validation", 0))
+    n_test = config.data.test or int(there.get("test", 0))
     first, blocks = test.modes[:1], len(protocol.layers)
     most = min(protocol.max_layers, blocks)
     rounds = sum(blocks - size for size in range(1, most))
@@ -109,24 +109,24 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
     images, keys = batch.images.to(device), [Path(path).name for path in batch.paths]
     say(f"Measuring on {len(keys)} images and {device}")
     gh, gw = adapter.patches(images)
-    per_step = min(math.ceil(gh * gw / config.test.steps), gh * gw - 1)
+    per_step = patches_per_step(gh * gw, config.test.steps)
     measures = {
         mode: [one for one in own if one.metric in WITHOUT_MASKS]  # the others need no forwards
-        for mode, own in test_measures(config, per_step).items()
+        for mode, own in measures_of(config, per_step).items()
     }
     rates = {mode: _rate(adapter, images, keys, own) for mode, own in measures.items()}
     passes = _seconds_to_explain(adapter, images, config.protocol.layers)
     rows = [_train_row(config, config.saes.train, images, adapter, device)] if config.saes.train else []
-    for stage in stages(config):
+    for stage in stages(config, table):
         forwards = sum(
             stage.images * (rates[m].forwards + stage.variants * rates[m].forwards_per_map) for m in stage.modes
         )
         seconds = sum(
             stage.images * (rates[m].seconds + stage.variants * rates[m].seconds_per_map) for m in stage.modes
         )
-        seconds += stage.images * passes * max(1, len(config.kinds) if stage.title == "test" else 1)
+        seconds += stage.images * passes * (len(config.kinds) if stage.title == "test" else 1)
         rows.append(_row(stage.title, stage.images, stage.variants, round(forwards), seconds))
-    return Cost(pd.DataFrame(rows), _memory(config, adapter, device))
+    return Cost(pd.DataFrame(rows), _memory(device))
 
 
 def _model(config: Config, table: pd.DataFrame) -> tuple[Any, Any]:
@@ -137,12 +137,6 @@ def _model(config: Config, table: pd.DataFrame) -> tuple[Any, Any]:
     labels = given.classes or sorted(set(table.loc[table["split"] == "train", "label"]))
     model = start_model(given.name, given.weights, labels, img_size=given.img_size).model.eval()
     return model, preprocessing(model)
-
-
-def _n_images(config: Config) -> tuple[int, int]:
-    table = read_manifest(config.data.manifest, check_files=False)
-    there = {split: int((table["split"] == split).sum()) for split in ("validation", "test")}
-    return config.data.validation or there["validation"], config.data.test or there["test"]
 
 
 def _row(title: str, images: int, variants: int, forwards: int, seconds: float) -> dict[str, Any]:
@@ -204,8 +198,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _memory(config: Config, model: Adapter, device: torch.device) -> int:
-    """Bytes: the peak of the measurement, and the SAEs that it was made without."""
+def _memory(device: torch.device) -> int:
+    """The peak of the measurement in bytes. It was made without the SAEs."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-from fastfg.data import batches
 from fastfg.report.contents import Contents
 from fastfg.study.add_evidence import add_evidence, both_ends
 from fastfg.study.claim import GATE
 from fastfg.study.feature_evidence import LabelledBatch
 from fastfg.study.judging import Judging
+from fastfg.study.prepared import read_rows
 from fastfg.study.protocol import Outcome
 from fastfg.study.variants import TRAINED
 
@@ -49,9 +48,7 @@ def with_evidence(judging: Judging, outcome: Outcome, made: Contents, track: Tra
 def _read(judging: Judging, keys: Sequence[str]) -> Iterator[tuple[Tensor, list[str], list[str | None]]]:
     """The images that can be read, on the model's device, with their keys and labels."""
     rows = judging.parts.images.loc[list(keys)]
-    by_path = rows.set_index("path", drop=False)
     device = judging.parts.model.parameter.device
-    for batch in batches([Path(path) for path in rows["path"]], judging.parts.transform, BATCH):
+    for batch, own in read_rows(rows, judging.parts.transform, BATCH):
         if batch.paths:
-            own = by_path.loc[[str(path) for path in batch.paths]]
             yield batch.images.to(device), list(own["key"]), [label or None for label in own["label"]]

@@ -22,7 +22,7 @@ from fastfg.study.accuracy import COLUMNS, Accuracy
 from fastfg.study.backbone import Start, start_model
 from fastfg.study.classifier_data import Counted, Features, Images, Track, check_settings, head_features
 from fastfg.study.fit import FineTuning, Source, class_weights, evaluate, fit
-from fastfg.study.token_writer import write_whole
+from fastfg.study.shards import write_durably
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,7 +236,7 @@ def _write(
         "best_epoch": done.best_epoch,
         "unreadable": done.unreadable,
     }
-    write_whole(out / REPORT, json.dumps(described, indent=2) + "\n")
+    write_durably(out / REPORT, (json.dumps(described, indent=2) + "\n").encode())
     for name in (CHECKPOINT, FEATURES):
         (out / name).unlink(missing_ok=True)
 
@@ -244,7 +244,7 @@ def _write(
 def _write_csv(file: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    write_whole(file, text.getvalue())
+    write_durably(file, text.getvalue().encode())
 
 
 def _read(out: Path, settings: Mapping[str, Any]) -> FineTuned:

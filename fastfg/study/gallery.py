@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from fastfg.data import batches
 from fastfg.report.contents import ImageEntry
 from fastfg.report.overlay import displayed
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.judging import Judging
+from fastfg.study.prepared import read_rows
 from fastfg.study.protocol import Outcome
 from fastfg.study.variants import explain
 from fastfg.targets import probabilities
@@ -29,12 +28,10 @@ Track = Callable[[str], Callable[[int, int], None]]
 def gallery(judging: Judging, outcome: Outcome, track: Track) -> list[ImageEntry]:
     """The first :data:`LARGEST` test images that can be read, with the maps of vanilla and the gate."""
     images = judging.parts.images.loc[judging.parts.test[:LARGEST]]
-    by_path = images.set_index("path", drop=False)
     shown = [variant for variant in outcome.variants if variant.name in (VANILLA, GATE)]
     progress, found, done = track(f"Pictures of {len(images)} images"), [], 0
-    for batch in batches([Path(path) for path in images["path"]], judging.parts.transform, BATCH):
+    for batch, rows in read_rows(images, judging.parts.transform, BATCH):
         if batch.paths:
-            rows = by_path.loc[[str(path) for path in batch.paths]]
             found += _entries(judging, rows, batch.images, shown)
         done += len(batch.paths) + len(batch.errors)
         progress(done, len(images))
@@ -43,7 +40,7 @@ def gallery(judging: Judging, outcome: Outcome, track: Track) -> list[ImageEntry
 
 def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variants: list[Any]) -> list[ImageEntry]:
     parts = judging.parts
-    device = next(parts.model.model.parameters()).device
+    device = parts.model.parameter.device
     keys = list(rows["key"])
     target = judging.target_of(keys)
     maps, found = explain(parts.model, images.to(device), variants, parts.saes, target=target, keys=keys)

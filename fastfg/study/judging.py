@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastfg.data import batches
 from fastfg.data.manifest import content_hash
 from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
 from fastfg.study.config import Config
-from fastfg.study.measures import Measure, judge, wide
+from fastfg.study.measures import Measure, judge, patches_per_step, wide
 from fastfg.study.prepare import Parts
+from fastfg.study.prepared import read_rows
 from fastfg.study.shards import Failure, Unit, Work
 from fastfg.study.store import Store
 from fastfg.study.units import run_units
@@ -74,7 +74,7 @@ class Judging:
         return self.store.read(units=[u.name for u in units], variants=by_identity, measures=by_measure).to_pandas()
 
     def table(self, rows: pd.DataFrame, variants: Sequence[Variant], measures: Sequence[Measure]) -> pd.DataFrame:
-        """``rows`` of one mode as a table like that of :func:`fastfg.compare`, with groups if all of them are known."""
+        """``rows`` of one mode as a table like that of :func:`fastfg.compare`, with groups if some are known."""
         table = wide(rows, {self.identity(variant): variant.name for variant in variants}, measures)
         groups = self.parts.images.loc[table["image"], "group"]
         if self.config.data.by_group and bool((groups != "").any()):  # an image without a group is one by itself
@@ -84,8 +84,7 @@ class Judging:
     @property
     def patches_per_step(self) -> int:
         """Of the curves: ``test.steps`` of them remove all patches."""
-        n, steps = self.parts.n_patches, self.config.test.steps
-        return min(math.ceil(n / steps), n - 1)
+        return patches_per_step(self.parts.n_patches, self.config.test.steps)
 
     def _by_identity(self, variants: Sequence[Variant]) -> dict[str, Variant]:
         found: dict[str, Variant] = {}
@@ -131,20 +130,18 @@ class Judging:
 
     def _judge(self, unit: Unit, variants: Sequence[Variant], measures: Sequence[Measure]) -> tuple[Any, list[Failure]]:
         images = self.parts.images.loc[list(unit.keys)]
-        key = dict(zip(images["path"], images["key"], strict=True))
         masks = None
         if any(one.metric in METRICS and one.metric not in WITHOUT_MASKS for one in measures):
             masks = {Path(p): Path(m) for p, m in zip(images["path"], images["mask"], strict=True) if m}
-        paths = [Path(path) for path in images["path"]]
-        (batch,) = batches(paths, self.parts.transform, len(paths), masks=masks, keep_without_mask=True)
+        ((batch, read),) = read_rows(images, self.parts.transform, len(images), masks=masks, keep_without_mask=True)
+        key = dict(zip(images["path"], images["key"], strict=True))
         failures = [Failure(key[str(e.path)], str(e.path), e.message) for e in batch.errors]
         if not batch.paths:
             return [], failures
-        keys = [key[str(path)] for path in batch.paths]
+        keys = list(read["key"])
         target = self.target_of(keys)
         seed = self.config.run.seed
-        device = next(self.parts.model.model.parameters()).device
-        given = batch.images.to(device)
+        given = batch.images.to(self.parts.model.parameter.device)
         common: dict[str, Any] = {"keys": keys, "seed": seed}
         maps, found = explain(self.parts.model, given, variants, self.parts.saes, target=target, **common)
         names = [self.identity(variant) for variant in variants]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,6 +48,15 @@ class Measure:
             cls(metric, mode, patches_per_step if hasattr(METRICS[metric], "patches_per_step") else None)
             for metric in metrics
         ]
+
+
+def patches_per_step(n_patches: int, steps: int) -> int:
+    """Of a curve that removes all patches in ``steps`` steps; the first step leaves at least one.
+
+    >>> patches_per_step(256, 3), patches_per_step(4, 2)
+    (86, 2)
+    """
+    return min(math.ceil(n_patches / steps), n_patches - 1)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from fastfg.study.zero_shot import load_zero_shot
 if TYPE_CHECKING:
     import pandas as pd
 
-BATCH = 16
 ACCURACY = "accuracy.json"
 OPEN_CLIP = "open_clip:"
 Say = Callable[[str], None]
@@ -83,9 +82,9 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     train = manifest[manifest["split"] == "train"]
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     verify_content(used)
-    once = Once(config.run.out)
+    once = Once(config.run.out, say)
     check_prepared(config, train, used.loc[keys["validation"]], once)
-    reached = _probe(config, train, manifest, keys["validation"], once, say, track) if config.model.probe else None
+    reached = _probe(config, train, used.loc[keys["validation"]], once, say, track) if config.model.probe else None
     model, transform, classes = load_classifier(config)
     adapter = adapt(model.to(device))
     if config.saes.train is not None:
@@ -149,19 +148,10 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
     return model, transform, known or named
 
 
-def _probe(
-    config: Config,
-    train: pd.DataFrame,
-    manifest: pd.DataFrame,
-    validation: Sequence[str],
-    once: Once,
-    say: Say,
-    track: Track,
-) -> Accuracy:
-    """Fit a linear head, and write the classifier. Returns its accuracy on the validation images."""
+def _probe(config: Config, train: pd.DataFrame, shown: pd.DataFrame, once: Once, say: Say, track: Track) -> Accuracy:
+    """Fit a linear head, and write the classifier. Returns its accuracy on the validation images, ``shown``."""
     given, folder, limit = config.model, config.run.out / "model", config.data.max_failures
     classes = tuple(given.classes or sorted(set(train["label"])))
-    shown = manifest[manifest["key"].isin(validation)]
     if len(classes) < 2 or (unknown := sorted((set(train["label"]) | set(shown["label"])) - set(classes))):
         got = f"{unknown} beside" if len(classes) >= 2 else ""
         raise ValueError(
@@ -215,8 +205,8 @@ def _train(
     """Train the SAEs that are missing, in the study's own folder."""
     out, layers, folder = config.run.out / "saes", config.protocol.layers, config.run.out / "tokens"
     folder /= "-".join(map(str, layers))  # with another block, all are written again, and finished SAEs are kept
-    device = next(model.model.parameters()).device
-    chosen = draw(train.assign(split="train"), "train", how.images, config.run.seed)
+    device = model.parameter.device
+    chosen = draw(train, "train", how.images, config.run.seed)
     kinds = [kind for kind in config.kinds if not all((out / kind / f"layer_{b}/report.json").exists() for b in layers)]
     if not kinds:
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastfg.data import batches
+from fastfg.data import Batch, batches
 from fastfg.data.manifest import content_hash
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config
@@ -28,9 +28,9 @@ BATCH = 16
 class Once:
     """Makes things that several processes need: the first one makes them, and the others wait."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.claims = Claims(out / ".lock", lambda text: None)
+        self.claims = Claims(out / ".lock", say)
 
     def __call__(self, name: str, ready: Callable[[], bool], make: Callable[[], None]) -> None:
         while not ready():
@@ -77,6 +77,16 @@ def _hash(rows: pd.DataFrame) -> str:
     return sha256(rows.to_csv(index=False).encode()).hexdigest()
 
 
+def read_rows(images: pd.DataFrame, transform: Any, size: int, **options: Any) -> Iterator[tuple[Batch, pd.DataFrame]]:
+    """The images of a manifest's rows in batches of ``size``, each with the rows of those that could be read.
+
+    ``options`` are those of :func:`fastfg.data.batches`.
+    """
+    by_path = images.set_index("path", drop=False)
+    for batch in batches([Path(path) for path in images["path"]], transform, size, **options):
+        yield batch, by_path.loc[[str(path) for path in batch.paths]]
+
+
 def read_images(
     images: pd.DataFrame, transform: Any, max_failures: float, say: Callable[[str], None]
 ) -> Iterator[tuple[Tensor, list[str]]]:
@@ -84,9 +94,8 @@ def read_images(
 
     Raises ValueError if their share is above ``max_failures``, or if no image can be read.
     """
-    key = dict(zip(images["path"], images["key"], strict=True))
     failed, read = 0, 0
-    for batch in batches([Path(path) for path in images["path"]], transform, BATCH):
+    for batch, rows in read_rows(images, transform, BATCH):
         for error in batch.errors:
             failed += 1
             say(f"Not read: {error.path}: {error.message}")
@@ -97,6 +106,6 @@ def read_images(
             )
         if batch.paths:
             read += len(batch.paths)
-            yield batch.images, [key[str(path)] for path in batch.paths]
+            yield batch.images, list(rows["key"])
     if not read:
         raise ValueError(f"data.manifest: expected images that can be read, got none of {len(images)}")

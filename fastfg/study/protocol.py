@@ -31,14 +31,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         layers, sweep: scores of the validation images, for the blocks one at a time, and for kappa and c_max.
-        combined: {title: scores} of the validation images, for the sets of blocks that were compared.
+        combined: (variants, scores of the validation images) for each comparison of sets of blocks.
         choice: the chosen gate.
         tests: {mode: scores of the test images}. rows: the test images' rows of the store.
         variants: those of the test. shuffled: the names of the shuffled ones. controls: of the others but vanilla.
     """
 
     layers: pd.DataFrame
-    combined: Mapping[str, pd.DataFrame]
+    combined: list[tuple[Sequence[Variant], pd.DataFrame]]
     sweep: pd.DataFrame
     choice: Choice
     tests: Mapping[str, pd.DataFrame]
@@ -58,17 +58,17 @@ def run_protocol(judging: Judging, say: Say) -> Outcome:
         rows = judging.scores(title, "validation", variants, primary, limit)
         return judging.table(rows, variants, primary)
 
-    combined: dict[str, pd.DataFrame] = {}
+    compared: list[tuple[Sequence[Variant], pd.DataFrame]] = []
 
     def score(title: str, variants: Sequence[Variant]) -> Means:
-        combined[title] = validate(title, variants)
-        return common_means(combined[title])
+        compared.append((variants, validate(title, variants)))
+        return common_means(compared[-1][1])
 
     singles = layer_variants(protocol)
     layers = validate("Every block, every score", singles, protocol.layer_images)
     chosen = choose_layers(protocol, score)
     choice = choose_gate(protocol, chosen, score)
-    sweep = combined.pop("kappa and c_max")
+    *combined, (_, sweep) = compared
     record_choice(config.run.out, choice)
     n, fewer = len(judging.parts.validation), choice.mean <= choice.vanilla
     say(f"Chosen on {choice.images} of {n} validation images: {describe(choice.gate)}")
@@ -104,7 +104,7 @@ def describe(gate: Gate) -> str:
     return f"{blocks}, kappa {gate.kappa:g}, c_max {gate.c_max:g}, {gate.score}"
 
 
-def test_measures(config: Config, patches_per_step: int) -> dict[str, list[Measure]]:
+def measures_of(config: Config, patches_per_step: int) -> dict[str, list[Measure]]:
     """{mode: measures} of the test: the curves in every mode, and the other metrics in the first one."""
     test = config.test
     return {
@@ -136,7 +136,7 @@ def _test(
     """Judge all variants on the test images: the shuffled ones by the curves alone."""
     import pandas as pd
 
-    by_mode = test_measures(judging.config, judging.patches_per_step)
+    by_mode = measures_of(judging.config, judging.patches_per_step)
     every = [measure for measures in by_mode.values() for measure in measures]
     rows = [judging.scores("Test", "test", variants, every)]
     if shuffled:

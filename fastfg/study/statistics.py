@@ -79,8 +79,13 @@ def key_column(scores: pd.DataFrame) -> str | None:
 
 def depends_on_scale(metric: str) -> bool:
     """Whether the scores of fastfg's ``metric`` change with the unit of the maps."""
-    name = metric.split(" (")[0]  # a study's columns name the mode too
+    name = metric_of(metric)
     return name in METRICS and METRICS[name].depends_on_scale
+
+
+def metric_of(column: str) -> str:
+    """The metric of a column, which may name the mode too, as in ``srg (removed)``."""
+    return column.split(" (")[0]
 
 
 def summarize(scores: pd.DataFrame, against: str = "vanilla", *, metrics: Sequence[str] | None = None) -> pd.DataFrame:

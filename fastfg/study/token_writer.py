@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from fastfg.checks import check_layers
 from fastfg.models import Adapter, adapt
 from fastfg.models.fingerprint import fingerprints
 from fastfg.perturb.seeds import generator, image_keys
+from fastfg.study.claims import Claims
+from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import FORMAT, RECIPE, SHARDS, TokenCache
 from fastfg.types import integers
 
@@ -83,18 +86,14 @@ def alone(folder: Path, argument: str) -> Iterator[None]:
 
     Raises ValueError that names the ``argument`` if another process holds it.
     """
-    import fcntl
-
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{argument}: expected a folder, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with Claims(folder / LOCK, warnings.warn)("all") as held:
+        if not held:
             raise ValueError(
                 f"{argument}: expected a folder that no other process writes to, got {folder}, which one does"
-            ) from None
+            )
         yield
 
 
@@ -173,7 +172,7 @@ class _Writer:
         index = self.folder / SHARDS
         text = index.read_text(encoding="utf-8") if index.exists() else ""
         if not text.endswith("\n"):  # a run was stopped in the middle of a line
-            write_whole(index, text[: text.rfind("\n") + 1])
+            write_durably(index, text[: text.rfind("\n") + 1].encode())
 
     def add(self, tokens: dict[int, Tensor], keys: list[str]) -> None:
         """Add the tokens [B, n, d] per layer of images that are new."""
@@ -188,9 +187,8 @@ class _Writer:
             self.flush()  # images of another size
         if self.width is None:
             self.width = first.shape[2]
-            write_whole(
-                self.folder / RECIPE, json.dumps({"format": FORMAT, "width": self.width, **self.recipe}, indent=2)
-            )
+            recipe = {"format": FORMAT, "width": self.width, **self.recipe}
+            write_durably(self.folder / RECIPE, json.dumps(recipe, indent=2).encode())
         self.pending.append((tokens, keys))
         self.pending_bytes += size
         self.known.update(keys)
@@ -228,10 +226,3 @@ def _check_new(folder: Path) -> None:
 def _foreign(folder: Path) -> list[str]:
     """Names in ``folder`` that a run that was stopped at its start has not left."""
     return [file.name for file in folder.iterdir() if file.name not in (f".{RECIPE}", LOCK)]
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file that is never seen half written."""
-    hidden = file.with_name(f".{file.name}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(file)

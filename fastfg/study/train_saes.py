@@ -20,8 +20,9 @@ from fastfg.sae.checkpoints import load_sae
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
+from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
-from fastfg.study.token_writer import alone, write_whole
+from fastfg.study.token_writer import alone
 from fastfg.types import integers
 
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
@@ -141,7 +142,7 @@ class _Run:
         sae.provenance["validation"] = asdict(found)
         sae.cpu().save(folder)
         checkpoint.unlink(missing_ok=True)  # before the report, which says that the folder is complete
-        write_whole(folder / REPORT, json.dumps(described | {"report": asdict(found)}, indent=2))
+        write_durably(folder / REPORT, json.dumps(described | {"report": asdict(found)}, indent=2).encode())
         return found
 
     def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:

@@ -15,14 +15,13 @@ import torch
 from fastfg.attribution.attribute import attribute
 from fastfg.data import batches
 from fastfg.metrics.evaluate import evaluate
-from fastfg.study import protocol
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import read_config
 from fastfg.study.contents import judgement
 from fastfg.study.cost import estimate
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import prepare
-from fastfg.study.protocol import record_rule, run_protocol
+from fastfg.study.protocol import measures_of, record_rule, run_protocol
 from fastfg.study.store import Store
 from tests.study.studies import make_study
 
@@ -190,7 +189,7 @@ def test_an_image_without_a_group_is_one_by_itself(done):
     images["group"] = ["patient"] * (len(images) - 1) + [""]
     parts = dataclasses.replace(judging.parts, images=images)
     own = dataclasses.replace(judging, parts=parts, config=judging.config)
-    measures = protocol.test_measures(judging.config, judging.patches_per_step)["mean"]
+    measures = measures_of(judging.config, judging.patches_per_step)["mean"]
     table = own.table(outcome.rows, outcome.variants[:2], measures)
     alone = images.index[-1]
     assert set(table.loc[table["image"] != alone, "group"]) <= {"patient"}

