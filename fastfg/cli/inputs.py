@@ -22,8 +22,8 @@ from fastfg.models.timm import preprocessing
 from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.study.check_weights import check_weights
 from fastfg.study.shards import write_durably
+from fastfg.study.weights import check_weights
 from fastfg.types import SCORE_KINDS, Gate
 
 NOTES = """How images are read:

@@ -19,6 +19,7 @@ from fastfg.models.fingerprint import fingerprint
 from fastfg.study.shards import Failure, Unit, Work, write_durably
 from fastfg.study.store import Store
 from fastfg.study.units import run_units
+from fastfg.study.weights import sae_fingerprint
 
 NOTES = """How a run goes on:
   Each batch is written to OUT/shards when it is done. The same command goes on
@@ -72,7 +73,7 @@ class Results:
         self.units = _units(inputs)
         contents = {
             "weights": fingerprint(inputs.model),
-            "saes": {str(block): fingerprint(sae) for block, sae in inputs.saes.items()},
+            "saes": {str(block): sae_fingerprint(sae) for block, sae in inputs.saes.items()},
         }
         kept = {name: value for name, value in inputs.settings.items() if name not in NOT_IN_RECIPE}
         recipe = {"fastfg": __version__, **kept, "device": inputs.device.type, **contents}
@@ -110,7 +111,6 @@ class Results:
         try:
             with tracker() as track:
                 progress = track(title)
-                limit = self.arguments.max_failures
                 run_units(
                     self.store, own, work, do_unit, progress=lambda p: progress(p.done, p.total), max_failures=limit
                 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
 from fastfg.models import Adapter, adapt
-from fastfg.models.fingerprint import fingerprint
 from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import preprocessing
 from fastfg.sae.checkpoints import load_saes
@@ -22,15 +20,16 @@ from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
-from fastfg.study.check_weights import check_weights
 from fastfg.study.config import Config, Train
 from fastfg.study.prepared import Once, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.probe import features_of, fit_head
 from fastfg.study.shards import write_durably
+from fastfg.study.telling import Say, Track
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import cache_tokens
 from fastfg.study.train_saes import Progress, train_saes
+from fastfg.study.weights import check_weights, sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 ACCURACY = "accuracy.json"
 OPEN_CLIP = "open_clip:"
-Say = Callable[[str], None]
-Track = Callable[[str], Callable[[int, int], None]]
 SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
 
 
@@ -90,7 +87,9 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     if config.saes.train is not None:
         _train(config, config.saes.train, adapter, transform, train, once, say, track)
     saes = _load(config, adapter, device)
-    identities = {kind: {block: _identity(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
+    identities = {
+        kind: {block: sae_fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()
+    }
     labels = preset(config.model.preset).label_names() if config.model.preset else classes
     if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
         raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
@@ -107,12 +106,6 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         saes=saes,
         identities=identities,
     )
-
-
-def _identity(sae: SparseAutoencoder) -> str:
-    """A hash of all that an SAE's codes depend on: its weights and its settings."""
-    settings = {name: value for name, value in sae.config().items() if name != "provenance"}
-    return sha256((fingerprint(sae) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 
 def _n_patches(model: Adapter, transform: Any) -> int:

@@ -233,3 +233,16 @@ def test_wrong_options(capsys, option, message):
         main(["evaluate", "a.png", "--model", NAME, "--out", "o", *option])
     assert stopped.value.code == 2
     check_error(capsys, message)
+
+
+def test_an_sae_with_other_settings_is_another_one(files, images, tmp_path, capsys):  # noqa: F811
+    """The same weights with another ``k`` give other maps, so earlier scores are not theirs."""
+    saes = tmp_path / "saes"
+    shutil.copytree(files / "saes", saes)
+    arguments = [*command(files, images), str(tmp_path / "out"), "--saes", str(saes), "--layers", "1", "3"]
+    assert main(arguments) == 0
+    config = next(saes.glob("*1/config.json"))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"k": settings["k"] - 1}))
+    assert main(arguments) == 1
+    check_error(capsys, "saes: expected")
