@@ -177,7 +177,7 @@ def _sentences(rows: pd.DataFrame, against: str) -> str:
         names: dict[str, list[str]] = {}  # the variants by what is said of them
         for r in rows.loc[rows["verdict"] == verdict].to_dict("records"):
             if verdict in DIRECTIONS:
-                detail = f"{_interval(r, show)}, Holm p {_equals(r['p_holm'])}, n = {r['n']}"
+                detail = f"{_interval(r, show)}, Holm p {equals(r['p_holm'])}, n = {r['n']}"
             else:
                 detail = r["reason"] or f"an effect below {show(r['mde'])} is often missed"
             names.setdefault(detail, []).append(r["variant"])
@@ -205,7 +205,8 @@ def _p(p: float) -> str:
     return "" if p != p else "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
 
 
-def _equals(p: float) -> str:
+def equals(p: float) -> str:
+    """``= .013``, or ``< .001``."""
     return _p(p) if p < 0.001 else f"= {_p(p)}"
 
 

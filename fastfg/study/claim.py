@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastfg.report.contents import Claim, Condition, Effect
+from fastfg.report.table import equals
 from fastfg.study.measures import ORDERS, PRIMARY
 from fastfg.study.paired import paired
 from fastfg.study.resampling import ALPHA
@@ -127,7 +128,7 @@ def _gain(row: Mapping[Any, Any]) -> str:
 
 
 def _p(p: float) -> str:
-    return "not tested" if p != p else "< .001" if p < 0.001 else f"= {p:.3f}".replace("0.", ".")
+    return "not tested" if p != p else equals(p)
 
 
 def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.DataFrame:

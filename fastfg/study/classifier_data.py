@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastfg.data.image import read_image
 from fastfg.data.manifest import SPLITS
+from fastfg.study.telling import Track
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Transform = Callable[[Any], Tensor]
-Track = Callable[[str], Callable[[int, int], None]]  # a title -> progress(done, total)
 Batch = tuple[Tensor, Tensor]  # images [b, C, H, W], or features [b, d], and classes [b]
 
 

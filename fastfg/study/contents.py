@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import fastfg
 from fastfg.report.contents import Contents, ImageEntry
 from fastfg.report.contents import Variant as Described
+from fastfg.report.versions import versions
 from fastfg.study.claim import GATE, SHUFFLED, VANILLA, Judgement, judge_claim, with_mean_of_shuffled
 from fastfg.study.judging import Judging
 from fastfg.study.measures import ORDERS, PRIMARY, curves
@@ -75,7 +76,7 @@ def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[
         images=images,
         difference=(VANILLA, GATE),
         settings=_settings(judging, outcome),
-        versions=_versions(),
+        versions=versions(),
         command=command,
         notes=_notes(judging),
         errors=judging.store.failures().to_pandas(),
@@ -208,14 +209,6 @@ def _settings(judging: Judging, outcome: Outcome) -> dict[str, object]:
         for name, value in part.model_dump(exclude_none=True).items():
             found[f"{table}: {name.replace('_', ' ')}"] = value
     return found | {"seed": config.run.seed}
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    names = ("torch", "timm", "numpy", "pandas", "scipy")
-    return {"fastfg": fastfg.__version__, "Python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _notes(judging: Judging) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -13,12 +13,12 @@ from fastfg.study.feature_evidence import LabelledBatch
 from fastfg.study.judging import Judging
 from fastfg.study.prepared import read_rows
 from fastfg.study.protocol import Outcome
+from fastfg.study.telling import Track
 from fastfg.study.variants import TRAINED
 
 EXPLAINED = 24  # images with evidence: those that gained most by the gate, and those that lost most
 SEEN = 300  # images that features are described on
 BATCH = 8
-Track = Callable[[str], Callable[[int, int], None]]
 
 
 def with_evidence(judging: Judging, outcome: Outcome, made: Contents, track: Track) -> Contents:

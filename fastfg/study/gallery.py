@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.judging import Judging
 from fastfg.study.prepared import read_rows
 from fastfg.study.protocol import Outcome
+from fastfg.study.telling import Track
 from fastfg.study.variants import explain
 from fastfg.targets import probabilities
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 LARGEST = 300  # images in the report
 BATCH = 8
-Track = Callable[[str], Callable[[int, int], None]]
 
 
 def gallery(judging: Judging, outcome: Outcome, track: Track) -> list[ImageEntry]:

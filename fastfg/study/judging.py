@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastfg.study.prepare import Parts
 from fastfg.study.prepared import read_rows
 from fastfg.study.shards import Failure, Unit, Work
 from fastfg.study.store import Store
+from fastfg.study.telling import Track
 from fastfg.study.units import run_units
 from fastfg.study.variants import Variant, explain
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = {"target": "int64", "score": "float64", "error": "string"}
-Track = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from fastfg.study.judging import Judging
 from fastfg.study.measures import CURVES, PRIMARY, Measure
 from fastfg.study.selection import Choice, Means, choose_gate, choose_layers, layer_variants, rule
 from fastfg.study.shards import write_durably
+from fastfg.study.telling import Say
 from fastfg.study.variants import Variant
 from fastfg.types import METHODS, Gate
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 RULES, CHOICE = "rules.json", "choice.json"
 PERMUTE_SEED = 1
-Say = Callable[[str], None]
 
 
 class Outcome(NamedTuple):

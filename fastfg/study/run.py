@@ -26,10 +26,9 @@ from fastfg.study.prepare import Parts, prepare
 from fastfg.study.protocol import run_protocol
 from fastfg.study.shards import write_durably
 from fastfg.study.store import Store
+from fastfg.study.telling import Say, Track
 
 REPORT = "report.html"
-Say = Callable[[str], None]
-Track = Callable[[str], Callable[[int, int], None]]
 
 
 def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Path | None:

