@@ -61,7 +61,7 @@ def _init(arguments: argparse.Namespace) -> None:
     from fastfg.study.init import init
 
     file = init(
-        arguments.what,
+        os.path.expanduser(arguments.what),  # noqa: PTH111 - a name or a path
         arguments.out,
         manifest=arguments.manifest,
         model=arguments.model,
@@ -74,10 +74,11 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from fastfg.study.config import read_config
+    from fastfg.study.processes import place
     from fastfg.study.run import default_processes, device_of, forget_failures, helpers, run_study
 
+    world, rank, _ = place()
     config = read_config(arguments.config)
-    world, rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
     n = arguments.processes or (default_processes(config) if world == 1 else 1)
     if arguments.dry_run:
         _show_cost(config, device_of(config), n)

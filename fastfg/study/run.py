@@ -23,6 +23,7 @@ from fastfg.study.explained import with_evidence
 from fastfg.study.gallery import gallery
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
+from fastfg.study.processes import place
 from fastfg.study.protocol import run_protocol
 from fastfg.study.shards import write_durably
 from fastfg.study.store import Store
@@ -76,7 +77,7 @@ def device_of(config: Config) -> torch.device:
         return torch.device(config.run.device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    return torch.device("cuda", place().local_rank % torch.cuda.device_count())
 
 
 def default_processes(config: Config) -> int:

@@ -204,7 +204,7 @@ def test_the_shuffled_decoders_can_be_the_strongest_control(done):
 
 
 def start(file, rank):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "4"}
     command = [sys.executable, "-m", "fastfg", "study", "run", str(file), "--processes", "1"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
