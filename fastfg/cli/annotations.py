@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fastfg.data import find_images, path_text
+from fastfg.data.manifest import read_table
 
 
 def find_masks(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
@@ -67,11 +68,7 @@ def _entries(file: Path) -> dict[tuple[str, ...], str]:
     """{parts of the path: group}, as the file has them."""
     import pandas as pd
 
-    suffix = file.suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise ValueError(f"groups: expected a .csv or .parquet file, got {file}")
-    # text, so that a group 01 is not 1
-    table: Any = pd.read_parquet(file) if suffix == ".parquet" else pd.read_csv(file, dtype=str, keep_default_na=False)
+    table: Any = read_table(file, "groups")
     if not {"image", "group"} <= set(table.columns):
         raise ValueError(f"groups: expected the columns 'image' and 'group' in {file}, got {list(table.columns)}")
     groups: dict[tuple[str, ...], str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -116,10 +117,12 @@ class EachOnce(argparse.Action):
 
 
 def file_or_folder(text: str) -> Path:
-    """Argument type: the path of a file or folder. An empty text would mean the current folder."""
+    """Argument type: the path of a file or folder. ``~`` is the user's folder, also where no shell has replaced it, as
+    in ``--out=~/maps``. An empty text would mean the current folder.
+    """
     if not text:
         raise argparse.ArgumentTypeError("expected the name of a file or folder, got ''")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - which leaves a name such as ~$a.png as it is
 
 
 def printable(text: str) -> str:

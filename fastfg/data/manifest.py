@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = ("key", "path", "label", "split", "group", "mask", "sha256")
 MAY_BE_EMPTY = ("group", "mask")
 SPLITS = ("train", "validation", "test")
+TABLES = (".csv", ".parquet")  # suffixes
 KEY_DIGITS = 16
 CHUNK = 1 << 20  # bytes that are hashed at a time
 
@@ -82,22 +83,24 @@ def write_manifest(table: pd.DataFrame, file: str | Path) -> Path:
     return file
 
 
-def read_table(file: Path) -> pd.DataFrame:
-    """The table in a .csv or .parquet file. Values of a CSV are text: a label ``NA`` or ``01`` stays as it is.
+def read_table(file: Path, name: str = "manifest") -> pd.DataFrame:
+    """The table in a .csv or .parquet file. Values of a CSV are text: a label ``NA`` or ``01`` stays as it is. A mark
+    of UTF-8 at its start, as editors on Windows write it, is no part of the first column's name.
 
-    Raises FileNotFoundError for a missing file, and ValueError for one that can't be read as a table.
+    Raises FileNotFoundError for a missing file, and ValueError for one that can't be read as a table. ``name`` is what
+    the messages call the file.
     """
     pd = _pandas()
-    suffix = _suffix(file)
+    suffix = _suffix(file, name)
     if not file.is_file():
-        raise FileNotFoundError(f"manifest: expected a file, got {file}, which is none")
+        raise FileNotFoundError(f"{name}: expected a file, got {file}, which is none")
     try:
         if suffix == ".csv":
-            return pd.read_csv(file, dtype=str, keep_default_na=False)
+            return pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         return pd.read_parquet(file)
     except Exception as error:  # for damaged files, the readers can raise anything
         reason = str(error).split("\n")[0]
-        raise ValueError(f"manifest: expected a table in {file}, got {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{name}: expected a table in {file}, got {type(error).__name__}: {reason}") from error
 
 
 def check_manifest(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -257,10 +260,10 @@ def _check_files(table: pd.DataFrame, file: Path) -> None:
         raise FileNotFoundError(f"manifest: expected the files that {file} names, got none at {_few(missing)}")
 
 
-def _suffix(file: Path) -> str:
+def _suffix(file: Path, name: str = "manifest") -> str:
     suffix = file.suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise ValueError(f"manifest: expected a .csv or .parquet file, got {file}")
+    if suffix not in TABLES:
+        raise ValueError(f"{name}: expected a .csv or .parquet file, got {file}")
     return suffix
 
 

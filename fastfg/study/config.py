@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -207,7 +208,7 @@ class Run(Part):
 
 
 class Config(Part):
-    """A study: the tables of its TOML file. Paths are relative to the file's folder."""
+    """A study: the tables of its TOML file. Paths are relative to the file's folder; ``~`` is the user's folder."""
 
     title: str
     data: Data
@@ -243,7 +244,7 @@ def read_config(file: str | Path) -> Config:
         raise FileNotFoundError(f"config: expected a TOML file, got {file}, which does not exist")
     toml = _toml()
     try:
-        given = toml.loads(file.read_text(encoding="utf-8"))
+        given = toml.loads(file.read_text(encoding="utf-8-sig"))
     except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: expected a TOML file, got {file}: {error}") from None
     try:
@@ -268,10 +269,15 @@ def _absolute(part: Any, folder: Path) -> Any:
         if isinstance(value, BaseModel):
             changed[name] = _absolute(value, folder)
         elif isinstance(value, Path):
-            changed[name] = folder / value
+            changed[name] = _path(folder, value)
         elif isinstance(value, dict):
-            changed[name] = {key: folder / one if isinstance(one, Path) else one for key, one in value.items()}
+            changed[name] = {key: _path(folder, one) if isinstance(one, Path) else one for key, one in value.items()}
     return part.model_copy(update=changed)
+
+
+def _path(folder: Path, given: Path) -> Path:
+    """A path of the file. ``~`` is the user's folder, as on a command line."""
+    return folder / os.path.expanduser(given)  # noqa: PTH111 - which leaves a name such as ~a.png as it is
 
 
 def _described(error: Any) -> str:

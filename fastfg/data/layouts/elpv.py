@@ -45,7 +45,7 @@ def read_cells(folder: Path) -> Cells:
     if not labels.is_file():
         raise FileNotFoundError(f"elpv: expected {LABELS} and images in {folder}, got no {LABELS} ({PUBLISHED})")
     cells = Cells([], [], [])
-    with labels.open(newline="") as file:
+    with labels.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.reader(file, delimiter=" ", skipinitialspace=True):
             if len(row) < 3 or row[2] not in ("mono", "poly"):
                 raise ValueError(f"elpv: expected a file, a probability, and mono or poly in {labels}, got {row}")

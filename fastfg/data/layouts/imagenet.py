@@ -100,8 +100,8 @@ def _solution(source: Path) -> tuple[dict[str, str], set[str]]:
     for name in (SYNSETS, SOLUTION):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{NAME}: expected {name} in {source}, got none ({PUBLISHED})")
-    known = {line.split(" ", 1)[0] for line in (source / SYNSETS).read_text(encoding="utf-8").splitlines() if line}
-    with (source / SOLUTION).open(newline="", encoding="utf-8") as file:
+    known = {line.split(" ", 1)[0] for line in (source / SYNSETS).read_text(encoding="utf-8-sig").splitlines() if line}
+    with (source / SOLUTION).open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"ImageId", "PredictionString"} <= set(rows[0]):
         raise ValueError(f"{NAME}: expected the columns ImageId and PredictionString in {source / SOLUTION}")
