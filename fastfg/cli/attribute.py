@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ def _explain(inputs: Inputs, results: Results, batch: Batch) -> list[dict[str, A
 
     from fastfg.attribution.attribute import attribute
     from fastfg.data import path_text
+    from fastfg.files import naming
     from fastfg.perturb import image_key
     from fastfg.report.overlay import displayed, save_overlay
     from fastfg.targets import probabilities
@@ -84,10 +86,14 @@ def _explain(inputs: Inputs, results: Results, batch: Batch) -> list[dict[str, A
     probability = probabilities(result.logits)
     for i, path in enumerate(batch.paths):
         name = _output_name(results.number[path_text(path)], path.stem)
-        np.save(inputs.out / f"{name}.npy", result.maps[i].cpu().numpy())
+        values = io.BytesIO()
+        np.save(values, result.maps[i].cpu().numpy())
+        with naming(inputs.out / f"{name}.npy"):
+            (inputs.out / f"{name}.npy").write_bytes(values.getbuffer())
         overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
         if overlay:
-            save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
+            with naming(inputs.out / overlay):
+                save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
         target = int(result.target[i])
         row: dict[str, Any] = {
             "key": path_text(path),

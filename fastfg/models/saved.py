@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastfg.files import whole, write_tensors
+
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
@@ -32,7 +34,6 @@ def save_classifier(
 
     Raises ValueError if the model has another number of outputs.
     """
-    from safetensors.torch import save_file
     from timm.data import resolve_model_data_config
 
     if model.num_classes != len(labels):
@@ -52,12 +53,9 @@ def save_classifier(
         "fastfg": {"weights": WEIGHTS, **(about or {})},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    unfinished = folder / f".{WEIGHTS}"
-    save_file(tensors, unfinished)
-    unfinished.replace(folder / WEIGHTS)
-    unfinished = folder / f".{CONFIG}"
-    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / CONFIG)
+    with whole(folder / CONFIG) as unfinished:  # which is there once the weights are
+        unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder / WEIGHTS, tensors)
     return folder / WEIGHTS
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastfg.files import write_durably
 from fastfg.report.charts import (
     Chart,
     ablation_charts,
@@ -104,7 +105,7 @@ def write_report(folder: str | Path, contents: Contents) -> Path:
         save_figure(folder / FIGURES / "images.png", contents)
     pictures = {part: [_picture(chart, folder / FIGURES) for chart in found] for part, found in charts.items()}
     page = folder / PAGE
-    page.write_text(_html(names, pictures), encoding="utf-8")
+    write_durably(page, _html(names, pictures).encode())
     return page
 
 
@@ -268,14 +269,14 @@ def _write_tables(folder: Path, contents: Contents) -> None:
     folder.mkdir(exist_ok=True)
     for name, table in tables.items():
         if table is not None:
-            table.to_csv(folder / f"{file_name(name)}.csv", index=False)
-            table.to_parquet(folder / f"{file_name(name)}.parquet", index=False)
+            write_durably(folder / f"{file_name(name)}.csv", table.to_csv(index=False).encode())
+            write_durably(folder / f"{file_name(name)}.parquet", table.to_parquet(index=False))
 
 
 def _picture(chart: Chart, folder: Path) -> Picture:
     """Draw a chart, write it to ``folder`` as PNG and SVG, and return it for the page."""
     name, light = file_name(chart.name), render(chart, LIGHT, "svg")
-    (folder / f"{name}.svg").write_bytes(light)
-    (folder / f"{name}.png").write_bytes(render(chart, LIGHT, "png"))
+    write_durably(folder / f"{name}.svg", light)
+    write_durably(folder / f"{name}.png", render(chart, LIGHT, "png"))
     for_light, for_dark = (base64.b64encode(svg).decode() for svg in (light, darkened(light)))
     return Picture(chart, for_light, for_dark, frame(chart.table, chart.title))

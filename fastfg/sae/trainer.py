@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfg.files import write_tensors
 from fastfg.sae.controls import after_step, fit_scale
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
@@ -111,13 +112,9 @@ class SAETrainer(TopKStep):
 
     def save(self, file: Path, **described: Any) -> None:
         """Write a checkpoint. It replaces the one in ``file`` when it is complete."""
-        from safetensors.torch import save_file
-
         meta = {"recipe": self.recipe.as_dict(), "done": self.done, **described}
-        hidden = file.with_name(f".{file.name}")
         state = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
-        save_file(state, hidden, {"training": json.dumps(meta, sort_keys=True)})
-        hidden.replace(file)
+        write_tensors(file, state, {"training": json.dumps(meta, sort_keys=True)})
 
     def resume(self, file: Path, **described: Any) -> None:
         """Go on from a checkpoint.

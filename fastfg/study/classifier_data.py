@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastfg.data.image import read_image
 from fastfg.data.manifest import SPLITS
+from fastfg.files import write_tensors
 from fastfg.study.telling import Track
 
 if TYPE_CHECKING:
@@ -207,7 +208,6 @@ def _number(*parts: str) -> int:
 def head_features(model: Any, source: Counted, file: Path, settings: Mapping[str, Any]) -> dict[str, Batch]:
     """{split: (what the head of a timm model gets, [n, d], and the classes [n])}, kept in ``file`` for a restart."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     if file.is_file():
         with safe_open(file, "pt") as opened:
@@ -225,10 +225,8 @@ def head_features(model: Any, source: Counted, file: Path, settings: Mapping[str
             for x, y in source.split(name)
         ]
         found[name] = (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) if parts else empty
-    hidden = file.with_name(f".{file.name}")
     tensors = {f"{name}/{part}": value for name, pair in found.items() for part, value in zip("xy", pair, strict=True)}
-    save_file(tensors, hidden, {"features": json.dumps({"settings": settings, "errors": source.images.errors})})
-    hidden.replace(file)
+    write_tensors(file, tensors, {"features": json.dumps({"settings": settings, "errors": source.images.errors})})
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastfg.data.manifest import content_hash
+from fastfg.files import write_durably
 from fastfg.models import adapt
 from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import Converted, preprocessing
@@ -22,7 +23,6 @@ from fastfg.study.accuracy import COLUMNS, Accuracy
 from fastfg.study.backbone import Start, start_model
 from fastfg.study.classifier_data import Counted, Features, Images, Track, check_settings, head_features
 from fastfg.study.fit import FineTuning, Source, class_weights, evaluate, fit
-from fastfg.study.shards import write_durably
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfg.files import write_tensors
 from fastfg.models.timm import import_timm
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.classifier_data import Batch, check_settings, seeded
@@ -240,8 +241,6 @@ def _save(
     settings: Mapping[str, Any],
 ) -> None:
     """Replace the checkpoint as a whole."""
-    from safetensors.torch import save_file
-
     tensors = {f"network/{name}": value for name, value in network.state_dict().items()}
     tensors |= {f"best/{name}": value for name, value in best.items()}
     numbers: dict[str, Any] = {}
@@ -252,10 +251,8 @@ def _save(
             else:
                 numbers[f"{index}/{name}"] = value
     described = {"settings": settings, "state": asdict(state), "optimizer": numbers}
-    hidden = file.with_name(f".{file.name}")
-    meta = {META: json.dumps(described, sort_keys=True)}
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, hidden, meta)
-    hidden.replace(file)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    write_tensors(file, tensors, {META: json.dumps(described, sort_keys=True)})
 
 
 def _resume(

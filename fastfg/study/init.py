@@ -12,6 +12,7 @@ from typing import Any
 from fastfg.data.layouts.elpv import elpv
 from fastfg.data.manifest import Manifest, class_counts, read_manifest, write_manifest
 from fastfg.data.splits import from_folder
+from fastfg.files import write_durably
 from fastfg.study.presets import Preset, preset
 
 STUDIES = ("elpv", "covid-qu-ex", "hyperkvasir", "imagenet")
@@ -241,7 +242,7 @@ def write_config(file: Path, settings: Mapping[str, Any], manifest: Path | str) 
     if file.exists():
         raise ValueError(f"config: expected a new file, got {file}, which exists")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(render(file.name, settings, str(manifest)), encoding="utf-8")
+    write_durably(file, render(file.name, settings, str(manifest)).encode())
 
 
 def render(name: str, settings: Mapping[str, Any], manifest: str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
+from fastfg.files import write_durably
 from fastfg.models import Adapter, adapt
 from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import preprocessing
@@ -24,7 +25,6 @@ from fastfg.study.config import Config, Train
 from fastfg.study.prepared import Once, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.probe import features_of, fit_head
-from fastfg.study.shards import write_durably
 from fastfg.study.telling import Say, Track
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import cache_tokens

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastfg.data import Batch, batches
 from fastfg.data.manifest import content_hash
+from fastfg.files import write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config
-from fastfg.study.shards import write_durably
 
 if TYPE_CHECKING:
     import pandas as pd

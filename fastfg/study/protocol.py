@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastfg.files import write_durably
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import Config
 from fastfg.study.judging import Judging
 from fastfg.study.measures import CURVES, PRIMARY, Measure
 from fastfg.study.selection import Choice, Means, choose_gate, choose_layers, layer_variants, rule
-from fastfg.study.shards import write_durably
 from fastfg.study.telling import Say
 from fastfg.study.variants import Variant
 from fastfg.types import METHODS, Gate

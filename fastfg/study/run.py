@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import fastfg
+from fastfg.files import write_durably
 from fastfg.models.fingerprint import fingerprint
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
@@ -25,7 +26,6 @@ from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
 from fastfg.study.processes import place
 from fastfg.study.protocol import run_protocol
-from fastfg.study.shards import write_durably
 from fastfg.study.store import Store
 from fastfg.study.telling import Say, Track
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
+
+from fastfg.files import write_durably
 
 FORMAT = "fastfg shard 1"
 ENTRY = b"fastfg"  # of the file's metadata
@@ -151,43 +150,6 @@ def check_rows(shard: Shard, table: Any) -> None:
         found.add(cell)
     if wanted - found:
         raise ValueError(f"rows: expected {min(wanted - found)} in {shard.unit}, got none")
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    """Write ``file`` so that it is there as a whole or not at all, whenever the process or the machine stops.
-
-    Raises OSError with the folder's name if it cannot be written, for example on a full disk.
-    """
-    hidden = temporary(file)
-    try:
-        with hidden.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        hidden.replace(file)
-        _sync_folder(file.parent)
-    except OSError as error:
-        with suppress(OSError):
-            hidden.unlink(missing_ok=True)
-        why = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"cannot write {file.name}: {why}. What was finished before is kept", str(file.parent)
-        ) from None
-
-
-def temporary(file: Path) -> Path:
-    """The name under which ``file`` is written, hidden and different for every call."""
-    return file.with_name(f".{file.name}.{uuid4().hex}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in ``folder`` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems do this by themselves and refuse to be told
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(content: bytes, place: int) -> bytes:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastfg.files import write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.shards import (
     KEYS,
@@ -23,7 +24,6 @@ from fastfg.study.shards import (
     measures_of,
     read_shard,
     schema,
-    write_durably,
     write_shard,
 )
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fastfg.attribution.residuals import residuals
 from fastfg.checks import check_layers
+from fastfg.files import naming, write_durably, write_tensors
 from fastfg.models import Adapter, adapt
 from fastfg.models.fingerprint import fingerprints
 from fastfg.perturb.seeds import generator, image_keys
 from fastfg.study.claims import Claims
-from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import FORMAT, RECIPE, SHARDS, TokenCache
 from fastfg.types import integers
 
@@ -197,18 +197,14 @@ class _Writer:
 
     def flush(self) -> None:
         """Write a shard with all that was added since the last one."""
-        from safetensors.torch import save_file
-
         if not self.pending:
             return
         parts, keys = [tokens for tokens, _ in self.pending], [key for _, own in self.pending for key in own]
         joined = {f"layer_{block}": torch.cat([part[block] for part in parts]).contiguous() for block in parts[0]}
         name = f"tokens_{self.written:05d}.safetensors"
-        hidden = self.folder / f".{name}"
-        save_file(joined, hidden)
-        hidden.replace(self.folder / name)
+        write_tensors(self.folder / name, joined)
         line = {"name": name, "keys": keys, "tokens_per_image": next(iter(joined.values())).shape[1]}
-        with (self.folder / SHARDS).open("a", encoding="utf-8") as file:
+        with naming(self.folder / SHARDS), (self.folder / SHARDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.files import write_durably
 from fastfg.perturb.seeds import generator
 from fastfg.sae.checkpoints import load_sae
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
-from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import alone
 from fastfg.types import integers

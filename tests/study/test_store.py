@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastfg.study import claims, shards
+from fastfg.files import temporary
+from fastfg.study import claims
 from fastfg.study.shards import Failure, Unit, Work
 from fastfg.study.store import Store
 from fastfg.study.units import run_units
@@ -279,7 +280,7 @@ def test_a_read_only_folder_can_be_read(tmp_path, monkeypatch):
 def test_what_dead_processes_left_is_removed(tmp_path):
     store = Store(tmp_path)
     file = store.write(UNITS[0], WORK, rows_of(UNITS[0], WORK))
-    left = [shards.temporary(file), shards.temporary(file.with_name(file.name.replace("00000", "00007")))]
+    left = [temporary(file), temporary(file.with_name(file.name.replace("00000", "00007")))]
     for one in left:
         one.write_bytes(b"half")
     with Store(tmp_path).claim("test-00007"):  # a living process writes this one
@@ -290,7 +291,7 @@ def test_what_dead_processes_left_is_removed(tmp_path):
 def test_the_hidden_file_of_a_living_process_is_left(tmp_path):
     store = Store(tmp_path)
     with store.claim("test-00003"):
-        hidden = shards.temporary(store.shards / "test-00003-0123456789ab.parquet")
+        hidden = temporary(store.shards / "test-00003-0123456789ab.parquet")
         hidden.write_bytes(b"half")
         Store(tmp_path).remove_leftovers()
         assert hidden.exists()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastfg.files import whole, write_tensors
 from fastfg.sae.formats.common import TENSORS, Config, Contents, Given, block_at
 from fastfg.sae.model import OPTIONAL_TENSORS, SparseAutoencoder, check_finite
 
@@ -50,15 +51,15 @@ def read(contents: Contents, given: Given) -> SparseAutoencoder:
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:
     """Write ``sae`` into ``folder``, which is created if it does not exist. ValueError for NaN weights."""
-    from safetensors.torch import save_file
-
     check_finite(sae.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     # clones, because safetensors refuses tensors that share memory (W_enc may be W_dec.T)
-    save_file({name: t.contiguous().clone() for name, t in sae.state_dict().items()}, folder / WEIGHTS)
+    tensors = {name: t.contiguous().clone() for name, t in sae.state_dict().items()}
     layer = sae.provenance.get("layer")
     config = {"format": NAME} | ({} if layer is None else {"layer": layer}) | sae.config()
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole(folder / CONFIG) as unfinished:  # which is there once the weights are
+        unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder / WEIGHTS, tensors)
 
 
 def _config(contents: Contents) -> Config | None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import fastfg
 from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
+from fastfg.files import write_tensors
 from fastfg.metrics.choose import DEFAULT_METRICS, WITHOUT_MASKS, taking
 from fastfg.models.timm import preprocessing
 from fastfg.report.contents import Contents
@@ -132,7 +133,7 @@ def run_demo(out: Path, settings: Settings, say: Say, track: Track) -> Path:
         say(f"SAE of block {block}: {quality}")
 
     weights = cache / "weights.safetensors"
-    save_file(model.state_dict(), weights)
+    write_tensors(weights, model.state_dict())
     explained = _well_called(model, features, labels, train + test, len(train))[: settings.explained]
     if len(explained) < settings.explained:
         say(f"Explained: {len(explained)} cells, as no more held-out ones are defective and classified as such")
@@ -196,7 +197,7 @@ def _features(
             progress(done, len(paths))
         kept_features.remove()
         stored = {f"tokens.{block}": torch.cat(parts) for block, parts in tokens.items()}
-        save_file(stored | {"features": torch.cat(features)}, file)
+        write_tensors(file, stored | {"features": torch.cat(features)})
     stored = load_file(file)
     return {block: stored[f"tokens.{block}"] for block in settings.layers}, stored["features"]
 

@@ -1,0 +1,98 @@
+"""Write files whole or not at all, also on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors says why a file cannot be written
+
+
+class UnwrittenError(OSError):
+    """A file that cannot be written, with its name and the reason."""
+
+
+@contextmanager
+def whole(file: Path, hidden: Path | None = None) -> Iterator[Path]:
+    """Context that gives the name under which to write ``file``; at its end, that file becomes ``file``.
+
+    So ``file`` is there as a whole or not at all, whenever the process or the machine stops, and an earlier one stays
+    until then.
+
+    Args:
+        hidden: the name to give; None: :func:`temporary`. A fixed one leaves at most one file after any number of
+            kills, and is for files that one process writes.
+
+    Raises OSError with the file's name if it cannot be written, for example on a full disk.
+    """
+    hidden = temporary(file) if hidden is None else hidden
+    try:
+        with naming(file):
+            yield hidden
+            descriptor = os.open(hidden, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            hidden.replace(file)
+            _sync_folder(file.parent)
+    finally:
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Context in which an OSError becomes one that names ``file`` as what cannot be written."""
+    try:
+        yield
+    except UnwrittenError:  # of another file, which is part of writing this one
+        raise
+    except OSError as error:
+        what = f"cannot write {file.name}: {error.strerror or error}. What was finished before is kept"
+        raise UnwrittenError(errno.EIO if error.errno is None else error.errno, what, str(file.parent)) from None
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    """Write ``content`` to ``file``, as :func:`whole` does it."""
+    with whole(file) as hidden:
+        hidden.write_bytes(content)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file as :func:`whole` does it.
+
+    Raises OSError with the file's name, as for other files; safetensors' own error has no name.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole(file, file.with_name(f".{file.name}")) as hidden:
+        try:
+            save_file(dict(tensors), hidden, None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            found = OS_ERROR.search(str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+
+
+def temporary(file: Path) -> Path:
+    """A name for writing ``file``: hidden, and different for every call."""
+    return file.with_name(f".{file.name}.{uuid4().hex}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in ``folder`` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems do this by themselves and refuse to be told
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

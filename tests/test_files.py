@@ -1,0 +1,76 @@
+"""Files are written whole or not at all, and an error names the file."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastfg.files import whole, write_durably, write_tensors
+
+SMALL = 60_000  # bytes that a file may have
+
+
+def limited(folder, program):
+    """Run ``program`` in ``folder`` in a process whose files may have ``SMALL`` bytes."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({SMALL}, {SMALL}))\n"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", limit + program]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_file_replaces_another_when_it_is_complete(tmp_path):
+    file = tmp_path / "a.txt"
+    write_durably(file, b"one")
+    with whole(file) as hidden:
+        hidden.write_text("two")
+        assert file.read_text() == "one"
+        assert hidden.name.startswith(".a.txt.")
+    assert file.read_text() == "two"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_error_leaves_the_earlier_file(tmp_path):
+    file = tmp_path / "a.txt"
+    write_durably(file, b"one")
+    with pytest.raises(OSError, match="No such file"), whole(file):
+        (tmp_path / "missing").read_text()
+    assert file.read_text() == "one"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_tensors_that_safetensors_refuses_keep_its_reason(tmp_path):
+    shared = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_tensors(tmp_path / "a.safetensors", {"a": shared, "b": shared})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["missing", "file/in"])
+def test_a_folder_that_cannot_be_written_to(tmp_path, folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"cannot write a.safetensors: No such file|cannot write a.safetensors: Not a dir"
+    ):
+        write_tensors(tmp_path / folder / "a.safetensors", {"a": torch.zeros(1)})
+
+
+def test_a_full_disk(tmp_path):
+    """The limit on a file's size stands for the disk: writing fails in the middle, with another reason."""
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, {"a": torch.ones(3)})
+    program = "import torch; from fastfg.files import write_tensors; from pathlib import Path\n"
+    program += "try: write_tensors(Path('a.safetensors'), {'a': torch.zeros(100_000)})\n"
+    program += "except OSError as error: print(error.errno, error)"
+    ended = limited(tmp_path, program)
+    said = f"{errno.EFBIG} [Errno {errno.EFBIG}] cannot write a.safetensors: File too large. What was finished before"
+    assert ended.stdout.startswith(said), ended.stderr
+    assert load_file(file)["a"].tolist() == [1, 1, 1]
+    assert names(tmp_path) == ["a.safetensors"]
