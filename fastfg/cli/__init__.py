@@ -8,16 +8,26 @@ from collections.abc import Sequence
 
 from fastfg import __version__
 from fastfg.cli import attribute, convert_sae, data, demo, evaluate, finetune, info, report, study, train_sae
-from fastfg.cli.console import USER_ERRORS, Parser, complain
+from fastfg.cli.console import USER_ERRORS, Help, Parser, complain
 
 COMMANDS = (demo, attribute, evaluate, report, study, data, finetune, train_sae, convert_sae, info)
-EXIT_CODES = """Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a wrong command line;
-130 interrupted (finished work is kept)."""
+NOTES = """Examples:
+  fastfg demo
+  fastfg study init elpv
+  fastfg attribute --help
+
+Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
+wrong command line; 130 interrupted (finished work is kept)."""
 
 
 def parser() -> Parser:
     """The parser of the whole command line."""
-    top = Parser("fastfg", description="Feature-Gradient Attribution for Vision Transformers.", epilog=EXIT_CODES)
+    top = Parser(
+        "fastfg",
+        description="Feature-Gradient Attribution for Vision Transformers.",
+        epilog=NOTES,
+        formatter_class=Help,
+    )
     top.add_argument("--version", action="version", version=f"fastfg {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

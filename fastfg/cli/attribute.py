@@ -39,6 +39,12 @@ WRITES = """Writes to --out:
   config.json       the arguments, versions, and hashes of the weights
   shards, errors.csv, errors.parquet, windows.csv, fastfg.json: see below
 
+Examples:
+  fastfg attribute photographs --model vit_base_patch16_224 \\
+    --weights vit.safetensors --out out/maps
+  fastfg attribute photographs --model vit_base_patch16_224 \\
+    --weights vit.safetensors --saes out/saes/trained --layers 2 3 4 --out out/gated
+
 """
 
 
@@ -81,7 +87,7 @@ def _explain(inputs: Inputs, results: Results, batch: Batch) -> list[dict[str, A
 
     images, rows = batch.images, []
     mean, std = inputs.adapter.pixel_mean, inputs.adapter.pixel_std
-    result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target)
+    result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target(batch.paths))
     heat = result.heatmap((images.shape[-2], images.shape[-1]))
     probability = probabilities(result.logits)
     for i, path in enumerate(batch.paths):

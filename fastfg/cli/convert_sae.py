@@ -10,7 +10,11 @@ from fastfg.cli.console import add_command, file_or_folder, say
 
 NOTES = """What the files do not say must be given, for example --site resid_post (the
 block's output). What they say can't be changed. No pickled code is run.
-docs/saes.md has the formats, and what each of them needs."""
+docs/saes.md has the formats, and what each of them needs.
+
+Example:
+  fastfg convert-sae downloaded out/saes/layer_4 --layer 4 --site resid_post
+"""
 
 
 def add(commands: Any) -> None:

@@ -11,7 +11,7 @@ from fastfg.cli.console import add_command, at_least_one, console, file_or_folde
 
 def add(commands: Any) -> None:
     summary = "Train a head and SAEs on photographs of solar cells, judge four explanations."
-    command = add_command(commands, "demo", run, summary)
+    command = add_command(commands, "demo", run, summary, "Example:\n  fastfg demo --images 12 --out out/demo\n")
     command.add_argument(
         "--out",
         type=file_or_folder,

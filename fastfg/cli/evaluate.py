@@ -38,7 +38,15 @@ judged by the other metrics; score_errors.csv names it. Images in DIR itself are
 not judged.
 --groups: the columns are image (the file name, or more of the end of its path)
 and group, such as the patient. Images of one group are tested together, as are
-images with the same pixels.
+images with the same pixels. Without --masks and --groups, those of manifests
+are used.
+
+Examples:
+  fastfg evaluate photographs --model vit_base_patch16_224 \\
+    --weights vit.safetensors --out out/scores
+  fastfg evaluate photographs --model vit_base_patch16_224 \\
+    --weights vit.safetensors --saes out/saes/trained --layers 2 3 4 \\
+    --metrics saco srg --out out/gated-scores
 
 """
 
@@ -58,7 +66,7 @@ def add(commands: Any) -> None:
     add = command.add_argument_group("metrics").add_argument
     default = list(DEFAULT_METRICS)
     masked = ", ".join(name for name in METRICS if name not in WITHOUT_MASKS)
-    judged = f"what the maps are judged by: {', '.join(WITHOUT_MASKS)}; with --masks also {masked}"
+    judged = f"what the maps are judged by: {', '.join(WITHOUT_MASKS)}; with masks also {masked}"
     once: dict[str, Any] = {"nargs": "+", "action": EachOnce, "metavar": "NAME"}
     add("--metrics", choices=tuple(METRICS), default=default, help=judged, **once)
     others = f"explanations to judge beside vanilla and the gate: {', '.join(METHODS)}"
@@ -76,14 +84,19 @@ def run(arguments: argparse.Namespace) -> None:
     from fastfg.cli.annotations import find_masks, read_groups
     from fastfg.cli.inputs import Inputs
     from fastfg.cli.results import Results
+    from fastfg.metrics.choose import WITHOUT_MASKS
     from fastfg.study.shards import Work
 
-    _check_masks(arguments)
     inputs = Inputs(arguments)
+    _check_masks(arguments, bool(inputs.listed.masks))
     if arguments.masks is not None:
         inputs.leave_out(arguments.masks, "in the folder of the masks")
         inputs.masks = find_masks(arguments.masks, inputs.paths)
-    groups = None if arguments.groups is None else read_groups(arguments.groups, inputs.paths)
+    elif set(arguments.metrics) - set(WITHOUT_MASKS):
+        inputs.masks = inputs.listed.masks
+    groups = inputs.listed.groups_of(inputs.paths)
+    if arguments.groups is not None:
+        groups = read_groups(arguments.groups, inputs.paths)
     variants = ("vanilla", *(["gated"] if inputs.gate is not None else []), *arguments.methods)
     results, work = Results(arguments, inputs, STORED), Work(variants, tuple(arguments.metrics))
     with inputs:
@@ -108,7 +121,7 @@ def _judge(arguments: argparse.Namespace, inputs: Inputs, batch: Batch, work: Wo
         scored=work.variants,
         metrics=work.measures,
         saes=inputs.saes,
-        target=inputs.target,
+        target=inputs.target(batch.paths),
         baseline=arguments.baseline,
         masks=batch.masks,
         seed=arguments.seed,
@@ -125,26 +138,31 @@ def _judge(arguments: argparse.Namespace, inputs: Inputs, batch: Batch, work: Wo
     ]
 
 
-def _check_masks(arguments: argparse.Namespace) -> None:
-    """Require --masks for the metrics that compare maps with masks, and the other way round."""
+def _check_masks(arguments: argparse.Namespace, listed: bool) -> None:
+    """Require masks, of --masks or ``listed`` in a manifest, for the metrics that compare maps with them, and such a
+    metric for --masks.
+    """
     from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
 
     takes = [name for name in arguments.metrics if name not in WITHOUT_MASKS]
-    if takes and arguments.masks is None:
-        raise ValueError(f"masks: expected --masks DIR with {', '.join(takes)}, got none")
+    if takes and arguments.masks is None and not listed:
+        raise ValueError(f"masks: expected --masks DIR, or a manifest with masks, with {', '.join(takes)}, got none")
     if arguments.masks is not None and not takes:
         names = ", ".join(name for name in METRICS if name not in WITHOUT_MASKS)
         raise ValueError(f"metrics: expected one of {names} with --masks, got {', '.join(arguments.metrics)}")
 
 
-def _name_masks(errors: pd.DataFrame, batch: Batch, masks: Mapping[Path, Path] | None, folder: Path) -> None:
+def _name_masks(errors: pd.DataFrame, batch: Batch, masks: Mapping[Path, Path] | None, folder: Path | None) -> None:
     """Say in ``errors``, in place, that an image has no mask, in place of that its mask is empty."""
     from fastfg.metrics.localisation import EMPTY_MASK
+
+    def where(path: Path) -> str:
+        return "one in its manifest" if folder is None else f"{path.stem}.* in {folder}"
 
     for i, (path, why) in enumerate(zip(batch.paths, batch.mask_errors, strict=False)):
         if why is None or masks is None:
             continue
-        reason = f"mask {masks[path]}: {why}" if path in masks else f"no mask: expected {path.stem}.* in {folder}"
+        reason = f"mask {masks[path]}: {why}" if path in masks else f"no mask: expected {where(path)}"
         errors.loc[(errors["index"] == i) & (errors["message"] == EMPTY_MASK), "message"] = reason
 
 

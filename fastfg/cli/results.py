@@ -77,6 +77,8 @@ class Results:
             "saes": {str(block): sae_fingerprint(sae) for block, sae in inputs.saes.items()},
         }
         kept = {name: value for name, value in inputs.settings.items() if name not in NOT_IN_RECIPE}
+        if kept["split"] is None:  # folders of earlier versions go on
+            del kept["split"]
         recipe = {"fastfg": __version__, **kept, "device": inputs.device.type, **contents}
         self.config = {"fastfg": __version__, "arguments": inputs.settings, **contents, "versions": _versions()}
         self.store = Store(inputs.out, arguments.command, columns={**columns, **WINDOW}, recipe=recipe, say=say)

@@ -37,7 +37,8 @@ Writes to the folder `out` of the file:
 
 def add(commands: Any) -> None:
     summary = "Run the paper's study on your own images: choose a gate, test it, write a report."
-    study = add_command(commands, "study", None, summary)
+    example = "Example:\n  fastfg study init elpv\n  fastfg study run elpv.toml --dry-run\n"
+    study = add_command(commands, "study", None, summary, example)
     parts = study.add_subparsers(required=True, metavar="init|run", parser_class=Parser)
     init = parts.add_parser("init", help="write the configuration", epilog=INIT, formatter_class=Help)
     init.set_defaults(run=_init)

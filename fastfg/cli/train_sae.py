@@ -53,6 +53,10 @@ arguments. Only images that are named now are used, also where the folder of
 tokens holds others. The explained variance is 1 - sum (x - x_hat)^2 / sum (x - mean)^2
 over tokens of images that were not trained on.
 
+Example:
+  fastfg train-sae photographs --model vit_base_patch16_224 \\
+    --weights vit.safetensors --layers 2 3 4 --out out/saes
+
 """
 
 
@@ -154,7 +158,9 @@ def _tokens(
     from fastfg.perturb import image_key
     from fastfg.study import cache_tokens
 
-    of_path = None if arguments.groups is None else read_groups(arguments.groups, inputs.paths)
+    of_path = inputs.listed.groups_of(inputs.paths)
+    if arguments.groups is not None:
+        of_path = read_groups(arguments.groups, inputs.paths)
     groups: dict[str, str] = {}
     known: list[str] = []
 

@@ -202,7 +202,7 @@ def test_groups_and_equal_images(files, photographs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--metrics", "iou", "saco"], "masks: expected --masks DIR with iou, got none"),
+        (["--metrics", "iou", "saco"], "masks: expected --masks DIR, or a manifest with masks, with iou, got none"),
         (["--masks", "{files}"], "metrics: expected one of pointing_game, "),
         (["--metrics", "iou", "--masks", "{files}/vit.pt"], "masks: expected a folder, got {files}/vit.pt"),
         (["--metrics", "iou", "--masks", "{files}/saes"], "masks: expected a file with the name of an image, such as"),
