@@ -22,12 +22,8 @@ wrong command line; 130 interrupted (finished work is kept)."""
 
 def parser() -> Parser:
     """The parser of the whole command line."""
-    top = Parser(
-        "fastfg",
-        description="Feature-Gradient Attribution for Vision Transformers.",
-        epilog=NOTES,
-        formatter_class=Help,
-    )
+    description = "Feature-Gradient Attribution for Vision Transformers."
+    top = Parser("fastfg", description=description, epilog=NOTES, formatter_class=Help)
     top.add_argument("--version", action="version", version=f"fastfg {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
