@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
 from fastfg.study.config import Config, Train
-from fastfg.study.prepared import Once, check_prepared, read_images
+from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.probe import features_of, fit_head
 from fastfg.study.shards import write_durably
@@ -176,7 +177,7 @@ def _probe(
         save_classifier(folder, start.model, start.architecture, classes, model_args=start.model_args, about=about)
         write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
-    once("model", (folder / ACCURACY).exists, make)
+    once(Thing("model", (folder / ACCURACY).exists, make))
     found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
     for line in found.sentences("validation, linear head"):
         say(line)
@@ -231,19 +232,27 @@ def _train(
         )
         write_durably(complete, b"")
 
-    once("tokens", complete.exists, tokens)
+    once(Thing("tokens", complete.exists, tokens))
     cache = TokenCache(folder)
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
     grouped = groups if all(groups.values()) else None
     recipe = _recipe(config, how, cache.width, device)
-    for kind in kinds:
-        for layer in layers:
 
-            def make(kind: str = kind, layer: int = layer) -> None:
-                options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
-                train_saes(cache, out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
+    def sae(kind: str, layer: int) -> None:
+        options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
+        train_saes(cache, out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
 
-            once(f"sae {kind} {layer}", (out / kind / f"layer_{layer}" / "report.json").exists, make)
+    once(
+        *(
+            Thing(
+                f"sae {kind} {layer}",
+                (out / kind / f"layer_{layer}" / "report.json").exists,
+                partial(sae, kind, layer),
+            )
+            for kind in kinds
+            for layer in layers
+        )
+    )
     for kind in config.kinds:
         for layer in layers:
             report = json.loads((out / kind / f"layer_{layer}" / "report.json").read_text(encoding="utf-8"))["report"]
