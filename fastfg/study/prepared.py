@@ -101,11 +101,11 @@ def read_rows(images: pd.DataFrame, transform: Any, size: int, **options: Any) -
 
 
 def read_images(
-    images: pd.DataFrame, transform: Any, max_failures: float, say: Callable[[str], None]
+    images: pd.DataFrame, transform: Any, max_failures: float, say: Callable[[str], None], at_least: int = 1
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """The images of a manifest's rows in batches, with their keys. Those that can't be read are said.
 
-    Raises ValueError if their share is above ``max_failures``, or if no image can be read.
+    Raises ValueError if their share is above ``max_failures``, or if fewer than ``at_least`` images can be read.
     """
     failed, read = 0, 0
     for batch, rows in read_rows(images, transform, BATCH):
@@ -120,5 +120,5 @@ def read_images(
         if batch.paths:
             read += len(batch.paths)
             yield batch.images, list(rows["key"])
-    if not read:
+    if read < at_least:
         raise ValueError(f"data.manifest: expected images that can be read, got none of {len(images)}")

@@ -1,6 +1,6 @@
 """A small study on the card, from its linear head to its report; see test_rehearsal.py."""
 
-from fastfg.study import prepare
+from fastfg.study import head
 from fastfg.study.config import read_config
 from fastfg.study.run import run_study
 from tests.study.studies import TOML, make_study
@@ -20,13 +20,13 @@ def test_a_study(tmp_path, monkeypatch):
         assert name in text
         text = text.replace(name, small)
     file.write_text(text)
-    devices, features_of = set(), prepare.features_of
+    devices, features_of = set(), head.features_of
 
     def watched(model, images):
         devices.add(images.device.type)
         return features_of(model, images)
 
-    monkeypatch.setattr(prepare, "features_of", watched)
+    monkeypatch.setattr(head, "features_of", watched)
     page = run_study(read_config(file), lambda line: None, lambda title: lambda *_: None)
     assert devices == {"cuda"}
     assert "<h1>Tiny" in page.read_text(encoding="utf-8")
