@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
 from fastfg.files import write_durably
 from fastfg.models import Adapter, adapt
-from fastfg.models.saved import WEIGHTS, save_classifier
-from fastfg.models.timm import preprocessing
+from fastfg.models.saved import WEIGHTS
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
-from fastfg.study.backbone import load_backbone, start_model, trained_labels
+from fastfg.study.backbone import load_backbone, trained_labels
 from fastfg.study.config import Config, Train
-from fastfg.study.prepared import Once, check_prepared, read_images
+from fastfg.study.head import make_head
+from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
-from fastfg.study.probe import features_of, fit_head
 from fastfg.study.telling import Say, Track
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import cache_tokens
@@ -35,7 +34,6 @@ from fastfg.study.zero_shot import load_zero_shot
 if TYPE_CHECKING:
     import pandas as pd
 
-ACCURACY = "accuracy.json"
 OPEN_CLIP = "open_clip:"
 SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
 
@@ -80,8 +78,9 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     verify_content(used)
     once = Once(config.run.out, say)
-    check_prepared(config, train, used.loc[keys["validation"]], once)
-    reached = _probe(config, train, used.loc[keys["validation"]], once, say, track) if config.model.probe else None
+    shown = used.loc[keys["validation"]]
+    check_prepared(config, train, shown, once)
+    reached = make_head(config, device, train, shown, once, say, track) if config.model.probe else None
     model, transform, classes = load_classifier(config)
     adapter = adapt(model.to(device))
     if config.saes.train is not None:
@@ -141,57 +140,6 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
     return model, transform, known or named
 
 
-def _probe(config: Config, train: pd.DataFrame, shown: pd.DataFrame, once: Once, say: Say, track: Track) -> Accuracy:
-    """Fit a linear head, and write the classifier. Returns its accuracy on the validation images, ``shown``."""
-    given, folder, limit = config.model, config.run.out / "model", config.data.max_failures
-    classes = tuple(given.classes or sorted(set(train["label"])))
-    if len(classes) < 2 or (unknown := sorted((set(train["label"]) | set(shown["label"])) - set(classes))):
-        got = f"{unknown} beside" if len(classes) >= 2 else ""
-        raise ValueError(
-            f"model.classes: expected at least 2, and the labels of all training images, got {got} {classes}"
-        )
-
-    def make() -> None:
-        start = start_model(given.name, given.weights, classes, img_size=given.img_size, seed=config.run.seed)
-        start.model.eval()
-        features, labels = _features(
-            start.model, train, classes, limit, say, track(f"Features of {len(train)} training images")
-        )
-        held, truth = _features(
-            start.model, shown, classes, limit, say, track(f"Features of {len(shown)} validation images")
-        )
-        fit_head(start.model, features, labels)
-        answers = start.model.head(held).argmax(1)
-        reached = asdict(Accuracy.of(classes, truth.tolist(), answers.tolist()))
-        about = {"head": "a linear probe", "validation": reached}
-        save_classifier(folder, start.model, start.architecture, classes, model_args=start.model_args, about=about)
-        write_durably(folder / ACCURACY, json.dumps(reached).encode())
-
-    once("model", (folder / ACCURACY).exists, make)
-    found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
-    for line in found.sentences("validation, linear head"):
-        say(line)
-    return found
-
-
-def _features(
-    model: Any,
-    images: pd.DataFrame,
-    classes: Sequence[str],
-    max_failures: float,
-    say: Say,
-    progress: Callable[[int, int], None],
-) -> tuple[Tensor, Tensor]:
-    """The features [n, d] of the images that can be read, and their classes [n]."""
-    label = dict(zip(images["key"], images["label"], strict=True))
-    features, labels = [], []
-    for batch, keys in read_images(images, preprocessing(model), max_failures, say):
-        features.append(features_of(model, batch))
-        labels += [classes.index(label[key]) for key in keys]
-        progress(len(labels), len(images))
-    return torch.cat(features), torch.tensor(labels)
-
-
 def _train(
     config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: Once, say: Say, track: Track
 ) -> None:
@@ -222,19 +170,27 @@ def _train(
         )
         write_durably(complete, b"")
 
-    once("tokens", complete.exists, tokens)
+    once(Thing("tokens", complete.exists, tokens))
     cache = TokenCache(folder)
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
     grouped = groups if all(groups.values()) else None
     recipe = _recipe(config, how, cache.width, device)
-    for kind in kinds:
-        for layer in layers:
 
-            def make(kind: str = kind, layer: int = layer) -> None:
-                options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
-                train_saes(cache, out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
+    def sae(kind: str, layer: int) -> None:
+        options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
+        train_saes(cache, out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
 
-            once(f"sae {kind} {layer}", (out / kind / f"layer_{layer}" / "report.json").exists, make)
+    once(
+        *(
+            Thing(
+                f"sae {kind} {layer}",
+                (out / kind / f"layer_{layer}" / "report.json").exists,
+                partial(sae, kind, layer),
+            )
+            for kind in kinds
+            for layer in layers
+        )
+    )
     for kind in config.kinds:
         for layer in layers:
             report = json.loads((out / kind / f"layer_{layer}" / "report.json").read_text(encoding="utf-8"))["report"]

@@ -1,0 +1,157 @@
+"""The linear head of a study: all processes compute features, a part of the images at a time, and one fits the head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastfg.files import write_durably
+from fastfg.models.saved import save_classifier
+from fastfg.models.timm import preprocessing
+from fastfg.study.accuracy import Accuracy
+from fastfg.study.backbone import start_model
+from fastfg.study.config import Config
+from fastfg.study.prepared import Once, Thing, read_images
+from fastfg.study.probe import features_of, fit_head
+from fastfg.study.telling import Say, Track
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ACCURACY = "accuracy.json"
+PART = 128  # images
+
+
+def make_head(
+    config: Config,
+    device: torch.device,
+    train: pd.DataFrame,
+    shown: pd.DataFrame,
+    once: Once,
+    say: Say,
+    track: Track,
+) -> Accuracy:
+    """Fit a linear head on the images ``train``, and write the classifier to the study's folder ``model``.
+
+    Returns its accuracy on the images ``shown``.
+    """
+    given, folder, classes = config.model, config.run.out / "model", _classes(config, train, shown)
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = (folder / ACCURACY).exists
+    start = cache(
+        partial(start_model, given.name, given.weights, classes, img_size=given.img_size, seed=config.run.seed)
+    )
+
+    def compute(images: pd.DataFrame, max_failures: float) -> dict[str, Tensor]:
+        return _features(start().model.eval().to(device), images, max_failures, say)
+
+    splits = [
+        _Split(name, images, folder, config.data.max_failures, compute)
+        for name, images in (("training", train), ("validation", shown))
+    ]
+    if not ready():
+        for split in splits:
+            once(*split.things(ready, track(f"Features of {len(split.images)} {split.name} images")))
+
+    def fit() -> None:
+        made = start()
+        (features, labels), (held, truth) = (split.read(classes) for split in splits)
+        fit_head(made.model.eval().cpu(), features, labels)
+        reached = asdict(Accuracy.of(classes, truth.tolist(), made.model.head(held).argmax(1).tolist()))
+        about = {"head": "a linear probe", "validation": reached}
+        save_classifier(folder, made.model, made.architecture, classes, model_args=made.model_args, about=about)
+        write_durably(folder / ACCURACY, json.dumps(reached).encode())
+
+    once(Thing("model", ready, fit))
+    found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
+    for line in found.sentences("validation, linear head"):
+        say(line)
+    return found
+
+
+def _classes(config: Config, *images: pd.DataFrame) -> tuple[str, ...]:
+    """The classes of the head. Raises ValueError unless they are at least two, with all labels of ``images``."""
+    if not len(images[0]):
+        raise ValueError("data.manifest: expected images of the split 'train', for the linear head, got none")
+    train, labels = set(images[0]["label"]), {label for table in images for label in table["label"]}
+    classes = tuple(config.model.classes or sorted(train))
+    if len(classes) < 2 or (unknown := sorted(labels - set(classes))):
+        got = f"{unknown} beside" if len(classes) >= 2 else ""
+        raise ValueError(
+            f"model.classes: expected at least 2, and the labels of all training images, got {got} {classes}"
+        )
+    return classes
+
+
+@torch.no_grad()
+def _features(model: Any, images: pd.DataFrame, max_failures: float, say: Say) -> dict[str, Tensor]:
+    """The ``features`` [n, d] of the images that can be read, and their ``rows`` [n] among ``images``."""
+    features, rows, device = [torch.empty(0)], [], next(model.parameters()).device
+    place = {key: row for row, key in enumerate(images["key"])}
+    for batch, keys in read_images(images, preprocessing(model), max_failures, say, at_least=0):
+        features.append(features_of(model, batch.to(device)).cpu())
+        rows += [place[key] for key in keys]
+    return {"features": torch.cat(features), "rows": torch.tensor(rows, dtype=torch.long)}
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The features of a split's ``images``, in files of about ``PART`` images.
+
+    Attributes:
+        max_failures: the share of the images that may be unreadable.
+        compute: takes images and their own ``max_failures``.
+    """
+
+    name: str
+    images: pd.DataFrame
+    folder: Path
+    max_failures: float
+    compute: Callable[[pd.DataFrame, float], dict[str, Tensor]]
+
+    @property
+    def parts(self) -> list[tuple[Path, pd.DataFrame]]:
+        """The files, and the images of each."""
+        n = -(-len(self.images) // PART)
+        bounds = [len(self.images) * i // n for i in range(n + 1)]
+        return [
+            (self.folder / f"features-{self.name}-{first:06d}.safetensors", self.images.iloc[first:last])
+            for first, last in pairwise(bounds)
+        ]
+
+    def things(self, ready: Callable[[], bool], progress: Callable[[int, int], None]) -> list[Thing]:
+        """The files to make, unless the head is ``ready``."""
+
+        def make(file: Path, images: pd.DataFrame) -> None:
+            limit = min(1.0, self.max_failures * len(self.images) / len(images))  # of them; all are counted in read
+            write_durably(file, save(self.compute(images, limit)))
+            progress(sum(len(part) for other, part in self.parts if other.exists()), len(self.images))
+
+        def there(file: Path) -> bool:
+            return ready() or file.exists()
+
+        return [Thing(file.name, partial(there, file), partial(make, file, images)) for file, images in self.parts]
+
+    def read(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features [n, d] and classes [n]. Raises ValueError if too few images could be read."""
+        features, labels = [], []
+        for file, images in self.parts:
+            found, given = load_file(file), list(images["label"])
+            features.append(found["features"])
+            labels += [classes.index(given[row]) for row in found["rows"].tolist()]
+        failed = len(self.images) - len(labels)
+        if failed > self.max_failures * len(self.images) or not labels:
+            raise ValueError(
+                f"data.max_failures: expected at most {self.max_failures:g} of {len(self.images)} images to be "
+                f"unreadable, got {failed}"
+            )
+        return torch.cat(features), torch.tensor(labels)
