@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
+from fastfg.attribution.patch_scores import z_score
 from fastfg.attribution.residuals import residuals
 from fastfg.checks import check_saes
 from fastfg.models import Adapter, adapt
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 SAEs = Mapping[int, SparseAutoencoder]
 LARGEST_BATCH = 16  # copies of an image that run at once, each without one feature
-MAD_EPS, MAD_TO_STD = 1e-8, 1.4826  # of eq. 4
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,9 @@ def _array(t: Tensor) -> Array:
 
 
 def _z(scores: Array) -> Array:
-    """Eq. 4."""
-    centred = scores - _lower_median(scores)
-    return centred / (MAD_TO_STD * (_lower_median(np.abs(centred)) + MAD_EPS))
-
-
-def _lower_median(values: Array) -> Array:
-    return np.sort(values)[(len(values) - 1) // 2]
+    """Eq. 4 for scores [P] in float64."""
+    z: Array = z_score(torch.from_numpy(scores)).numpy()
+    return z
 
 
 def strongest_features(found: Iterable[ImageTerms], most: int) -> dict[int, list[int]]:
