@@ -20,7 +20,7 @@ from fastfg.report.charts import (
     shuffled_charts,
     sweep_charts,
 )
-from fastfg.report.contents import Contents, Effect
+from fastfg.report.contents import Contents, Effect, file_of
 from fastfg.report.embedded import gallery
 from fastfg.report.figure import save_figure
 from fastfg.report.names import GROUPS, Names
@@ -129,7 +129,7 @@ def _html(names: Names, pictures: Mapping[str, Sequence[Picture]]) -> str:
         parts={part: (CHARTS[part][0], found) for part, found in pictures.items()},
         ranks=None if contents.ranks is None else frame(contents.ranks, "The real decoder's rank"),
         scores=_scores(names),
-        errors=None if contents.errors is None or not len(contents.errors) else frame(contents.errors, "Errors"),
+        errors=None if contents.errors is None or not len(contents.errors) else frame(_errors(contents), "Errors"),
         settings={name: _plain(value) for name, value in contents.settings.items()},
         style=Markup(style),
         script=Markup(script),
@@ -249,6 +249,16 @@ def _scores(names: Names) -> Table | None:
     if contents.images or len(contents.scores) > MOST_ROWS:
         return None
     return frame(contents.scores, "Scores of each image")
+
+
+def _errors(contents: Contents) -> pd.DataFrame:
+    """The errors with the file's name first and its key last, where they have a path."""
+    table = contents.errors
+    assert table is not None
+    if "path" not in table or "file" in table:
+        return table
+    found = table.assign(file=[file_of(path) if isinstance(path, str) else "" for path in table["path"]])
+    return found[["file", *(name for name in table if name not in ("key", "path")), "path", *({"key"} & set(table))]]
 
 
 # Files beside the page -----------------------------------------------------------------------------------------------
