@@ -30,6 +30,7 @@ from fastfg.report.table import (
     compared_with,
     difference_cells,
     differences_note,
+    equals,
     table_cells,
 )
 from fastfg.report.theme import LIGHT, darkened, render
@@ -170,13 +171,7 @@ def _plain(value: object) -> str:
 def _effect(effect: Effect, names: Names) -> dict[str, str]:
     """One effect in words."""
     interval = "" if effect.low != effect.low else f" [{_three(effect.low)}, {_three(effect.high)}]"
-    p = (
-        "not tested"
-        if effect.p != effect.p
-        else "p < .001"
-        if effect.p < 0.001
-        else f"p = {effect.p:.3f}".replace("0.", ".")
-    )
+    p = "not tested" if effect.p != effect.p else f"p {equals(effect.p)}"
     return {
         "metric": names.heading(effect.metric),
         "pair": f"{effect.variant} minus {effect.against}",

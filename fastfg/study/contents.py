@@ -236,6 +236,7 @@ def _notes(judging: Judging) -> list[str]:
             f"On the validation images, the chosen gate's mean SRG is not above that of vanilla: "
             f"{choices[-1]['mean']:.4f} and {choices[-1]['vanilla']:.4f}, on {choices[-1]['images']} images."
         )
+    found += _about_images(judging)
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):
         found.append(
@@ -248,6 +249,18 @@ def _notes(judging: Judging) -> list[str]:
     n = judging.config.test.shuffled
     if n and (limit := judging.config.test.shuffled_images):
         found.append(f"The {n} shuffled decoders were judged on {limit} test images or a few more, not on all.")
+    return found
+
+
+def _about_images(judging: Judging) -> list[str]:
+    """What limits what the scores say: images that could not be read, and classes that are not there."""
+    failed, found = set(judging.store.failures().to_pandas()["key"]), []
+    for split, keys in (("validation", judging.parts.validation), ("test", judging.parts.test)):
+        if lost := len(failed.intersection(keys)):
+            found.append(f"{lost} of {len(keys)} {split} images could not be read and have no scores (see Errors).")
+    labels = set(judging.parts.images.loc[judging.parts.test, "label"]) - {""}
+    if len(labels) == 1:
+        found.append(f"All test images with a label are of one class, {labels.pop()!r}: nothing is said of others.")
     return found
 
 

@@ -149,7 +149,7 @@ class _Seen:
         lift = {
             label: float(self.mass[label][k]) / total / (self.of_class[label] / patches)
             for label in sorted(self.mass)
-            if total
+            if total and len(self.mass) > 1  # with one class, each lift is 1
         }
         there = histogram.top > 0
         return FeatureEvidence(

@@ -20,8 +20,8 @@ from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
-from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
+from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import Config, Train
 from fastfg.study.prepared import Once, check_prepared, read_images
 from fastfg.study.presets import preset

@@ -352,3 +352,27 @@ def test_text_of_values():
         "yes",
         "0.3333",
     ]
+
+
+def test_images_are_called_as_their_files(tmp_path, undrawn):
+    from fastfg.report.embedded import gallery
+
+    contents = toy.full(4)
+    paths = ["photos/<i><b>&\"'.png", "a/same.png", "b/same.png", None]
+    images = [replace(one, path=path) for one, path in zip(contents.images, paths, strict=True)]
+    errors = pd.DataFrame([{"path": "far/away/x.png", "key": "0f3e", "error": "not an image"}])
+    contents = replace(contents, images=images, errors=errors)
+    names = Names(contents)
+    said = [one["name"] for one in gallery(names)["images"]]
+    assert said == [paths[0].split("/")[-1], "same.png", "same.png", "image-003"]
+    assert names.image("image-001") == "same.png (key image-001)"
+    assert names.image("unknown") == "unknown"
+    text = write_report(tmp_path, contents).read_text(encoding="utf-8")
+    assert "<b>&" not in text
+    page = Page(text)
+    assert page.tables["Errors"] == [
+        ["file", "error", "path", "key"],
+        ["x.png", "not an image", "far/away/x.png", "0f3e"],
+    ]
+    numbers = page.tables["Change of the gate of the patch without a feature"]
+    assert {row[0] for row in numbers[1:]} == {said[0], "same.png (key image-001)"}

@@ -37,7 +37,13 @@ def caches(folder, wanted, layers, stop=9):
             yield images[i : i + 3], [f"image {j}" for j in range(i, i + 3)]
 
     return cache_blocks(
-        adapt(tiny_vit(torch.float32, img_size=(16, 16))), parts, wanted, layers, folder / "tokens", Once(folder, print), seed=5
+        adapt(tiny_vit(torch.float32, img_size=(16, 16))),
+        parts,
+        wanted,
+        layers,
+        folder / "tokens",
+        Once(folder, print),
+        seed=5,
     )
 
 
