@@ -31,6 +31,7 @@ from fastfg.report.table import (
     difference_cells,
     differences_note,
     equals,
+    signed,
     table_cells,
 )
 from fastfg.report.theme import LIGHT, darkened, render
@@ -170,26 +171,16 @@ def _plain(value: object) -> str:
 
 def _effect(effect: Effect, names: Names) -> dict[str, str]:
     """One effect in words."""
-    interval = "" if effect.low != effect.low else f" [{_three(effect.low)}, {_three(effect.high)}]"
+    interval = "" if effect.low != effect.low else f" [{signed(effect.low)}, {signed(effect.high)}]"
     p = "not tested" if effect.p != effect.p else f"p {equals(effect.p)}"
     return {
         "metric": names.heading(effect.metric),
         "pair": f"{effect.variant} minus {effect.against}",
-        "difference": f"{_three(effect.difference)}{interval}",
+        "difference": "missing" if effect.difference != effect.difference else f"{signed(effect.difference)}{interval}",
         "p": p,
         "n": str(effect.n),
         "verdict": effect.verdict,
     }
-
-
-def _three(value: float) -> str:
-    return (
-        "missing"
-        if value != value
-        else f"{value:+.3f}"
-        if 0.01 <= abs(value) < 10_000 or not value
-        else f"{value:+.2e}"
-    )
 
 
 def _means(names: Names) -> dict[str, Any] | None:

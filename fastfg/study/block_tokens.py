@@ -18,7 +18,7 @@ COMPLETE = "complete"
 
 
 def complete_blocks(folder: Path) -> dict[int, TokenCache]:
-    """{block: the cache that holds it}, of the caches in ``folder`` that are complete. Each has one block or several."""
+    """{block: the cache that holds it}, of the caches in ``folder`` that are complete."""
     parts = sorted(file.parent for file in folder.glob(f"*/{COMPLETE}"))
     return {block: cache for cache in map(TokenCache, parts) for block in cache.layers}
 

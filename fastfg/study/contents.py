@@ -63,7 +63,7 @@ def contents(judging: Judging, outcome: Outcome, command: str, track: Track) -> 
         claims=[judged.claim],
         scores=scores,
         metrics=metrics,
-        titles=_titles(metrics),
+        titles=_titles(metrics) | {PRIMARY: _titles(metrics)[metrics[0]]},
         higher_is_better=directions,
         variants=_described(scores, outcome.shuffled),
         summary=summarize(shown, VANILLA, metrics=metrics),

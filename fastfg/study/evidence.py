@@ -192,14 +192,15 @@ def ablate(
 
     adapter, rows = adapt(model), []
     for i, (key, image) in enumerate(zip(keys, found, strict=True)):
+        streams = residuals(adapter, images[i : i + 1], list(image.blocks))
         for block, terms in image.blocks.items():
-            x = residuals(adapter, images[i : i + 1], block)[block][0]
-            chosen = _largest(terms, per_block)
-            for part in (chosen[first : first + LARGEST_BATCH] for first in range(0, len(chosen), LARGEST_BATCH)):
-                removed = torch.stack([_part_of(saes[block], x, feature) for feature in part])
+            chosen, one = _largest(terms, per_block), replace(gate, layers=(block,))  # other gates change nothing here
+            parts = _parts_of(saes[block], streams[block][0], chosen)
+            for first in range(0, len(chosen), LARGEST_BATCH):
+                part, removed = (all_of[first : first + LARGEST_BATCH] for all_of in (chosen, parts))
                 many = images[i : i + 1].expand(len(part), -1, -1, -1)
                 with _subtracted(adapter, block, removed):
-                    run = attribute(adapter, many, saes=saes, gate=gate, target=image.target)
+                    run = attribute(adapter, many, saes=saes, gate=one, target=image.target)
                 logits = Target(run.target).of(run.logits).value(run.logits, len(part))
                 for j, feature in enumerate(part):
                     row = _predicted(terms, feature, gate)
@@ -220,10 +221,10 @@ def _largest(terms: Terms, n: int) -> list[int]:
     return [int(features[k]) for k in np.lexsort((features, -totals))[:n]]
 
 
-def _part_of(sae: SparseAutoencoder, x: Tensor, feature: int) -> Tensor:
-    """What a feature adds to the reconstruction of tokens ``x`` [P, d], at the scale of the residual stream."""
-    code = sae.encode(x)[:, feature : feature + 1]
-    return (code * sae.W_dec[feature] * sae.normalize(x).scale).to(x.dtype)
+def _parts_of(sae: SparseAutoencoder, x: Tensor, features: Sequence[int]) -> Tensor:
+    """What each feature adds to the reconstruction of tokens ``x`` [P, d], at the scale of the residual stream."""
+    codes, scale = sae.encode(x), sae.normalize(x).scale
+    return torch.stack([(codes[:, k : k + 1] * sae.W_dec[k] * scale).to(x.dtype) for k in features])
 
 
 def _predicted(terms: Terms, feature: int, gate: Gate) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastfg.report.table import equals
+from fastfg.report.table import equals, signed
 from fastfg.study.resampling import ALPHA
 
 NO_CLAIM = "No improvement can be claimed"
@@ -26,7 +26,7 @@ def difference(value: float, low: float = float("nan"), high: float = float("nan
     """
     if value != value:
         return "no difference can be computed"
-    return _signed(value) if low != low else f"{_signed(value)} [{_signed(low)}, {_signed(high)}]"
+    return signed(value) if low != low else f"{signed(value)} [{signed(low)}, {signed(high)}]"
 
 
 def holm(p: float) -> str:
@@ -46,7 +46,3 @@ def effect(value: float, low: float, high: float, p: float, n: int, groups: int 
     """
     many = "" if groups in (None, n) else f" in {groups} group{'s' * (groups != 1)}"
     return f"{difference(value, low, high)}, {holm(p)}, n = {n}{many}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}" if 0.001 <= abs(value) < 10_000 or not value else f"{value:+.2e}"
