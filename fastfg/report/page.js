@@ -7,6 +7,8 @@
   const num = (v, signed) => v === null || v === undefined ? "missing"
     : minus((signed && v > 0 ? "+" : "") + (v !== 0 && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5) ? v.toExponential(2) : String(+v.toPrecision(4))));
 
+  const apart = (text) => `\u2068${text}\u2069`;  // letters that run from right to left do not turn the words around them
+
   function el(tag, attributes, ...children) {
     const svg = ["svg", "rect", "line", "circle", "text"].includes(tag);
     const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -192,10 +194,10 @@
 
   function card(i) {
     const image = data.images[i];
-    const said = [image.label !== null ? `class ${image.label}` : null,
-      image.predicted !== null ? `predicted ${image.predicted}${image.label !== null ? (image.label === image.predicted ? " (right)" : " (wrong)") : ""}` : null,
+    const said = [image.label !== null ? `class ${apart(image.label)}` : null,
+      image.predicted !== null ? `predicted ${apart(image.predicted)}${image.label !== null ? (image.label === image.predicted ? " (right)" : " (wrong)") : ""}` : null,
       image.probability !== null ? `probability ${num(image.probability)}` : null,
-      image.explained !== null ? `explained: ${image.explained}` : null, image.group !== null ? `group ${image.group}` : null].filter(Boolean);
+      image.explained !== null ? `explained: ${apart(image.explained)}` : null, image.group !== null ? `group ${apart(image.group)}` : null].filter(Boolean);
     const tile = (title, values, kind, caption) => {
       const canvas = el("canvas", { role: "img", "aria-label": `${title}, ${image.name}`, width: image.size[0], height: image.size[1] });
       return { canvas, values, kind, node: el("figure", { class: "tile" }, canvas, el("figcaption", {}, el("strong", {}, title), caption)) };

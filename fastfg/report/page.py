@@ -153,7 +153,7 @@ def frame(table: pd.DataFrame, caption: str) -> Table:
         [Cell(shown(value), number) for value, number in zip(row, numbers, strict=True)]
         for row in table.itertuples(index=False, name=None)
     ]
-    return Table(caption, [str(name) for name in table.columns], [("", rows)])
+    return Table(caption, [str(name).replace("_", " ") for name in table.columns], [("", rows)])
 
 
 def shown(value: object) -> str:

@@ -94,7 +94,7 @@ def test_tables_say_what_the_tables_say(full):
     low, high = seeds.min()["srg"], seeds.max()["srg"]
     assert rows["5 shuffled decoders: mean (range)"][0] == f"{seeds.mean()['srg']:.3f} ({low:.3f} to {high:.3f})"
     for table, caption in ((contents.ranks, "The real decoder's rank"), (contents.errors, "Errors")):
-        assert page.tables[caption][0] == list(table.columns)
+        assert page.tables[caption][0] == [name.replace("_", " ") for name in table.columns]
         assert page.tables[caption][1:] == [[shown(v) for v in row] for row in table.itertuples(index=False, name=None)]
     for metric in toy.METRICS:
         layers = contents.layers[contents.layers["metric"] == metric]
