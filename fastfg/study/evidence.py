@@ -197,7 +197,7 @@ def ablate(
             chosen, one = _largest(terms, per_block), replace(gate, layers=(block,))  # other gates change nothing here
             parts = _parts_of(saes[block], streams[block][0], chosen)
             for first in range(0, len(chosen), LARGEST_BATCH):
-                part, removed = (all_of[first : first + LARGEST_BATCH] for all_of in (chosen, parts))
+                part, removed = chosen[first : first + LARGEST_BATCH], parts[first : first + LARGEST_BATCH]
                 many = images[i : i + 1].expand(len(part), -1, -1, -1)
                 with _subtracted(adapter, block, removed):
                     run = attribute(adapter, many, saes=saes, gate=one, target=image.target)

@@ -54,7 +54,9 @@ def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variant
     device = parts.model.parameter.device
     keys = list(rows["key"])
     target = judging.target_of(keys)
-    maps, found = explain(parts.model, images.to(device), variants, parts.saes, target=target, keys=keys)
+    maps, found = explain(
+        parts.model, images.to(device), variants, parts.saes, target=target, keys=keys, seed=judging.config.run.seed
+    )
     probability = probabilities(found.logits)
     entries = []
     for i, row in enumerate(rows.to_dict("records")):
