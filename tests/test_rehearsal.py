@@ -29,6 +29,7 @@ test_on_the_card = Suite(
     shares=[  # of about the same length
         ["tests/rehearsal/attribution.py"],
         ["tests/rehearsal/evaluation.py", "tests/rehearsal/training.py", "tests/rehearsal/rules.py"],
+        ["tests/rehearsal/study.py"],
     ],
     environment=environment,
     options=["-p", "tests.rehearsal.plugin"],

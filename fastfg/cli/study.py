@@ -106,6 +106,6 @@ def _show_cost(config: Any, device: Any, processes: int) -> None:
         shown = (f"{row[name]:,}" if row[name] else "" for name in ("images", "variants", "forwards"))
         table.add_row(row["stage"], *shown, f"{row['minutes']:,.1f}")
     console.print(table)
-    total, gigabytes = cost.minutes, cost.memory / 1e9
-    say(f"In one process: {total:,.0f} minutes; in {processes}: about {total / processes:,.0f}, if each has a core")
-    say(f"Memory: about {gigabytes:.1f} GB per process, and the SAEs")
+    several = f"; in {processes}: about {cost.minutes(processes):,.0f}, if each has a core" if processes > 1 else ""
+    say(f"In one process: {cost.minutes():,.0f} minutes{several}. The report is not counted")
+    say(f"Memory: about {cost.memory / 1e9:.1f} GB per process, and the SAEs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,11 +22,13 @@ from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
 from fastfg.perturb.batches import default_size
 from fastfg.perturb.choose import PATHS, choose_path
-from fastfg.perturb.fills import BASELINES, check_baseline
+from fastfg.perturb.fills import BASELINES, check_baseline, is_named
 from fastfg.targets import Function, Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
+ON_GPU = 16  # few, as a group is planned while the GPU runs the one before
+REMOVED_ON_GPU = 256  # many, as only masks that remove the same number of patches share a batch
 
 
 def evaluate(
@@ -120,10 +122,13 @@ def evaluate(
         way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
         engine = Engine(way, Batches(batch_size or default_size(images.device, grid.n_patches)))
         seen = _unperturbed(engine, images, explained, check=adapter is None)
-        verdicts = []
-        for start in range(0, len(images), IMAGES_AT_ONCE):
-            rows = slice(start, min(start + IMAGES_AT_ONCE, len(images)))
-            verdicts += judge(engine, reading, subjects, seen, stacked, rows, None if again else progress)
+        verdicts: list[Verdict] = []
+        finish: Callable[[], list[Verdict]] = list
+        for rows in _groups(len(images), images.is_cuda, reading):
+            begun = judge(engine, reading, subjects, seen, stacked, rows, None if again else progress)
+            verdicts += finish()  # scored while a GPU runs the next group
+            finish = begun
+        verdicts += finish()
     if explain is not None:
         explanations = Explanations(explain, model, subjects, seen, target, stacked, maps.ndim == 3, batch_size)
         explanations.add_outcomes(again, verdicts, progress)
@@ -134,6 +139,13 @@ def evaluate(
     if explain is not None:
         scores.forwards["attributions"] = explanations.explained
     return scores
+
+
+def _groups(B: int, on_gpu: bool, metrics: Sequence[Metric]) -> Iterator[slice]:
+    """The images that are planned, read and scored together."""
+    removed = any(is_named(metric.baseline, "removed") for metric in metrics)
+    size = IMAGES_AT_ONCE if not on_gpu else REMOVED_ON_GPU if removed else ON_GPU
+    return (slice(start, min(start + size, B)) for start in range(0, B, size))
 
 
 def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) -> Unperturbed:

@@ -26,6 +26,7 @@ from fastfg.perturb import (
     generator,
     make_fill,
     running_mean_fill,
+    to_device,
 )
 from fastfg.perturb.fills import is_named
 from fastfg.perturb.imputation import impute
@@ -129,18 +130,25 @@ def judge(
     maps: Tensor,  # [C, B, P]
     rows: slice,
     progress: Callable[[int, int], None] | None,
-) -> list[Verdict]:
-    """One verdict per image of ``rows``, in order."""
+) -> Callable[[], list[Verdict]]:
+    """Plan the masks of the images ``rows`` and start their forwards, without waiting for a GPU.
+
+    Returns the function that waits for the readings and gives one verdict per image, in order.
+    """
     alone = engine.paths.reads_prefix_alone
     planned = [_plan(metrics, subjects, maps[:, image], image, alone) for image in range(rows.start, rows.stop)]
     questions = _Questions(subjects)
     answers = [[questions.ask(p.image, m, plan) for m, plan in zip(p.metrics, p.plans, strict=True)] for p in planned]
-    readings = questions.read(engine, seen.target, rows, progress)
-    verdicts = []
-    for p, asked in zip(planned, answers, strict=True):
-        read = [readings[answer] for answer in asked]
-        ignored = _is_ignored(engine, subjects, seen, p, read)
-        verdicts.append(_score(metrics, seen, p, read, ignored))
+    wait = questions.read(engine, seen.target, rows, progress)
+
+    def verdicts() -> list[Verdict]:
+        readings, found = wait(), []
+        for p, asked in zip(planned, answers, strict=True):
+            read = [readings[answer] for answer in asked]
+            ignored = _is_ignored(engine, subjects, seen, p, read)
+            found.append(_score(metrics, seen, p, read, ignored))
+        return found
+
     return verdicts
 
 
@@ -159,7 +167,7 @@ def _is_ignored(
     baseline = planned.metrics[0].baseline
     assert baseline is not None  # choose_metrics
     view = View(subjects.images[planned.image], subjects.fill(planned.image, baseline))
-    everything = torch.ones(1, subjects.grid.n_patches, dtype=torch.bool, device=subjects.images.device)
+    everything = torch.ones(1, subjects.grid.n_patches, dtype=torch.bool, device="cpu")
     if view.kind == "removed" and not engine.paths.reads_prefix_alone:
         everything[:, 0] = False  # the model needs a patch
     empty = engine.read(
@@ -251,14 +259,14 @@ class _Questions:
         target: Target,
         rows: slice,
         progress: Callable[[int, int], None] | None,
-    ) -> Readings:
-        """The readings of all requested masks, on the CPU."""
+    ) -> Callable[[], Readings]:
+        """Start the forwards. Returns the function that waits for the readings of all requested masks, on the CPU."""
         images = self.subjects.images
         total = len(images)
         if not self._view:
             if progress is not None:
                 progress(rows.stop, total)
-            return Readings.empty(0, torch.device("cpu"))
+            return lambda: Readings.empty(0, torch.device("cpu"))
         view, masks = torch.cat(self._view), torch.cat(self._masks)
         chosen, row = _each_once(view, masks)
         image = torch.tensor(self.image_of, device="cpu")[view[chosen]]  # the image of each mask, ascending
@@ -268,14 +276,9 @@ class _Questions:
             if progress is not None:
                 progress(int(image[done]) if done < len(image) else rows.stop, total)
 
-        readings = engine.read(
-            self.views,
-            view[chosen],
-            masks[chosen].to(images.device),
-            target[image],
-            tell,
-        )
-        return readings.cpu()[row]
+        of_images = target[to_device(image, images.device)]
+        arrive = engine.read(self.views, view[chosen], masks[chosen], of_images, tell).on_the_way()
+        return lambda: arrive()[row]
 
     def _views_of(self, image: int, metric: Metric, plan: Plan) -> list[int]:
         """One view per map of the plan."""

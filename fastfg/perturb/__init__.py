@@ -4,7 +4,7 @@ A metric passes masks, and the engine returns readings. The engine runs the mode
 pixels, for any callable ``images -> logits``, or on the tokens of a known family.
 """
 
-from fastfg.perturb.batches import Batches
+from fastfg.perturb.batches import Batches, to_device
 from fastfg.perturb.engine import Engine
 from fastfg.perturb.fills import FILLS, Baseline, make_fill, running_mean_fill
 from fastfg.perturb.forward_path import ForwardPath, Paths
@@ -38,4 +38,5 @@ __all__ = [
     "image_keys",
     "make_fill",
     "running_mean_fill",
+    "to_device",
 ]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger("fastfg")
 
@@ -22,6 +23,11 @@ def default_size(device: torch.device, n_patches: int) -> int:
 def checked_size(device: torch.device, n_patches: int) -> int:
     """The number of images at a time whose paths are compared: each is perturbed and run several times."""
     return max(CHECKED_ON_CPU, default_size(device, n_patches) // 4) if device.type == "cuda" else CHECKED_ON_CPU
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` from the CPU on ``device``, without waiting for the work that a GPU still has to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class Batches:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfg.perturb.batches import Batches
+from fastfg.perturb.batches import Batches, to_device
 from fastfg.perturb.forward_path import ForwardPath, Paths
 from fastfg.perturb.readings import Readings
 from fastfg.perturb.views import KINDS, View
@@ -52,19 +52,20 @@ class Engine:
         target: Target,
         progress: Callable[[int], None] | None = None,
     ) -> Readings:
-        """Readings [n] of ``views`` with patches removed, in the order of ``masks``.
+        """Readings [n] of ``views`` with patches removed, in the order of ``masks``. Waits for no work of a GPU.
 
         Args:
-            view: [n] int64 on the CPU, the view of each mask, ascending. masks: [n, P] bool, True: removed.
+            view: [n] int64, the view of each mask, ascending. masks: [n, P] bool, True: removed. Both on the CPU.
             target: of the ``n`` masks, see :meth:`fastfg.Target.of`.
             progress: called with a number of masks, counted from the first, that have all been read.
         """
-        parts = _parts(self.paths, views, view.numpy(), masks)
+        device = views[0].image.device if views else masks.device
+        parts = _parts(self.paths, views, view.numpy(), masks.numpy())
+        masks = to_device(masks, device)
         unread = [int(part.rows[0]) for part in parts]  # the first mask of each part that is not read
         found: list[Readings] = []
         for number, part in enumerate(parts):
-            rows = torch.from_numpy(part.rows).to(masks.device)
-            place = torch.from_numpy(part.place).to(masks.device)
+            rows, place = (to_device(torch.from_numpy(numbers), device) for numbers in (part.rows, part.place))
             given = _Given(place, masks[rows], target[rows])
 
             def work(batch: slice, part: _Part = part, given: _Given = given, number: int = number) -> None:
@@ -76,7 +77,7 @@ class Engine:
 
             self.batches.run(len(part.rows), work, part.share)
         order = np.concatenate([part.rows for part in parts]) if parts else np.empty(0, np.int64)
-        return Readings.joined(found, masks.device)[torch.from_numpy(order.argsort()).to(masks.device)]
+        return Readings.joined(found, device)[to_device(torch.from_numpy(order.argsort()), device)]
 
     def _read_batch(self, part: _Part, given: _Given, batch: slice) -> Readings:
         """The readings of one batch. Nothing here waits for the device."""
@@ -110,7 +111,7 @@ class _Given(NamedTuple):
     target: Target
 
 
-def _parts(paths: Paths, views: Sequence[View], view: np.ndarray, masks: Tensor) -> list[_Part]:
+def _parts(paths: Paths, views: Sequence[View], view: np.ndarray, masks: np.ndarray) -> list[_Part]:
     """The masks in parts, each ordered by view. Those with the most patches left come first."""
     kinds = [one.kind for one in views]
     P = masks.shape[1]
@@ -127,7 +128,7 @@ def _parts(paths: Paths, views: Sequence[View], view: np.ndarray, masks: Tensor)
         if kind != "removed":
             parts.append(_Part(path, prepared, rows, place[rows]))
             continue
-        removed = masks.sum(1).cpu().numpy()
+        removed = masks.sum(1)
         for n in np.unique(removed[rows]).tolist():
             alike = rows[removed[rows] == n]
             parts.append(_Part(path, prepared, alike, place[alike], (P - n + 1) / (P + 1), P - n))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,4 +52,19 @@ class Readings:
         return Readings(*(torch.cat([one[:, None], many], dim=1) for one, many in pairs))
 
     def cpu(self) -> Readings:
-        return Readings(self.logit.cpu(), self.prob.cpu(), self.max_prob.cpu())
+        return self.on_the_way()()
+
+    def on_the_way(self) -> Callable[[], Readings]:
+        """Start the copy to the CPU, and return the function that waits for it, but not for work that starts later."""
+        there = torch.stack([self.logit, self.prob, self.max_prob])
+        here = there.to("cpu", non_blocking=there.is_cuda)
+        copied = torch.cuda.Event() if there.is_cuda else None
+        if copied is not None:
+            copied.record(torch.cuda.current_stream(there.device))
+
+        def arrived() -> Readings:
+            if copied is not None:
+                copied.synchronize()
+            return Readings(*here)
+
+        return arrived

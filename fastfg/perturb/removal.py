@@ -14,10 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastfg.models.hooks import in_this_thread
 from fastfg.perturb.tokens import Tokens, taken
+
+# without cuDNN's attention, which prepares itself anew, for about 0.1 s, for each number of tokens
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Removal(Tokens):
@@ -45,6 +49,8 @@ class Removal(Tokens):
         with ExitStack() as stack:
             for block in self.adapter.blocks:
                 stack.enter_context(_positions(block, kept, self.n_patches))
+            if kept.is_cuda:
+                stack.enter_context(sdpa_kernel(ANY_LENGTH))
             return self._from_states(states, stack)
 
     @property

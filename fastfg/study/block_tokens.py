@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastfg.models import Adapter
 from fastfg.study import token_writer
-from fastfg.study.prepared import Once
+from fastfg.study.prepared import Once, Thing
 from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
 
@@ -52,6 +52,6 @@ def cache_blocks(
         token_writer.cache_tokens(model, images(), new, part, shard_bytes=shard_bytes, **options)
         write_durably(part / COMPLETE, b"")
 
-    once("tokens", lambda: not missing(), write)
+    once(Thing("tokens", lambda: not missing(), write))
     held = complete_blocks(folder)
     return {block: held[block] for block in wanted}

@@ -62,17 +62,18 @@ class Cost:
     """The estimate: one row per stage, and the whole.
 
     Attributes:
-        table: ``stage``, ``images``, ``variants``, ``forwards``, ``minutes`` of one process.
+        table: ``stage``, ``images``, ``variants``, ``forwards``, ``minutes`` of one process. The report is not counted.
+        alone: minutes of it that one process works for the others, which wait.
         memory: bytes of one process.
     """
 
     table: pd.DataFrame
+    alone: float
     memory: int
 
-    @property
-    def minutes(self) -> float:
-        """The whole, in one process."""
-        return float(self.table["minutes"].sum())
+    def minutes(self, processes: int = 1) -> float:
+        """The whole, if each process has a core or a GPU."""
+        return self.alone + (float(self.table["minutes"].sum()) - self.alone) / processes
 
 
 def stages(config: Config, manifest: pd.DataFrame) -> list[Stage]:
@@ -115,8 +116,11 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
         for mode, own in measures_of(config, per_step).items()
     }
     rates = {mode: _rate(adapter, images, keys, own) for mode, own in measures.items()}
-    passes = _seconds_to_explain(adapter, images, config.protocol.layers)
-    rows = [_train_row(config, config.saes.train, images, adapter, device)] if config.saes.train else []
+    passes, forward = _seconds_to_explain(adapter, images, config.protocol.layers), _seconds_of_forward(adapter, images)
+    rows = _alone_rows(config, table, forward)
+    alone = sum(row["minutes"] for row in rows)
+    if config.saes.train:
+        rows.append(_train_row(config, config.saes.train, images, adapter, device))
     for stage in stages(config, table):
         forwards = sum(
             stage.images * (rates[m].forwards + stage.variants * rates[m].forwards_per_map) for m in stage.modes
@@ -126,7 +130,7 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
         )
         seconds += stage.images * passes * (len(config.kinds) if stage.title == "test" else 1)
         rows.append(_row(stage.title, stage.images, stage.variants, round(forwards), seconds))
-    return Cost(pd.DataFrame(rows), _memory(device))
+    return Cost(pd.DataFrame(rows), alone, _memory(device))
 
 
 def _model(config: Config, table: pd.DataFrame) -> tuple[Any, Any]:
@@ -173,6 +177,31 @@ def _seconds_to_explain(model: Adapter, images: torch.Tensor, layers: Sequence[i
     return found[-1] / len(images)
 
 
+@torch.no_grad()
+def _seconds_of_forward(model: Adapter, images: torch.Tensor) -> float:
+    """Seconds per image for one forward."""
+    found: list[float] = []
+    for _ in range(2):
+        started = _now(images.device)
+        model.forward(images)
+        found.append(_now(images.device) - started)
+    return found[-1] / len(images)
+
+
+def _alone_rows(config: Config, manifest: pd.DataFrame, forward: float) -> list[dict[str, Any]]:
+    """What one process makes for all: the linear head and the tokens of the SAEs, a forward per image."""
+    there, how = manifest["split"].value_counts(), config.saes.train
+    n_train = int(there.get("train", 0))
+    rows = []
+    if config.model.probe:
+        n = n_train + (config.data.validation or int(there.get("validation", 0)))
+        rows.append(_row("linear head", n, 0, 0, n * forward))
+    if how:
+        n = min(how.images or n_train, n_train)
+        rows.append(_row("tokens for the SAEs", n, 0, 0, n * forward))
+    return rows
+
+
 def _train_row(
     config: Config, how: Train, images: torch.Tensor, model: Adapter, device: torch.device
 ) -> dict[str, Any]:
@@ -189,7 +218,7 @@ def _train_row(
     step = (_now(device) - started) / STEPS
     trained = [kind for kind in config.kinds if kind != "random"]
     n = len(config.protocol.layers) * len(trained)
-    return _row(f"training of {n} SAEs", how.images or 0, 0, 0, n * how.steps * step)
+    return _row(f"training of {n} SAEs", 0, 0, 0, n * how.steps * step)
 
 
 def _now(device: torch.device) -> float:

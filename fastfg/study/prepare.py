@@ -23,7 +23,7 @@ from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, start_model, trained_labels
 from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import Config, Train
-from fastfg.study.prepared import Once, check_prepared, read_images
+from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.probe import features_of, fit_head
 from fastfg.study.shards import write_durably
@@ -80,8 +80,9 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     verify_content(used)
     once = Once(config.run.out, say)
-    check_prepared(config, train, used.loc[keys["validation"]], once)
-    reached = _probe(config, train, used.loc[keys["validation"]], once, say, track) if config.model.probe else None
+    shown = used.loc[keys["validation"]]
+    check_prepared(config, train, shown, once)
+    reached = _probe(config, device, train, shown, once, say, track) if config.model.probe else None
     model, transform, classes = load_classifier(config)
     adapter = adapt(model.to(device))
     if config.saes.train is not None:
@@ -141,7 +142,15 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
     return model, transform, known or named
 
 
-def _probe(config: Config, train: pd.DataFrame, shown: pd.DataFrame, once: Once, say: Say, track: Track) -> Accuracy:
+def _probe(
+    config: Config,
+    device: torch.device,
+    train: pd.DataFrame,
+    shown: pd.DataFrame,
+    once: Once,
+    say: Say,
+    track: Track,
+) -> Accuracy:
     """Fit a linear head, and write the classifier. Returns its accuracy on the validation images, ``shown``."""
     given, folder, limit = config.model, config.run.out / "model", config.data.max_failures
     classes = tuple(given.classes or sorted(set(train["label"])))
@@ -153,21 +162,21 @@ def _probe(config: Config, train: pd.DataFrame, shown: pd.DataFrame, once: Once,
 
     def make() -> None:
         start = start_model(given.name, given.weights, classes, img_size=given.img_size, seed=config.run.seed)
-        start.model.eval()
+        start.model.eval().to(device)
         features, labels = _features(
             start.model, train, classes, limit, say, track(f"Features of {len(train)} training images")
         )
         held, truth = _features(
             start.model, shown, classes, limit, say, track(f"Features of {len(shown)} validation images")
         )
-        fit_head(start.model, features, labels)
+        fit_head(start.model.cpu(), features, labels)
         answers = start.model.head(held).argmax(1)
         reached = asdict(Accuracy.of(classes, truth.tolist(), answers.tolist()))
         about = {"head": "a linear probe", "validation": reached}
         save_classifier(folder, start.model, start.architecture, classes, model_args=start.model_args, about=about)
         write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
-    once("model", (folder / ACCURACY).exists, make)
+    once(Thing("model", (folder / ACCURACY).exists, make))
     found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
     for line in found.sentences("validation, linear head"):
         say(line)
@@ -182,11 +191,11 @@ def _features(
     say: Say,
     progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
-    """The features [n, d] of the images that can be read, and their classes [n]."""
-    label = dict(zip(images["key"], images["label"], strict=True))
+    """The features [n, d] of the images that can be read, and their classes [n], on the CPU."""
+    label, device = dict(zip(images["key"], images["label"], strict=True)), next(model.parameters()).device
     features, labels = [], []
     for batch, keys in read_images(images, preprocessing(model), max_failures, say):
-        features.append(features_of(model, batch))
+        features.append(features_of(model, batch.to(device)).cpu())
         labels += [classes.index(label[key]) for key in keys]
         progress(len(labels), len(images))
     return torch.cat(features), torch.tensor(labels)
@@ -227,16 +236,18 @@ def _train(
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
     grouped = groups if all(groups.values()) else None
     recipe = _recipe(config, how, caches[wanted[0]].width, device)
-    for kind in config.kinds:
-        for layer in wanted:
 
-            def make(kind: str = kind, layer: int = layer) -> None:
-                options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
-                train_saes(
-                    caches[layer], out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}"))
-                )
+    def sae(kind: str, layer: int) -> None:
+        options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
+        train_saes(caches[layer], out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
 
-            once(f"sae {kind} {layer}", partial(done, kind, layer), make)
+    once(
+        *(
+            Thing(f"sae {kind} {layer}", partial(done, kind, layer), partial(sae, kind, layer))
+            for kind in config.kinds
+            for layer in wanted
+        )
+    )
     _say_reports(config, say)
 
 

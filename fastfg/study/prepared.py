@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,21 +26,33 @@ WAIT = 1.0  # seconds between looks at what another process makes
 BATCH = 16
 
 
+@dataclass(frozen=True)
+class Thing:
+    """Something that several processes need: ``make`` makes it if it is not ``ready``."""
+
+    name: str
+    ready: Callable[[], bool]
+    make: Callable[[], None]
+
+
 class Once:
-    """Makes things that several processes need: the first one makes them, and the others wait."""
+    """Makes things that several processes need. Each is made by one of them, and all wait until everything is ready."""
 
     def __init__(self, out: Path, say: Callable[[str], None]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.claims = Claims(out / ".lock", say)
 
-    def __call__(self, name: str, ready: Callable[[], bool], make: Callable[[], None]) -> None:
-        while not ready():
-            with self.claims(name) as held:
-                if held:
-                    if not ready():
-                        make()
-                    return
-            time.sleep(WAIT)
+    def __call__(self, *things: Thing) -> None:
+        while missing := [thing for thing in things if not thing.ready()]:
+            if not any(self._made(thing) for thing in missing):
+                time.sleep(WAIT)
+
+    def _made(self, thing: Thing) -> bool:
+        """Make it, unless another process holds it."""
+        with self.claims(thing.name) as held:
+            if held and not thing.ready():
+                thing.make()
+            return held
 
 
 def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame, once: Once) -> None:
@@ -63,7 +76,7 @@ def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame
     if how:
         found |= {f"saes.train.{name}": value for name, value in how.model_dump().items()}
     file = config.run.out / PREPARED
-    once("prepared", file.exists, lambda: write_durably(file, json.dumps(found, indent=2).encode()))
+    once(Thing("prepared", file.exists, lambda: write_durably(file, json.dumps(found, indent=2).encode())))
     before = json.loads(file.read_text(encoding="utf-8"))
     for name in {**before, **found}:
         if before.get(name) != found.get(name):

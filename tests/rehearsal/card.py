@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 CARD = torch.device("cuda", 0)
 TOTAL = 80 * 2**30  # bytes of memory
+under_way: list[tuple[Tensor, Tensor]] = []  # copies to the CPU that do not block, and what will arrive
 memory = {"free": TOTAL, "allocated": 0, "peak": 0}  # reported by torch.cuda; set by the tests
 
 aten = torch.ops.aten
@@ -56,7 +57,7 @@ class OnCard(Tensor):
         with torch.inference_mode(False):  # else a wrapper made there can't be a view of one from outside
             out = func(*tree_map_only(OnCard, below, args), **tree_map_only(OnCard, below, kwargs))
             if where is not None and where.type == "cpu":
-                return out
+                return _later(out) if kwargs.get("non_blocking") else out
             given = {id(below(t)): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
             return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnCard(t), out)
 
@@ -96,6 +97,24 @@ def check(func: Any, args: Any, kwargs: Any) -> None:
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func} "
             f"got {shapes} on the CPU)"
         )
+
+
+def _later(out: Tensor) -> Tensor:
+    """A copy to the CPU that does not block: its numbers arrive when an event that was recorded later is waited for."""
+    under_way.append((out, out.clone()))
+    return out.fill_(float("nan"))
+
+
+class Event:
+    """What fastfg uses of ``torch.cuda.Event``."""
+
+    def record(self, stream: Any = None) -> None:
+        self.copies = list(under_way)
+
+    def synchronize(self) -> None:
+        for out, values in self.copies:
+            out.copy_(values)
+        under_way[:] = [copy for copy in under_way if not any(copy is done for done in self.copies)]
 
 
 def scaled_mm(
@@ -164,6 +183,8 @@ def _answer_as_a_card() -> None:
         "get_device_properties": lambda device=None: properties,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: None,
+        "current_stream": lambda device=None: None,
+        "Event": Event,
         "mem_get_info": lambda device=None: (memory["free"], TOTAL),
         "memory_allocated": lambda device=None: memory["allocated"],
         "memory_reserved": lambda device=None: memory["allocated"],
@@ -172,6 +193,7 @@ def _answer_as_a_card() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone()
 
 
 def _launch_from_the_card() -> None:
