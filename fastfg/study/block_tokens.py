@@ -30,6 +30,8 @@ def cache_blocks(
     layers: Sequence[int],
     folder: Path,
     once: Once,
+    *,
+    track: Callable[[], Callable[[int], None]] | None = None,
     **options: Any,
 ) -> dict[int, TokenCache]:
     """The tokens of the blocks ``wanted``, from one pass over the images for those that ``folder`` does not hold.
@@ -38,7 +40,9 @@ def cache_blocks(
         images: gives (images, keys) in batches; called only if a block is missing.
         layers: all blocks of the study, those wanted among them. A shard holds as many images as if all were written
             together: what is trained from a block's tokens does not depend on when the block was added.
-        once: lets one process write, while the others wait. options: of :func:`fastfg.study.cache_tokens`.
+        once: lets one process write, while the others wait.
+        track: called when this process begins to write; returns what is called with the number of images done.
+        options: of :func:`fastfg.study.cache_tokens`.
     """
 
     def missing() -> list[int]:
@@ -49,7 +53,9 @@ def cache_blocks(
         new = missing()
         part = folder / "-".join(map(str, new))
         shard_bytes = -(-token_writer.SHARD_BYTES * len(new) // len(layers))
-        token_writer.cache_tokens(model, images(), new, part, shard_bytes=shard_bytes, **options)
+        progress = None if track is None else track()
+        more = {"shard_bytes": shard_bytes, "progress": progress, **options}
+        token_writer.cache_tokens(model, images(), new, part, **more)
         write_durably(part / COMPLETE, b"")
 
     once(Thing("tokens", lambda: not missing(), write))

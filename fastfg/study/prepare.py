@@ -220,7 +220,10 @@ def _train(
         for batch, keys in read_images(chosen, transform, config.data.max_failures, say):
             yield batch.to(device), keys
 
-    progress = track(f"Tokens of {len(chosen)} images")
+    def bar() -> Callable[[int], None]:
+        progress = track(f"Tokens of {len(chosen)} images")
+        return lambda n: progress(n, len(chosen))
+
     caches = cache_blocks(
         model,
         images,
@@ -231,7 +234,7 @@ def _train(
         tokens_per_image=how.tokens_per_image,
         dtype=torch.float16,
         seed=config.run.seed,
-        progress=lambda n: progress(n, len(chosen)),
+        track=bar,
     )
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
     grouped = groups if all(groups.values()) else None
