@@ -54,7 +54,7 @@ def cache_blocks(
         part = folder / "-".join(map(str, new))
         shard_bytes = -(-token_writer.SHARD_BYTES * len(new) // len(layers))
         progress = None if track is None else track()
-        more = {"shard_bytes": shard_bytes, "progress": progress, **options}
+        more: dict[str, Any] = {"shard_bytes": shard_bytes, "progress": progress, **options}
         token_writer.cache_tokens(model, images(), new, part, **more)
         write_durably(part / COMPLETE, b"")
 
