@@ -122,7 +122,7 @@ def test_an_effect_reads_as_in_the_paired_table(full):
     contents, _, page = full
     (row,) = contents.paired["vanilla"].query("variant == 'gated' and metric == 'srg'").to_dict("records")
     text = " ".join(page.texts)
-    assert f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in text
+    assert f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]" in text
     assert f"p = {row['p_holm']:.3f}".replace("0.", ".") in text or row["p_holm"] < 0.001
 
 
