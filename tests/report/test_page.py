@@ -118,7 +118,7 @@ def test_bold_is_the_best_and_really_better(full):
     assert table.count("<strong>") == len(expected)
 
 
-def test_an_effect_reads_as_in_the_paired_table(full):
+def test_an_effect_is_that_of_the_paired_table(full):
     contents, _, page = full
     (row,) = contents.paired["vanilla"].query("variant == 'gated' and metric == 'srg'").to_dict("records")
     text = " ".join(page.texts)
