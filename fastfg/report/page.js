@@ -202,7 +202,7 @@
       const canvas = el("canvas", { role: "img", "aria-label": `${title}, ${image.name}`, width: image.size[0], height: image.size[1] });
       return { canvas, values, kind, node: el("figure", { class: "tile" }, canvas, el("figcaption", {}, el("strong", {}, title), caption)) };
     };
-    const scores = (name) => el("span", { class: "scores" }, data.metrics.slice(0, 6).map((m, k) => el("span", { class: "scores" }, `${m.title} ${seeds.has(name) && score(i, name, k) === null ? "not judged" : num(score(i, name, k))}`)));
+    const scores = (name) => el("span", { class: "scores" }, data.metrics.slice(0, 6).map((m, k) => el("span", { class: "scores" }, `${m.title} ${seeds.has(name) && score(i, name, k) === null ? "no score" : num(score(i, name, k))}`)));
     const change = el("span", {}, data.metrics.slice(0, 6).map((m, k) => {
       const v = gain(i, k), better = v === null || m.higher === null || v === 0 ? null : (v > 0) === m.higher;
       return el("span", { class: `scores ${better === null ? "" : better ? "gained" : "lost"}` }, `${m.title} ${num(v, true)}${better === null ? "" : better ? " (better)" : " (worse)"}`);
@@ -217,7 +217,7 @@
     }
     if (state.controls) for (const name of others) if (name !== state.left && name !== state.right) tiles.push(tile(name, map(image, name), "heat", scores(name)));
     const has = Object.keys(image.evidence).length;
-    const node = el("article", { class: "card" }, el("h4", { dir: "auto", title: image.key }, image.name), image.name !== image.key ? el("p", { class: "key" }, `key ${image.key}`) : null, said.length ? el("p", {}, said.join(", ")) : null,
+    const node = el("article", { class: "card" }, el("h4", { dir: "auto", title: image.key }, image.name), !image.name.startsWith(image.key) ? el("p", { class: "key" }, `key ${image.key}`) : null, said.length ? el("p", {}, said.join(", ")) : null,
       el("div", { class: "tiles" }, tiles.map((t) => t.node)),
       has ? el("p", {}, el("button", { type: "button", onclick: () => open(image) }, "Where the scores of its patches come from")) : null);
     node.paint = () => tiles.forEach((t) => paint(t.canvas, image, t.values, t.kind));
