@@ -13,6 +13,7 @@ from torch import Tensor
 from fastfg import ops
 from fastfg.reference.encode import Normalized, encode
 from fastfg.reference.encode_topk import topk_lowest_index
+from fastfg.reference.gate import z_score as z_score  # for whoever shows the steps of a gate
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.types import Features, Gate
 

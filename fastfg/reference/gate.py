@@ -18,11 +18,19 @@ def gate(scores: Tensor, kappa: float | Tensor, c_max: float | Tensor) -> Tensor
     """
     s = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kappa, c_max = (torch.as_tensor(number, dtype=s.dtype, device=s.device) for number in (kappa, c_max))
+    w = torch.exp(c_max.log() * torch.tanh(kappa * z_score(s)))  # eq. 5
+    return w.to(scores.dtype)
+
+
+def z_score(s: Tensor) -> Tensor:
+    """Robust z-scores [..., P] of the patches' scores ``s`` [..., P], in the dtype of ``s``: float32 or float64.
+
+    >>> z_score(torch.tensor([4.0, 1.0, 2.0, 9.0]))  # lower median 2, lower median of the deviations 1
+    tensor([ 1.3490, -0.6745,  0.0000,  4.7214])
+    """
     m = lower_median(s)
     mad = lower_median((s - m).abs()) + MAD_EPS  # eq. 4
-    z = (s - m) / (MAD_TO_STD * mad)
-    w = torch.exp(c_max.log() * torch.tanh(kappa * z))  # eq. 5
-    return w.to(scores.dtype)
+    return (s - m) / (MAD_TO_STD * mad)
 
 
 def lower_median(x: Tensor) -> Tensor:

@@ -297,6 +297,7 @@ def ablation_charts(names: Names) -> Iterator[Chart]:
         return
     for kind, what in (("gate", "gate of the patch"), ("logit", "target's logit")):
         rows = table[["image", "block", "feature", f"predicted_{kind}", f"actual_{kind}"]].dropna()
+        rows = rows.assign(image=[names.image(str(key)) for key in rows["image"]])
         x, y = rows[f"predicted_{kind}"].to_numpy(float), rows[f"actual_{kind}"].to_numpy(float)
         said = f"n = {len(rows)}"
         if len(rows) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:

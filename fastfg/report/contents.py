@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -139,7 +140,7 @@ class PatchEvidence:
 class Crop:
     """A patch that activates a feature, with its surroundings: ``picture`` [h, w, 3] uint8 of the image ``key``.
 
-    ``box`` is the patch in the crop: left, top, width, height in pixels.
+    ``box`` is the patch in the crop: left, top, width, height in pixels. ``name``: of the image's file, if it is known.
     """
 
     picture: Array
@@ -147,6 +148,7 @@ class Crop:
     activation: float
     box: tuple[int, int, int, int]
     label: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,11 @@ class ImageEntry:
     group: str | None = None
     path: str | None = None
     evidence: Mapping[int, PatchEvidence] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the report calls the image: the name of its file, or its key where no file is known."""
+        return file_of(self.path) or self.key
 
     def __post_init__(self) -> None:
         if self.picture.ndim != 3 or self.picture.shape[2] != 3 or self.picture.dtype != np.uint8:
@@ -285,6 +292,15 @@ class Contents:
     def key(self) -> Literal["key", "image"]:
         """The column of ``scores`` that names images."""
         return "key" if "key" in self.scores.columns else "image"
+
+
+def file_of(path: str | None) -> str:
+    """The name of the file at ``path``; empty without a path.
+
+    >>> file_of("photos/cell 1.png"), file_of(None)
+    ('cell 1.png', '')
+    """
+    return PurePath(path).name if path else ""
 
 
 def _check_columns(name: str, table: pd.DataFrame | None, needed: Iterable[str]) -> None:

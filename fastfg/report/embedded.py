@@ -66,6 +66,7 @@ def _image(image: ImageEntry, shown: Sequence[str], side: int, quality: int) -> 
     grids = [one.shape for one in image.maps.values()]
     return {
         "key": image.key,
+        "name": image.name,
         "picture": picture_url(image.picture, side, quality),
         "size": [image.picture.shape[1], image.picture.shape[0]],
         "grid": list(grids[0]) if grids else [],
@@ -137,6 +138,7 @@ def _crop(crop: Crop) -> dict[str, Any]:
         "size": [width, height],
         "box": list(crop.box),
         "key": crop.key,
+        "name": crop.name or crop.key,
         "label": crop.label,
         "activation": float(crop.activation),
     }

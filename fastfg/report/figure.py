@@ -45,7 +45,7 @@ def _figure(names: Names) -> Figure:
         raise ValueError("images: expected images with the maps of two variants, got none")
     heats = {image.key: _heats(image) for image in images}
     largest = max(float(np.abs(one[pair[1]] - one[pair[0]]).max()) for one in heats.values()) or 1.0
-    controls = [name for name in names.of_role("control") if all(name in one for one in heats.values())]
+    controls = [name for name in names.of_role("control", "seed") if all(name in one for one in heats.values())]
     columns = ["photograph", *pair, "difference", *controls]
     figure = Figure(figsize=(len(columns) * SIZE, len(images) * (SIZE + 0.62) + 1.7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -67,7 +67,7 @@ def _figure(names: Names) -> Figure:
 
 def caption(image: ImageEntry) -> str:
     """The image's name, class and probability, in short lines."""
-    lines = [image.key if len(image.key) <= 34 else f"…{image.key[-33:]}"]
+    lines = [image.name if len(image.name) <= 34 else f"…{image.name[-33:]}"]
     if image.label is not None:
         lines.append(f"class: {image.label}")
     if image.predicted is not None:

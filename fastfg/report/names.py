@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 
 from fastfg.metrics import METRICS
@@ -43,6 +44,16 @@ class Names:
     def of_role(self, *roles: str) -> list[str]:
         """The variants with one of ``roles``."""
         return [name for name, one in self.variants.items() if one.role in roles]
+
+    def image(self, key: str) -> str:
+        """What the image ``key`` is called: as its file, with the key where another file has the same name."""
+        return self._images.get(key, key)
+
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        images = self.contents.images
+        names = Counter(image.name for image in images)
+        return {one.key: one.name if names[one.name] == 1 else f"{one.name} (key {one.key})" for one in images}
 
     def title(self, metric: str) -> str:
         """What ``metric`` is called."""

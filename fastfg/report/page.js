@@ -7,6 +7,8 @@
   const num = (v, signed) => v === null || v === undefined ? "missing"
     : minus((signed && v > 0 ? "+" : "") + (v !== 0 && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5) ? v.toExponential(2) : String(+v.toPrecision(4))));
 
+  const apart = (text) => `\u2068${text}\u2069`;  // letters that run from right to left do not turn the words around them
+
   function el(tag, attributes, ...children) {
     const svg = ["svg", "rect", "line", "circle", "text"].includes(tag);
     const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -104,7 +106,8 @@
 
   const named = new Set(data.images.flatMap((image) => image.maps.map((m, v) => m && data.variants[v].name).filter(Boolean)));
   const choices = data.variants.map((v) => v.name).filter((name) => named.has(name));
-  const others = data.variants.filter((v) => v.role === "control" && named.has(v.name)).map((v) => v.name);
+  const others = data.variants.filter((v) => ["control", "seed"].includes(v.role) && named.has(v.name)).map((v) => v.name);
+  const seeds = new Set(data.variants.filter((v) => v.role === "seed").map((v) => v.name));  // may be judged on fewer images
   const pair = data.pair.length ? data.pair : [choices[0], choices[1] || choices[0]];
   const state = { left: pair[0], right: pair[1], by: choices.length < 2 ? "0/0" : "gain/0", view: "both", kind: "", error: "", controls: others.length <= 3, shown: PER_PAGE };
   const classOf = (image) => image.label ?? image.predicted ?? image.explained;
@@ -121,7 +124,7 @@
     return data.images.map((_, i) => i).filter((i) => {
       const image = data.images[i], wrong = image.label !== image.predicted;
       if (state.kind && classOf(image) !== state.kind) return false;
-      if (state.error === "missing") return data.scores[i].some((one) => one.some((v) => v === null));
+      if (state.error === "missing") return data.scores[i].some((one, v) => !seeds.has(data.variants[v].name) && one.some((s) => s === null));
       return !state.error || (image.label !== null && image.predicted !== null && wrong === (state.error === "wrong"));
     });
   }
@@ -191,15 +194,15 @@
 
   function card(i) {
     const image = data.images[i];
-    const said = [image.label !== null ? `class ${image.label}` : null,
-      image.predicted !== null ? `predicted ${image.predicted}${image.label !== null ? (image.label === image.predicted ? " (right)" : " (wrong)") : ""}` : null,
+    const said = [image.label !== null ? `class ${apart(image.label)}` : null,
+      image.predicted !== null ? `predicted ${apart(image.predicted)}${image.label !== null ? (image.label === image.predicted ? " (right)" : " (wrong)") : ""}` : null,
       image.probability !== null ? `probability ${num(image.probability)}` : null,
-      image.explained !== null ? `explained: ${image.explained}` : null, image.group !== null ? `group ${image.group}` : null].filter(Boolean);
+      image.explained !== null ? `explained: ${apart(image.explained)}` : null, image.group !== null ? `group ${apart(image.group)}` : null].filter(Boolean);
     const tile = (title, values, kind, caption) => {
-      const canvas = el("canvas", { role: "img", "aria-label": `${title}, ${image.key}`, width: image.size[0], height: image.size[1] });
+      const canvas = el("canvas", { role: "img", "aria-label": `${title}, ${image.name}`, width: image.size[0], height: image.size[1] });
       return { canvas, values, kind, node: el("figure", { class: "tile" }, canvas, el("figcaption", {}, el("strong", {}, title), caption)) };
     };
-    const scores = (name) => el("span", { class: "scores" }, data.metrics.slice(0, 6).map((m, k) => el("span", { class: "scores" }, `${m.title} ${num(score(i, name, k))}`)));
+    const scores = (name) => el("span", { class: "scores" }, data.metrics.slice(0, 6).map((m, k) => el("span", { class: "scores" }, `${m.title} ${seeds.has(name) && score(i, name, k) === null ? "no score" : num(score(i, name, k))}`)));
     const change = el("span", {}, data.metrics.slice(0, 6).map((m, k) => {
       const v = gain(i, k), better = v === null || m.higher === null || v === 0 ? null : (v > 0) === m.higher;
       return el("span", { class: `scores ${better === null ? "" : better ? "gained" : "lost"}` }, `${m.title} ${num(v, true)}${better === null ? "" : better ? " (better)" : " (worse)"}`);
@@ -214,7 +217,7 @@
     }
     if (state.controls) for (const name of others) if (name !== state.left && name !== state.right) tiles.push(tile(name, map(image, name), "heat", scores(name)));
     const has = Object.keys(image.evidence).length;
-    const node = el("article", { class: "card" }, el("h4", {}, image.key), said.length ? el("p", {}, said.join(", ")) : null,
+    const node = el("article", { class: "card" }, el("h4", { dir: "auto", title: image.key }, image.name), !image.name.startsWith(image.key) ? el("p", { class: "key" }, `key ${image.key}`) : null, said.length ? el("p", {}, said.join(", ")) : null,
       el("div", { class: "tiles" }, tiles.map((t) => t.node)),
       has ? el("p", {}, el("button", { type: "button", onclick: () => open(image) }, "Where the scores of its patches come from")) : null);
     node.paint = () => tiles.forEach((t) => paint(t.canvas, image, t.values, t.kind));
@@ -240,7 +243,7 @@
     view.detail = el("div", { role: "region", "aria-label": "The chosen patch" });
     view.feature = el("div", { role: "region", "aria-label": "The chosen feature" });
     const close = el("button", { type: "button", onclick: () => dialog.close() }, "Close");
-    dialog.replaceChildren(el("div", { class: "top" }, el("h2", { id: "patches-title" }, `Patches of ${image.key}`), close),
+    dialog.replaceChildren(el("div", { class: "top" }, el("h2", { id: "patches-title" }, `Patches of ${image.name}`), close),
       el("p", { class: "note" }, `${data.evidence_of ? `Variant: ${data.evidence_of}. ` : ""}Choose a patch: with the pointer, or with the arrow keys. Red patches have a gate above 1, blue ones below 1.`),
       el("div", { class: "evidence" }, el("div", {}, el("label", {}, "Gated block ", select), view.picker, view.list), el("div", {}, view.detail, view.feature)));
     dialog.showModal();
@@ -253,7 +256,7 @@
     const order = Array.from(e.scores.keys()).sort((a, b) => e.scores[b] - e.scores[a]);
     if (view.patch === null) view.patch = order[0];
     const widest = e.gates.reduce((m, w) => Math.max(m, Math.abs(Math.log(w))), 0) || 1;
-    const canvas = el("canvas", { role: "img", "aria-label": `Gates of block ${view.block} over ${image.key}`, width: image.size[0], height: image.size[1] });
+    const canvas = el("canvas", { role: "img", "aria-label": `Gates of block ${view.block} over ${image.name}`, width: image.size[0], height: image.size[1] });
     const name = (t) => `row ${Math.floor(t / gw) + 1}, column ${t % gw + 1}: score ${num(e.scores[t] * e.quantum)}, gate ${num(e.gates[t])}`;
     const buttons = order.map(() => null);
     const grid = el("div", { class: "grid", role: "group", "aria-label": "Patches" });
@@ -357,7 +360,7 @@
   function crop(c) {
     const box = el("span", { "aria-hidden": "true" }), [w, h] = c.size, [left, top, width, height] = c.box;
     Object.assign(box.style, { left: `${100 * left / w}%`, top: `${100 * top / h}%`, width: `${100 * width / w}%`, height: `${100 * height / h}%` });
-    return el("li", {}, el("div", { class: "crop" }, el("img", { src: c.picture, alt: `Part of ${c.key}`, width: w, height: h }), box), `${num(c.activation)}${c.label ? `, ${c.label}` : ""}`);
+    return el("li", {}, el("div", { class: "crop" }, el("img", { src: c.picture, alt: `Part of ${c.name}`, title: c.name, width: w, height: h }), box), `${num(c.activation)}${c.label ? `, ${c.label}` : ""}`);
   }
 
   controls();

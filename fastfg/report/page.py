@@ -21,7 +21,7 @@ from fastfg.report.charts import (
     shuffled_charts,
     sweep_charts,
 )
-from fastfg.report.contents import Contents, Effect
+from fastfg.report.contents import Contents, Effect, file_of
 from fastfg.report.embedded import gallery
 from fastfg.report.figure import save_figure
 from fastfg.report.names import GROUPS, Names
@@ -31,6 +31,8 @@ from fastfg.report.table import (
     compared_with,
     difference_cells,
     differences_note,
+    equals,
+    signed,
     table_cells,
 )
 from fastfg.report.theme import LIGHT, darkened, render
@@ -130,7 +132,7 @@ def _html(names: Names, pictures: Mapping[str, Sequence[Picture]]) -> str:
         parts={part: (CHARTS[part][0], found) for part, found in pictures.items()},
         ranks=None if contents.ranks is None else frame(contents.ranks, "The real decoder's rank"),
         scores=_scores(names),
-        errors=None if contents.errors is None or not len(contents.errors) else frame(contents.errors, "Errors"),
+        errors=None if contents.errors is None or not len(contents.errors) else frame(_errors(contents), "Errors"),
         settings={name: _plain(value) for name, value in contents.settings.items()},
         style=Markup(style),
         script=Markup(script),
@@ -152,7 +154,7 @@ def frame(table: pd.DataFrame, caption: str) -> Table:
         [Cell(shown(value), number) for value, number in zip(row, numbers, strict=True)]
         for row in table.itertuples(index=False, name=None)
     ]
-    return Table(caption, [str(name) for name in table.columns], [("", rows)])
+    return Table(caption, [str(name).replace("_", " ") for name in table.columns], [("", rows)])
 
 
 def shown(value: object) -> str:
@@ -170,32 +172,16 @@ def _plain(value: object) -> str:
 
 def _effect(effect: Effect, names: Names) -> dict[str, str]:
     """One effect in words."""
-    interval = "" if effect.low != effect.low else f" [{_three(effect.low)}, {_three(effect.high)}]"
-    p = (
-        "not tested"
-        if effect.p != effect.p
-        else "p < .001"
-        if effect.p < 0.001
-        else f"p = {effect.p:.3f}".replace("0.", ".")
-    )
+    interval = "" if effect.low != effect.low else f" [{signed(effect.low)}, {signed(effect.high)}]"
+    p = "not tested" if effect.p != effect.p else f"p {equals(effect.p)}"
     return {
         "metric": names.heading(effect.metric),
         "pair": f"{effect.variant} minus {effect.against}",
-        "difference": f"{_three(effect.difference)}{interval}",
+        "difference": "missing" if effect.difference != effect.difference else f"{signed(effect.difference)}{interval}",
         "p": p,
         "n": str(effect.n),
         "verdict": effect.verdict,
     }
-
-
-def _three(value: float) -> str:
-    return (
-        "missing"
-        if value != value
-        else f"{value:+.3f}"
-        if 0.01 <= abs(value) < 10_000 or not value
-        else f"{value:+.2e}"
-    )
 
 
 def _means(names: Names) -> dict[str, Any] | None:
@@ -250,6 +236,16 @@ def _scores(names: Names) -> Table | None:
     if contents.images or len(contents.scores) > MOST_ROWS:
         return None
     return frame(contents.scores, "Scores of each image")
+
+
+def _errors(contents: Contents) -> pd.DataFrame:
+    """The errors with the file's name first and its key last, where they have a path."""
+    table = contents.errors
+    assert table is not None
+    if "path" not in table or "file" in table:
+        return table
+    found = table.assign(file=[file_of(path) if isinstance(path, str) else "" for path in table["path"]])
+    return found[["file", *(name for name in table if name not in ("key", "path")), "path", *({"key"} & set(table))]]
 
 
 # Files beside the page -----------------------------------------------------------------------------------------------

@@ -210,6 +210,15 @@ def equals(p: float) -> str:
     return _p(p) if p < 0.001 else f"= {_p(p)}"
 
 
+def signed(value: float) -> str:
+    """A difference with its sign: four decimals, or three digits if it is very small or large.
+
+    >>> signed(0.0213), signed(-2e-6), signed(0.0)
+    ('+0.0213', '-2.00e-06', '+0.0000')
+    """
+    return f"{value:+.4f}" if 0.001 <= abs(value) < 10_000 or not value else f"{value:+.2e}"
+
+
 def _shown(values: pd.Series) -> Callable[[float], str]:
     """How the numbers of one metric are shown: three decimals, or three digits if they are very small or large."""
     largest = values.abs().max()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastfg.metrics import METRICS
 from fastfg.report.contents import Claim, Condition, Effect
+from fastfg.study import wording
 from fastfg.study.paired import paired
 from fastfg.study.pairs import direction_of
 
@@ -50,7 +51,7 @@ def answer(
         own = [_condition(over)]
         if (control := strongest[metric]) is not None:
             effects.append(Effect.of(tables[control], method, metric, control))
-            own.append(_condition(effects[-1], "the strongest control, "))
+            own.append(_condition(effects[-1], strongest=True))
         conditions += own
         if all(condition.holds for condition in own):
             passed.append(metric)
@@ -78,22 +79,17 @@ def _strongest(against: pd.DataFrame, metric: str, controls: Sequence[str]) -> s
     return str(means.idxmax() if direction else means.idxmin())
 
 
-def _condition(effect: Effect, what: str = "") -> Condition:
-    title = METRICS[effect.metric].title if effect.metric in METRICS else effect.metric
-    text = f"{title}: better than {what}{effect.against} (Holm p < .05)."
+def _condition(effect: Effect, strongest: bool = False) -> Condition:
+    text = wording.better_than(effect.against, strongest=strongest, metric=_title(effect.metric))
     return Condition(text, SETTLED.get(effect.verdict), f"{_words(effect)}: {effect.verdict}")
 
 
 def _words(effect: Effect) -> str:
-    """``+0.020 [-0.010, +0.050], Holm p = .250, n = 12``."""
-    if effect.difference != effect.difference:
-        return f"no difference can be computed, n = {effect.n}"
-    text = f"{effect.difference:+.3g}"
-    if effect.low == effect.low:
-        text += f" [{effect.low:+.3g}, {effect.high:+.3g}]"
-    p = effect.p
-    said = "not tested" if p != p else "Holm p < .001" if p < 0.001 else f"Holm p = {p:.3f}".replace("0.", ".")
-    return f"{text}, {said}, n = {effect.n}"
+    return wording.effect(effect.difference, effect.low, effect.high, effect.p, effect.n)
+
+
+def _title(metric: str) -> str:
+    return METRICS[metric].title if metric in METRICS else metric
 
 
 def _sentence(
@@ -101,10 +97,9 @@ def _sentence(
 ) -> str:
     beside = f"{baseline} and its strongest control" if controls else baseline
     first = next(e for e in effects if e.metric == (passed or metrics)[0] and e.against == baseline)
-    titles = [METRICS[name].title if name in METRICS else name for name in passed]
-    shown = METRICS[first.metric].title if first.metric in METRICS else first.metric
-    effect = f"{shown}, {method} minus {baseline}: {_words(first)}"
+    titles = [_title(name) for name in passed]
+    effect = f"{_title(first.metric)}, {method} minus {baseline}: {_words(first)}"
     if not passed:
         none = f"{method} does not beat {beside} by any of {len(metrics)} metrics"
-        return f"No improvement can be claimed: {none} ({effect})."
+        return f"{wording.NO_CLAIM}: {none} ({effect})."
     return f"{method} beats {beside} by {', '.join(titles)}, {len(passed)} of {len(metrics)} metrics ({effect})."

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastfg.report.contents import Claim, Condition, Effect
-from fastfg.report.table import equals
+from fastfg.study import wording
 from fastfg.study.measures import ORDERS, PRIMARY
 from fastfg.study.paired import paired
-from fastfg.study.resampling import ALPHA
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,13 +67,14 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
     strongest = _strongest(rows, controls)
     against = [VANILLA, *([strongest] if strongest else [])]
     signs = _signs(tables, against)
-    conditions = [_real(rows, name, "the strongest control, " if name != VANILLA else "") for name in against]
+    conditions = [_real(rows, name, name != VANILLA) for name in against]
     conditions.append(_every(rows, controls))
     needed = math.ceil(SIGNS * len(tables) * len(ORDERS))
     for name in against:
         own = signs[signs["against"] == name]
         good, n = int((own["gain"] > 0).sum()), len(own)
-        modes = "; ".join(f"{r.order}, {r.mode}: {r.gain:+.4f}" for r in own.itertuples(index=False))
+        shown = zip(own["order"], own["mode"], own["gain"].astype(float), strict=True)
+        modes = "; ".join(f"{order}, {mode}: {wording.difference(gain)}" for order, mode, gain in shown)
         conditions.append(
             Condition(f"Ahead of {name} in at least {needed} of {n} modes", good >= needed, f"{good} of {n} ({modes})")
         )
@@ -98,37 +98,28 @@ def _strongest(rows: Rows, controls: Sequence[str]) -> str | None:
     return max(known, key=ahead.__getitem__, default=None)
 
 
-def _real(rows: Rows, name: str, what: str) -> Condition:
+def _real(rows: Rows, name: str, strongest: bool) -> Condition:
     """Whether the gate is better than variant ``name`` by the paired test."""
-    text = f"Better than {what}{name} (Holm p < {ALPHA:g})"
     row = rows[name]
     holds = row["verdict"] == "worse"  # than the gate
-    detail = f"difference {_gain(row)}, Holm p {_p(row['p_holm'])}, n = {row['n']}"
-    if row["groups"] != row["n"]:
-        detail += f" in {row['groups']} groups"
+    detail = _words(row)
+    text = wording.better_than(name, strongest=strongest)
     return Condition(text, holds, f"{detail}; {row['reason']}" if row["reason"] else detail)
 
 
 def _every(rows: Rows, controls: Sequence[str]) -> Condition:
     """Whether the gate is better than each control that was asked for; one that was not tested counts as not beaten."""
-    text = f"Better than every control (Holm p < {ALPHA:g})"
+    text = wording.better_than("every control")
     if not controls:
         return Condition(text, False, "no control was judged")
     left = [name for name in controls if name not in rows or rows[name]["verdict"] != "worse"]
-    why = [
-        f"{name}: Holm p {_p(rows[name]['p_holm'])}, n = {rows[name]['n']}" if name in rows else name for name in left
-    ]
+    why = [f"{name}: {_words(rows[name])}" if name in rows else name for name in left]
     return Condition(text, not left, f"not better than {'; '.join(why)}" if left else f"{len(controls)} controls")
 
 
-def _gain(row: Mapping[Any, Any]) -> str:
-    """The gate's gain over the variant of ``row``, with its interval."""
-    text = f"{-row['difference']:+.4f}"
-    return text if row["low"] != row["low"] else f"{text} [{-row['high']:+.4f}, {-row['low']:+.4f}]"
-
-
-def _p(p: float) -> str:
-    return "not tested" if p != p else equals(p)
+def _words(row: Mapping[Any, Any]) -> str:
+    """The gate's gain over the variant of ``row``, with its interval, p value and number of images."""
+    return wording.effect(-row["difference"], -row["high"], -row["low"], row["p_holm"], row["n"], row["groups"])
 
 
 def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.DataFrame:
@@ -147,12 +138,11 @@ def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.Dat
 
 
 def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None) -> tuple[str, bool]:
-    vanilla = rows[VANILLA]
-    effect = f"{_gain(vanilla)} in SRG against vanilla, Holm p {_p(vanilla['p_holm'])}, n = {vanilla['n']}"
+    effect = f"SRG, gate minus vanilla: {_words(rows[VANILLA])}"
     failed = sum(not condition.holds for condition in conditions)
     if not failed:
         return (
-            f"The gate improves explanations: {effect}, and it is better than the strongest control, {strongest}.",
+            f"The gate improves explanations ({effect}), and it is better than the strongest control, {strongest}.",
             True,
         )
-    return f"No improvement can be claimed: {effect}; {failed} of {len(conditions)} conditions fail.", False
+    return f"{wording.NO_CLAIM} ({effect}): {failed} of {len(conditions)} conditions fail.", False

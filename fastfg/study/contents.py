@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import fastfg
-from fastfg.report.contents import Contents, ImageEntry
+from fastfg.report.contents import Contents
 from fastfg.report.contents import Variant as Described
 from fastfg.report.versions import versions
 from fastfg.study.claim import GATE, SHUFFLED, VANILLA, Judgement, judge_claim, with_mean_of_shuffled
+from fastfg.study.gallery import gallery, with_maps
 from fastfg.study.judging import Judging
 from fastfg.study.measures import ORDERS, PRIMARY, curves
 from fastfg.study.paired import paired
@@ -19,6 +20,7 @@ from fastfg.study.protocol import Outcome, describe, measures_of
 from fastfg.study.rank import rank_test
 from fastfg.study.selection import layer_variants, sweep_variants
 from fastfg.study.statistics import metric_of, summarize
+from fastfg.study.telling import Track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,11 +47,13 @@ def judgement(outcome: Outcome, seed: int) -> tuple[Judgement, dict[str, pd.Data
     return judge_claim(tables, controls, seed), tables
 
 
-def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[ImageEntry] = ()) -> Contents:
+def contents(judging: Judging, outcome: Outcome, command: str, track: Track) -> Contents:
     """What the report of a study shows."""
     config = judging.config
     judged, tables = judgement(outcome, config.run.seed)
     shown = _joined(tables, outcome.shuffled)
+    names = with_maps(outcome, judged)
+    scores = _joined(tables, [name for name in outcome.shuffled if name not in names])
     metrics = shown.attrs["metrics"]
     directions = _directions(metrics)
     options: dict[str, Any] = {"metrics": metrics, "higher_is_better": directions}
@@ -57,11 +61,11 @@ def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[
         title=config.title,
         subtitle=f"Feature-Gradient Attribution, fastfg {fastfg.__version__}",
         claims=[judged.claim],
-        scores=shown,
+        scores=scores,
         metrics=metrics,
-        titles=_titles(metrics),
+        titles=_titles(metrics) | {PRIMARY: _titles(metrics)[metrics[0]]},
         higher_is_better=directions,
-        variants=_described(shown),
+        variants=_described(scores, outcome.shuffled),
         summary=summarize(shown, VANILLA, metrics=metrics),
         paired={
             VANILLA: paired(shown, VANILLA, seed=config.run.seed, **options),
@@ -73,7 +77,7 @@ def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[
         curves=_curves(judging, outcome),
         shuffled=_shuffled(outcome),
         ranks=_ranks(outcome),
-        images=images,
+        images=gallery(judging, outcome, names, track),
         difference=(VANILLA, GATE),
         settings=_settings(judging, outcome),
         versions=versions(),
@@ -83,13 +87,13 @@ def contents(judging: Judging, outcome: Outcome, command: str, images: Sequence[
     )
 
 
-def _joined(tables: Mapping[str, pd.DataFrame], shuffled: Sequence[str]) -> pd.DataFrame:
-    """One table of all modes, without the single seeds: a metric of a mode is the column ``metric (mode)``."""
+def _joined(tables: Mapping[str, pd.DataFrame], hidden: Sequence[str]) -> pd.DataFrame:
+    """One table of all modes, without the variants ``hidden``: a metric of a mode is the column ``metric (mode)``."""
     found: pd.DataFrame | None = None
     columns: list[str] = []
     for mode, table in tables.items():
         names = {metric: f"{metric} ({mode})" for metric in table.attrs["metrics"]}
-        own = table[~table["variant"].isin(list(shuffled))].rename(columns=names)
+        own = table[~table["variant"].isin(list(hidden))].rename(columns=names)
         columns += names.values()
         if found is None:
             found = own
@@ -119,10 +123,11 @@ def _titles(columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _described(scores: pd.DataFrame) -> list[Described]:
-    roles = {VANILLA: "baseline", GATE: "method"}
+def _described(scores: pd.DataFrame, shuffled: Sequence[str]) -> list[Described]:
+    roles = {VANILLA: "baseline", GATE: "method"} | dict.fromkeys(shuffled, "seed")
     names = list(dict.fromkeys(scores["variant"]))
-    return [Described(name, roles.get(name, "control"), ABOUT.get(name, "")) for name in names]
+    about = ABOUT | dict.fromkeys(shuffled, "the same gate with the shuffled decoder of one seed")
+    return [Described(name, roles.get(name, "control"), about.get(name, "")) for name in names]
 
 
 def _layers(judging: Judging, outcome: Outcome) -> pd.DataFrame:
@@ -231,6 +236,7 @@ def _notes(judging: Judging) -> list[str]:
             f"On the validation images, the chosen gate's mean SRG is not above that of vanilla: "
             f"{choices[-1]['mean']:.4f} and {choices[-1]['vanilla']:.4f}, on {choices[-1]['images']} images."
         )
+    found += _about_images(judging)
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):
         found.append(
@@ -243,6 +249,18 @@ def _notes(judging: Judging) -> list[str]:
     n = judging.config.test.shuffled
     if n and (limit := judging.config.test.shuffled_images):
         found.append(f"The {n} shuffled decoders were judged on {limit} test images or a few more, not on all.")
+    return found
+
+
+def _about_images(judging: Judging) -> list[str]:
+    """What limits what the scores say: images that could not be read, and classes that are not there."""
+    failed, found = set(judging.store.failures().to_pandas()["key"]), []
+    for split, keys in (("validation", judging.parts.validation), ("test", judging.parts.test)):
+        if lost := len(failed.intersection(keys)):
+            found.append(f"{lost} of {len(keys)} {split} images could not be read and have no scores (see Errors).")
+    labels = set(judging.parts.images.loc[judging.parts.test, "label"]) - {""}
+    if len(labels) == 1:
+        found.append(f"All test images with a label are of one class, {labels.pop()!r}: nothing is said of others.")
     return found
 
 

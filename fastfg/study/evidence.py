@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
+from fastfg.attribution.patch_scores import z_score
 from fastfg.attribution.residuals import residuals
 from fastfg.checks import check_saes
 from fastfg.models import Adapter, adapt
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 SAEs = Mapping[int, SparseAutoencoder]
 LARGEST_BATCH = 16  # copies of an image that run at once, each without one feature
-MAD_EPS, MAD_TO_STD = 1e-8, 1.4826  # of eq. 4
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,9 @@ def _array(t: Tensor) -> Array:
 
 
 def _z(scores: Array) -> Array:
-    """Eq. 4."""
-    centred = scores - _lower_median(scores)
-    return centred / (MAD_TO_STD * (_lower_median(np.abs(centred)) + MAD_EPS))
-
-
-def _lower_median(values: Array) -> Array:
-    return np.sort(values)[(len(values) - 1) // 2]
+    """Eq. 4 for scores [P] in float64."""
+    z: Array = z_score(torch.from_numpy(scores)).numpy()
+    return z
 
 
 def strongest_features(found: Iterable[ImageTerms], most: int) -> dict[int, list[int]]:
@@ -196,14 +192,15 @@ def ablate(
 
     adapter, rows = adapt(model), []
     for i, (key, image) in enumerate(zip(keys, found, strict=True)):
+        streams = residuals(adapter, images[i : i + 1], list(image.blocks))
         for block, terms in image.blocks.items():
-            x = residuals(adapter, images[i : i + 1], block)[block][0]
-            chosen = _largest(terms, per_block)
-            for part in (chosen[first : first + LARGEST_BATCH] for first in range(0, len(chosen), LARGEST_BATCH)):
-                removed = torch.stack([_part_of(saes[block], x, feature) for feature in part])
+            chosen, one = _largest(terms, per_block), replace(gate, layers=(block,))  # other gates change nothing here
+            parts = _parts_of(saes[block], streams[block][0], chosen)
+            for first in range(0, len(chosen), LARGEST_BATCH):
+                part, removed = chosen[first : first + LARGEST_BATCH], parts[first : first + LARGEST_BATCH]
                 many = images[i : i + 1].expand(len(part), -1, -1, -1)
                 with _subtracted(adapter, block, removed):
-                    run = attribute(adapter, many, saes=saes, gate=gate, target=image.target)
+                    run = attribute(adapter, many, saes=saes, gate=one, target=image.target)
                 logits = Target(run.target).of(run.logits).value(run.logits, len(part))
                 for j, feature in enumerate(part):
                     row = _predicted(terms, feature, gate)
@@ -224,10 +221,10 @@ def _largest(terms: Terms, n: int) -> list[int]:
     return [int(features[k]) for k in np.lexsort((features, -totals))[:n]]
 
 
-def _part_of(sae: SparseAutoencoder, x: Tensor, feature: int) -> Tensor:
-    """What a feature adds to the reconstruction of tokens ``x`` [P, d], at the scale of the residual stream."""
-    code = sae.encode(x)[:, feature : feature + 1]
-    return (code * sae.W_dec[feature] * sae.normalize(x).scale).to(x.dtype)
+def _parts_of(sae: SparseAutoencoder, x: Tensor, features: Sequence[int]) -> Tensor:
+    """What each feature adds to the reconstruction of tokens ``x`` [P, d], at the scale of the residual stream."""
+    codes, scale = sae.encode(x), sae.normalize(x).scale
+    return torch.stack([(codes[:, k : k + 1] * sae.W_dec[k] * scale).to(x.dtype) for k in features])
 
 
 def _predicted(terms: Terms, feature: int, gate: Gate) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
-from fastfg.report.contents import Contents
+from fastfg.report.contents import Contents, file_of
 from fastfg.study.add_evidence import add_evidence, both_ends
 from fastfg.study.claim import GATE
 from fastfg.study.feature_evidence import LabelledBatch
@@ -29,7 +27,7 @@ def with_evidence(judging: Judging, outcome: Outcome, made: Contents, track: Tra
     keys = both_ends(made, EXPLAINED)
     if not keys:
         return made
-    images = {key: image for part, names, _ in _read(judging, keys) for key, image in zip(names, part, strict=True)}
+    images = {key: image for part in _read(judging, keys) for key, image in zip(part.keys, part.images, strict=True)}
     targets = judging.target_of(list(images))
     shown = judging.parts.validation[:SEEN]
     return add_evidence(
@@ -38,17 +36,18 @@ def with_evidence(judging: Judging, outcome: Outcome, made: Contents, track: Tra
         images,
         outcome.choice.gate,
         judging.parts.saes[TRAINED],
-        (LabelledBatch(*batch) for batch in _read(judging, shown)),
+        _read(judging, shown),
         targets=None if targets is None else dict(zip(images, targets.tolist(), strict=True)),
         of=GATE,
         progress=track(f"Evidence of {len(images)} images"),
     )
 
 
-def _read(judging: Judging, keys: Sequence[str]) -> Iterator[tuple[Tensor, list[str], list[str | None]]]:
-    """The images that can be read, on the model's device, with their keys and labels."""
+def _read(judging: Judging, keys: Sequence[str]) -> Iterator[LabelledBatch]:
+    """The images that can be read, on the model's device."""
     rows = judging.parts.images.loc[list(keys)]
     device = judging.parts.model.parameter.device
     for batch, own in read_rows(rows, judging.parts.transform, BATCH):
         if batch.paths:
-            yield batch.images.to(device), list(own["key"]), [label or None for label in own["label"]]
+            labels, names = [label or None for label in own["label"]], [file_of(path) for path in own["path"]]
+            yield LabelledBatch(batch.images.to(device), list(own["key"]), labels, names)

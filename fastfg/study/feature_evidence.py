@@ -24,11 +24,12 @@ CONTEXT = 2  # patches around the one that a crop shows
 
 
 class LabelledBatch(NamedTuple):
-    """Images [B, C, H, W] with their names and classes (None: not known)."""
+    """Images [B, C, H, W] with their keys and classes (None: not known), and the names of their files, if given."""
 
     images: Tensor
     keys: Sequence[str]
     labels: Sequence[str | None]
+    names: Sequence[str] = ()
 
 
 def feature_evidence(
@@ -148,7 +149,7 @@ class _Seen:
         lift = {
             label: float(self.mass[label][k]) / total / (self.of_class[label] / patches)
             for label in sorted(self.mass)
-            if total
+            if total and len(self.mass) > 1  # with one class, each lift is 1
         }
         there = histogram.top > 0
         return FeatureEvidence(
@@ -183,4 +184,5 @@ class _Pictures:
         cut = self.shown[i][top : y + (CONTEXT + 1) * ph, left : x + (CONTEXT + 1) * pw]
         pixels = (cut * 255).round().to(torch.uint8).numpy()
         box = (x - left, y - top, pw, ph)
-        return Crop(pixels, str(self.batch.keys[i]), value, box, self.batch.labels[i] or "")
+        name = self.batch.names[i] if self.batch.names else ""
+        return Crop(pixels, str(self.batch.keys[i]), value, box, self.batch.labels[i] or "", name)

@@ -1,7 +1,8 @@
-"""The images of a study's report: pictures, maps of vanilla and the gate, classes and probabilities."""
+"""The images of a study's report: pictures, maps, classes and probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from fastfg.report.contents import ImageEntry
 from fastfg.report.overlay import displayed
-from fastfg.study.claim import GATE, VANILLA
+from fastfg.study.claim import GATE, VANILLA, Judgement
 from fastfg.study.judging import Judging
 from fastfg.study.prepared import read_rows
 from fastfg.study.protocol import Outcome
@@ -24,10 +25,21 @@ LARGEST = 300  # images in the report
 BATCH = 8
 
 
-def gallery(judging: Judging, outcome: Outcome, track: Track) -> list[ImageEntry]:
-    """The first :data:`LARGEST` test images that can be read, with the maps of vanilla and the gate."""
+def with_maps(outcome: Outcome, judged: Judgement) -> list[str]:
+    """The variants whose maps are shown: vanilla, the gate, its strongest control, and the first shuffled decoder.
+
+    If the mean of the shuffled decoders is the strongest control, which has no map, it is the strongest of the others.
+    """
+    gain = judged.against_gate.set_index("variant")["difference"]  # a control's score less the gate's
+    controls = gain[gain.index.isin(outcome.controls)].dropna()
+    strongest = [str(controls.idxmax())] if len(controls) else []
+    return [VANILLA, GATE, *strongest, *outcome.shuffled[:1]]
+
+
+def gallery(judging: Judging, outcome: Outcome, names: Sequence[str], track: Track) -> list[ImageEntry]:
+    """The first :data:`LARGEST` test images that can be read, with the maps of the variants ``names``."""
     images = judging.parts.images.loc[judging.parts.test[:LARGEST]]
-    shown = [variant for variant in outcome.variants if variant.name in (VANILLA, GATE)]
+    shown = [variant for variant in outcome.variants if variant.name in names]
     progress, found, done = track(f"Pictures of {len(images)} images"), [], 0
     for batch, rows in read_rows(images, judging.parts.transform, BATCH):
         if batch.paths:
@@ -42,7 +54,9 @@ def _entries(judging: Judging, rows: pd.DataFrame, images: torch.Tensor, variant
     device = parts.model.parameter.device
     keys = list(rows["key"])
     target = judging.target_of(keys)
-    maps, found = explain(parts.model, images.to(device), variants, parts.saes, target=target, keys=keys)
+    maps, found = explain(
+        parts.model, images.to(device), variants, parts.saes, target=target, keys=keys, seed=judging.config.run.seed
+    )
     probability = probabilities(found.logits)
     entries = []
     for i, row in enumerate(rows.to_dict("records")):

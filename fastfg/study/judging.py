@@ -71,7 +71,13 @@ class Judging:
             progress=lambda at: progress(at.done, at.total),
             max_failures=self._max_failures(split, units),
         )
-        return self.store.read(units=[u.name for u in units], variants=by_identity, measures=by_measure).to_pandas()
+        found = self.store.read(units=[u.name for u in units], variants=by_identity, measures=by_measure).to_pandas()
+        if not len(found):
+            n = sum(len(unit.keys) for unit in units)
+            raise ValueError(
+                f"data.manifest: expected {split} images that can be read, got none of {n} (see errors.parquet)"
+            )
+        return found
 
     def table(self, rows: pd.DataFrame, variants: Sequence[Variant], measures: Sequence[Measure]) -> pd.DataFrame:
         """``rows`` of one mode as a table like that of :func:`fastfg.compare`, with groups if some are known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
-from fastfg.files import write_durably
 from fastfg.models import Adapter, adapt
 from fastfg.models.saved import WEIGHTS
 from fastfg.sae.checkpoints import load_saes
@@ -20,13 +19,12 @@ from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, trained_labels
+from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import Config, Train
 from fastfg.study.head import make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.telling import Say, Track
-from fastfg.study.token_cache import TokenCache
-from fastfg.study.token_writer import cache_tokens
 from fastfg.study.train_saes import Progress, train_saes
 from fastfg.study.weights import check_weights, sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
@@ -144,56 +142,61 @@ def _train(
     config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: Once, say: Say, track: Track
 ) -> None:
     """Train the SAEs that are missing, in the study's own folder."""
-    out, layers, folder = config.run.out / "saes", config.protocol.layers, config.run.out / "tokens"
-    folder /= "-".join(map(str, layers))  # with another block, all are written again, and finished SAEs are kept
+    out, layers = config.run.out / "saes", config.protocol.layers
     device = model.parameter.device
     chosen = draw(train, "train", how.images, config.run.seed)
-    kinds = [kind for kind in config.kinds if not all((out / kind / f"layer_{b}/report.json").exists() for b in layers)]
-    if not kinds:
+
+    def done(kind: str, layer: int) -> bool:
+        return (out / kind / f"layer_{layer}" / "report.json").exists()
+
+    wanted = [layer for layer in layers if not all(done(kind, layer) for kind in config.kinds)]
+    if not wanted:
         return
-    complete = folder / "complete"
 
-    def tokens() -> None:
+    def images() -> Iterator[tuple[torch.Tensor, list[str]]]:
+        for batch, keys in read_images(chosen, transform, config.data.max_failures, say):
+            yield batch.to(device), keys
+
+    def bar() -> Callable[[int], None]:
         progress = track(f"Tokens of {len(chosen)} images")
-        cache_tokens(
-            model,
-            (
-                (images.to(device), keys)
-                for images, keys in read_images(chosen, transform, config.data.max_failures, say)
-            ),
-            layers,
-            folder,
-            tokens_per_image=how.tokens_per_image,
-            dtype=torch.float16,
-            seed=config.run.seed,
-            progress=lambda done: progress(done, len(chosen)),
-        )
-        write_durably(complete, b"")
+        return lambda n: progress(n, len(chosen))
 
-    once(Thing("tokens", complete.exists, tokens))
-    cache = TokenCache(folder)
+    caches = cache_blocks(
+        model,
+        images,
+        wanted,
+        layers,
+        config.run.out / "tokens",
+        once,
+        tokens_per_image=how.tokens_per_image,
+        dtype=torch.float16,
+        seed=config.run.seed,
+        track=bar,
+    )
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
     grouped = groups if all(groups.values()) else None
-    recipe = _recipe(config, how, cache.width, device)
+    recipe = _recipe(config, how, caches[wanted[0]].width, device)
 
     def sae(kind: str, layer: int) -> None:
         options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
-        train_saes(cache, out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
+        train_saes(caches[layer], out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
 
     once(
         *(
-            Thing(
-                f"sae {kind} {layer}",
-                (out / kind / f"layer_{layer}" / "report.json").exists,
-                partial(sae, kind, layer),
-            )
-            for kind in kinds
-            for layer in layers
+            Thing(f"sae {kind} {layer}", partial(done, kind, layer), partial(sae, kind, layer))
+            for kind in config.kinds
+            for layer in wanted
         )
     )
+    _say_reports(config, say)
+
+
+def _say_reports(config: Config, say: Say) -> None:
+    """Say how well the study's own SAEs do."""
     for kind in config.kinds:
-        for layer in layers:
-            report = json.loads((out / kind / f"layer_{layer}" / "report.json").read_text(encoding="utf-8"))["report"]
+        for layer in config.protocol.layers:
+            file = config.run.out / "saes" / kind / f"layer_{layer}" / "report.json"
+            report = json.loads(file.read_text(encoding="utf-8"))["report"]
             figures = f"explained variance {report['explained_variance']:.4f}, L0 {report['l0']:.1f}"
             say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
 

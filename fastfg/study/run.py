@@ -21,7 +21,6 @@ from fastfg.models.fingerprint import fingerprint
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
 from fastfg.study.explained import with_evidence
-from fastfg.study.gallery import gallery
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
 from fastfg.study.processes import place
@@ -56,7 +55,7 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
         return None
     from fastfg.report.page import write_report
 
-    made = contents(judging, outcome, command_line(), gallery(judging, outcome, track))
+    made = contents(judging, outcome, command_line(), track)
     made = with_evidence(judging, outcome, made, track)
     for line in (
         (claim := made.claims[0]).sentence,

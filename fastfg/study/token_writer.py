@@ -37,6 +37,7 @@ def cache_tokens(
     tokens_per_image: int | None = None,
     dtype: torch.dtype = torch.float32,
     max_bytes: int | None = None,
+    shard_bytes: int | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> TokenCache:
@@ -52,6 +53,7 @@ def cache_tokens(
         tokens_per_image: patches per image, drawn by ``seed`` and the image's key, in the order of the grid; None: all.
         dtype: of the tokens on disk: float32, float16 or bfloat16.
         max_bytes: the most that the tokens may take on disk; None: no limit.
+        shard_bytes: a shard is written when its tokens take as much; None: 64 MiB.
         progress: called with the number of images that are done.
 
     Raises ValueError or TypeError that names the argument: for a folder with tokens of another model, other layers or
@@ -67,6 +69,8 @@ def cache_tokens(
     layers = integers("layers", layers)
     if tokens_per_image is not None and (isinstance(tokens_per_image, bool) or not tokens_per_image >= 1):
         raise ValueError(f"tokens_per_image: expected at least 1, got {tokens_per_image!r}")
+    if shard_bytes is not None and shard_bytes < 1:
+        raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
     adapter = adapt(model)
@@ -75,7 +79,7 @@ def cache_tokens(
     weights = {str(block): found for block, found in fingerprints(adapter, layers).items()}
     _check_new(Path(folder))
     with alone(Path(folder), "folder"):
-        writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes)
+        writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes, shard_bytes or SHARD_BYTES)
         _write(writer, model, batches, layers, tokens_per_image, dtype, seed, progress)
     return TokenCache(folder)
 
@@ -145,10 +149,10 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Writer:
-    """Collects the tokens of images, and writes a shard when they are :data:`SHARD_BYTES` or more."""
+    """Collects the tokens of images, and writes a shard when they are ``shard_bytes`` or more."""
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], max_bytes: int | None) -> None:
-        self.folder, self.recipe, self.max_bytes = folder, recipe, max_bytes
+    def __init__(self, folder: Path, recipe: dict[str, Any], max_bytes: int | None, shard_bytes: int) -> None:
+        self.folder, self.recipe, self.max_bytes, self.shard_bytes = folder, recipe, max_bytes, shard_bytes
         self.width: int | None = None
         self.known: set[str] = set()
         self.bytes = self.written = self.pending_bytes = 0
@@ -192,7 +196,7 @@ class _Writer:
         self.pending.append((tokens, keys))
         self.pending_bytes += size
         self.known.update(keys)
-        if self.pending_bytes >= SHARD_BYTES:
+        if self.pending_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:

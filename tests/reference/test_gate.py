@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastfg import reference
-from fastfg.reference.gate import lower_median
+from fastfg.reference.gate import lower_median, z_score
 
 
 def test_by_hand_with_the_lower_median():
@@ -67,3 +67,13 @@ def test_the_median_is_torchs_by_a_deterministic_algorithm():
         assert torch.equal(found.isnan(), x.median(-1, keepdim=True).values.isnan())
     with NotDeterministicOnCUDA():
         assert reference.gate(x, 1.0, 10.0).shape == x.shape
+
+
+def test_the_z_scores_by_hand():
+    scores = torch.tensor([[4.0, 1.0, 2.0, 9.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    first, second = z_score(scores).tolist()
+    assert first == [(s - 2) / (1.4826 * (1 + 1e-8)) for s in (4, 1, 2, 9)]
+    assert second == [0, 0, 0, 0]
+    assert z_score(torch.tensor([1.0, float("nan"), 2.0])).isnan().all()
+    values = torch.randn(50, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(z_score(values), torch.stack([z_score(row) for row in values]))

@@ -94,7 +94,7 @@ def test_tables_say_what_the_tables_say(full):
     low, high = seeds.min()["srg"], seeds.max()["srg"]
     assert rows["5 shuffled decoders: mean (range)"][0] == f"{seeds.mean()['srg']:.3f} ({low:.3f} to {high:.3f})"
     for table, caption in ((contents.ranks, "The real decoder's rank"), (contents.errors, "Errors")):
-        assert page.tables[caption][0] == list(table.columns)
+        assert page.tables[caption][0] == [name.replace("_", " ") for name in table.columns]
         assert page.tables[caption][1:] == [[shown(v) for v in row] for row in table.itertuples(index=False, name=None)]
     for metric in toy.METRICS:
         layers = contents.layers[contents.layers["metric"] == metric]
@@ -118,11 +118,11 @@ def test_bold_is_the_best_and_really_better(full):
     assert table.count("<strong>") == len(expected)
 
 
-def test_an_effect_reads_as_in_the_paired_table(full):
+def test_an_effect_is_that_of_the_paired_table(full):
     contents, _, page = full
     (row,) = contents.paired["vanilla"].query("variant == 'gated' and metric == 'srg'").to_dict("records")
     text = " ".join(page.texts)
-    assert f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in text
+    assert f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]" in text
     assert f"p = {row['p_holm']:.3f}".replace("0.", ".") in text or row["p_holm"] < 0.001
 
 
@@ -352,3 +352,27 @@ def test_text_of_values():
         "yes",
         "0.3333",
     ]
+
+
+def test_images_are_called_as_their_files(tmp_path, undrawn):
+    from fastfg.report.embedded import gallery
+
+    contents = toy.full(4)
+    paths = ["photos/<i><b>&\"'.png", "a/same.png", "b/same.png", None]
+    images = [replace(one, path=path) for one, path in zip(contents.images, paths, strict=True)]
+    errors = pd.DataFrame([{"path": "far/away/x.png", "key": "0f3e", "error": "not an image"}])
+    contents = replace(contents, images=images, errors=errors)
+    names = Names(contents)
+    said = [one["name"] for one in gallery(names)["images"]]
+    assert said == [paths[0].split("/")[-1], "same.png", "same.png", "image-003"]
+    assert names.image("image-001") == "same.png (key image-001)"
+    assert names.image("unknown") == "unknown"
+    text = write_report(tmp_path, contents).read_text(encoding="utf-8")
+    assert "<b>&" not in text
+    page = Page(text)
+    assert page.tables["Errors"] == [
+        ["file", "error", "path", "key"],
+        ["x.png", "not an image", "far/away/x.png", "0f3e"],
+    ]
+    numbers = page.tables["Change of the gate of the patch without a feature"]
+    assert {row[0] for row in numbers[1:]} == {said[0], "same.png (key image-001)"}

@@ -1,10 +1,14 @@
 """The claim: it holds only if all of its conditions do, worked out on small tables."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from fastfg.study.answer import answer
 from fastfg.study.claim import GATE, SHUFFLED, VANILLA, judge_claim, with_mean_of_shuffled
+from fastfg.study.paired import paired
 
 
 def table(n=24, **gains):
@@ -122,3 +126,24 @@ def test_three_quarters_of_six_are_five():
     )
     assert "at least 5 of 6" in found.claim.conditions[3].text
     assert not found.claim.holds
+
+
+def test_a_vanilla_without_scores_is_said_in_words():
+    scores = table(n=24, **GOOD)
+    scores.loc[scores["variant"] == VANILLA, ["srg", "deletion", "insertion"]] = np.nan
+    claim = judge_claim({"mean": scores}, ["permuted", "random"]).claim
+    assert not claim.holds
+    said = " ".join([claim.sentence, *(f"{one.text} {one.detail}" for one in claim.conditions)])
+    assert "nan" not in said
+    assert "SRG, gate minus vanilla: no difference can be computed, not tested, n = 0" in claim.sentence
+
+
+def test_both_kinds_of_claim_have_the_same_words():
+    scores = table(n=24, **GOOD)
+    by_answer, _ = answer(scores, paired(scores, VANILLA, metrics=["srg"]), GATE, controls=["permuted", "random"])
+    by_study = judge_claim({"mean": scores}, ["permuted", "random"]).claim
+    for one, other in zip(by_study.conditions[:2], by_answer.conditions, strict=True):
+        assert other.text == f"SRG: {one.text[0].lower()}{one.text[1:]}"
+        pattern = r"\+0\.\d{4} \[\+0\.\d{4}, \+0\.\d{4}\], Holm p < \.001, n = 24"
+        assert re.match(pattern, one.detail)
+        assert re.match(pattern, other.detail)

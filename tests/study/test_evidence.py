@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.study import evidence
 from fastfg.study.add_evidence import add_evidence, both_ends
 from fastfg.study.evidence import ablate, patch_evidence, strongest_features
 from fastfg.study.feature_evidence import Histogram, LabelledBatch, feature_evidence
@@ -110,6 +111,28 @@ def test_a_feature_that_is_taken_out(model, images):
         assert row["predicted_logit"] == pytest.approx(-float((part * g_all).sum()), abs=1e-11)
     assert all(bool((t == before[name]).all()) for name, t in model.state_dict().items())
     assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_taking_features_out_encodes_each_block_once(model, images, monkeypatch):
+    """One pass over an image gives its tokens, and one encoding per block all features of it that are taken out."""
+    saes = saes_of("relu")
+    found = patch_evidence(model, images[:2], GATE, saes)
+    passes, encoded, plain = [], [], {name: getattr(evidence, name) for name in ("residuals", "attribute")}
+    monkeypatch.setattr(evidence, "residuals", lambda *given: passes.append(given[2]) or plain["residuals"](*given))
+    encode = fastfg.SparseAutoencoder.encode
+    monkeypatch.setattr(
+        fastfg.SparseAutoencoder, "encode", lambda sae, x: encoded.append(tuple(x.shape)) or encode(sae, x)
+    )
+    gates = []
+    monkeypatch.setattr(
+        evidence,
+        "attribute",
+        lambda *given, **more: gates.append(more["gate"].layers) or plain["attribute"](*given, **more),
+    )
+    ablate(model, images[:2], ["a", "b"], found, GATE, saes, per_block=3)
+    assert passes == [[1, 2], [1, 2]]
+    assert encoded == [(24, 32)] * 4
+    assert gates == [(1,), (2,)] * 2
 
 
 def test_the_predicted_gate_leaves_the_feature_out_of_the_scores(model, images):

@@ -1,0 +1,48 @@
+"""The words of claims: the same for a study and for the comparison of a folder."""
+
+from __future__ import annotations
+
+from fastfg.report.table import equals, signed
+from fastfg.study.resampling import ALPHA
+
+NO_CLAIM = "No improvement can be claimed"
+
+
+def better_than(variant: str, *, strongest: bool = False, metric: str = "") -> str:
+    """The condition that a method is better than ``variant``, which may be the strongest control.
+
+    >>> better_than("random", strongest=True), better_than("vanilla", metric="SRG")
+    ('Better than the strongest control, random (Holm p < .05)', 'SRG: better than vanilla (Holm p < .05)')
+    """
+    what = f"{'the strongest control, ' if strongest else ''}{variant} (Holm p < {f'{ALPHA:g}'.lstrip('0')})"
+    return f"{metric}: better than {what}" if metric else f"Better than {what}"
+
+
+def difference(value: float, low: float = float("nan"), high: float = float("nan")) -> str:
+    """A mean difference with its interval, if there is one.
+
+    >>> difference(0.0213, -0.01, 0.05), difference(-2e-6), difference(float("nan"))
+    ('+0.0213 [-0.0100, +0.0500]', '-2.00e-06', 'no difference can be computed')
+    """
+    if value != value:
+        return "no difference can be computed"
+    return signed(value) if low != low else f"{signed(value)} [{signed(low)}, {signed(high)}]"
+
+
+def holm(p: float) -> str:
+    """A corrected p value.
+
+    >>> holm(0.25), holm(0.0002), holm(float("nan"))
+    ('Holm p = .250', 'Holm p < .001', 'not tested')
+    """
+    return "not tested" if p != p else f"Holm p {equals(p)}"
+
+
+def effect(value: float, low: float, high: float, p: float, n: int, groups: int | None = None) -> str:
+    """A difference, its p value and the number of images, which may be in fewer groups.
+
+    >>> effect(0.02, -0.01, 0.05, 0.25, 12, 3)
+    '+0.0200 [-0.0100, +0.0500], Holm p = .250, n = 12 in 3 groups'
+    """
+    many = "" if groups in (None, n) else f" in {groups} group{'s' * (groups != 1)}"
+    return f"{difference(value, low, high)}, {holm(p)}, n = {n}{many}"
