@@ -43,7 +43,8 @@ Examples:
   fastfg attribute photographs --model vit_base_patch16_224 \\
     --weights vit.safetensors --out out/maps
   fastfg attribute photographs --model vit_base_patch16_224 \\
-    --weights vit.safetensors --saes out/saes/trained --layers 2 3 4 --out out/gated
+    --weights vit.safetensors --saes out/saes/trained --layers 2 3 4 \\
+    --out out/gated
 
 """
 

@@ -33,9 +33,10 @@ NOTES = """How images are read:
   Folders are searched recursively. Hidden files, hidden folders and __MACOSX
   are ignored. Every other file that is not read is listed in errors.csv with
   its reason: damaged files, other suffixes, dangling links, DICOM files, ...
-  A file that is named on the command line is tried with any suffix, but .parquet
-  and .csv are manifests of fastfg data prepare. Their masks, groups and, with
-  --target label, labels are used; files that have changed since are an error.
+  A file that is named on the command line is tried with any suffix, but
+  .parquet and .csv are manifests of fastfg data prepare. Their masks, groups
+  and, with --target label, labels are used; files that have changed since are
+  an error.
   Folders with earlier output of fastfg (they hold a file fastfg.json) are
   skipped.
   8 bits per channel: used unchanged.
