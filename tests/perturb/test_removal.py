@@ -8,8 +8,10 @@ from fastfg.checks import check_target
 from fastfg.models import adapt
 from fastfg.models.hold import hold
 from fastfg.perturb.removal import Removal
+from fastfg.perturb.removal_check import check_removal
 from tests.models.families import FAMILIES, build, timm_eva
 from tests.perturb.test_tokens import size_of
+from tests.tools import tiny_vit
 
 
 def looped(adapter, image, mask):
@@ -191,3 +193,17 @@ def test_a_batch_size_of_one_and_large_batches_agree(model, images):
     assert one.forwards == many.forwards
     for metric in one:
         torch.testing.assert_close(one[metric], many[metric], rtol=1e-9, atol=1e-12)
+
+
+def test_logits_near_zero_are_no_reason_to_refuse_a_model(images):
+    """Where a model can't tell two classes apart, its logits are rounding, and differ by all of it."""
+    model = tiny_vit(torch.float32)
+    adapter, images = adapt(model), images.float()
+    target = check_target(adapter, fastfg.Target(1))
+    with hold(model, adapter.flags), torch.no_grad():
+        path = Removal(adapter)
+        P = path.prepare(images[:1], [])[0].shape[1] - adapter.num_prefix_tokens
+        kept = torch.randperm(P, generator=torch.Generator().manual_seed(0))[: P // 2].sort().values  # as in the check
+        model.head.bias -= path.one(images[:1], kept)[0]
+        assert path.one(images[:1], kept).abs().max() < 1e-6
+        assert check_removal(adapter, images, target)
