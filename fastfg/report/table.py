@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 FOOTNOTE = (
     "Mean ± standard error over images. Bold: the best mean of its column, where the paired test finds it better than "
-    "{against} (Holm p < .05); none where variants have different numbers of scores. Stars, for comparison with the "
-    "paper: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, *** p < .001."
+    "{against} (Holm p < .05); none where scores are missing, and never one of fewer images (n = ...). Stars, for "
+    "comparison with the paper: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, *** p < .001."
 )
 DIFFERENCES_NOTE = (
     "Difference to {against} on the same images, with its 95% bootstrap interval. Holm p: sign-flip test, corrected"
@@ -62,7 +62,10 @@ def table_cells(
     for metric in metrics:
         found = summary.loc[summary["metric"] == metric]
         show, best = _shown(found["mean"]), _best(found, paired, metric)
-        columns[metric] = {e["variant"]: Cell(_mean(e, show), e["variant"] == best) for e in found.to_dict("records")}
+        most = int((found["n"] + found["missing"]).max())
+        columns[metric] = {
+            e["variant"]: Cell(_mean(e, show, most), e["variant"] == best) for e in found.to_dict("records")
+        }
     variants = list(dict.fromkeys(summary["variant"]))
     return [
         Means([titled(m) for m in part], {v: [columns[m][v] for m in part] for v in variants})
@@ -153,6 +156,7 @@ def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str 
     """The variant with the best mean of ``metric`` if it is better than the one compared with, else None."""
     if paired is None or found["missing"].nunique() > 1:  # means over different images do not compare
         return None
+    found = found[found["n"] == found["n"].max()]  # others were judged on a part of the images
     means = found.set_index("variant")["mean"].dropna()
     real = paired.loc[(paired["metric"] == metric) & (paired["verdict"] == "better")].set_index("variant")["difference"]
     if not len(means) or not len(real):
@@ -161,13 +165,14 @@ def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str 
     return best if best in real.index else None
 
 
-def _mean(entry: dict[Any, Any], show: Callable[[float], str]) -> str:
+def _mean(entry: dict[Any, Any], show: Callable[[float], str], most: int) -> str:
+    """A mean over some of the images says so. ``most``: the number of images of the variant that has most."""
     if not entry["n"]:
         return "no score"
     text = f"{show(entry['mean'])} ± {show(entry['se'])}{entry['stars']}"
-    if entry["missing"]:  # a mean over some of the images says so
-        text += f" ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
-    return text
+    if entry["missing"]:
+        return f"{text} ({entry['missing']} of {entry['missing'] + entry['n']} missing)"
+    return text if entry["n"] == most else f"{text} (n = {entry['n']})"
 
 
 def _sentences(rows: pd.DataFrame, against: str) -> str:

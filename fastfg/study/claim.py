@@ -78,7 +78,8 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
         conditions.append(
             Condition(f"Ahead of {name} in at least {needed} of {n} modes", good >= needed, f"{good} of {n} ({modes})")
         )
-    sentence, holds = _sentence(conditions, rows, strongest)
+    share = _share(primary, strongest) if strongest else float("nan")
+    sentence, holds = _sentence(conditions, rows, strongest, share)
     effects = [_effect(rows, name) for name in against]
     return Judgement(Claim(sentence, holds, conditions, effects), strongest, table, signs)
 
@@ -137,12 +138,21 @@ def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.Dat
     return pd.DataFrame(rows, columns=["against", "mode", "order", "gain", "n"])
 
 
-def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None) -> tuple[str, bool]:
+def _share(primary: pd.DataFrame, control: str) -> float:
+    """The gain of ``control`` over vanilla as a share of that of the gate, on the images that all three have."""
+    means = primary.pivot(index="image", columns="variant", values=PRIMARY)[[GATE, VANILLA, control]].dropna().mean()
+    return float((means[control] - means[VANILLA]) / (means[GATE] - means[VANILLA]))
+
+
+def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None, share: float) -> tuple[str, bool]:
     effect = f"SRG, gate minus vanilla: {_words(rows[VANILLA])}"
     failed = sum(not condition.holds for condition in conditions)
     if not failed:
+        assert strongest is not None  # else a condition fails
+        ahead = wording.difference(-rows[strongest]["difference"], -rows[strongest]["high"], -rows[strongest]["low"])
         return (
-            f"The gate improves explanations ({effect}), and it is better than the strongest control, {strongest}.",
+            f"The gate improves explanations ({effect}). It is better than the strongest control, {strongest}, by "
+            f"{ahead}; {wording.share_of_gain(share)}.",
             True,
         )
     return f"{wording.NO_CLAIM} ({effect}): {failed} of {len(conditions)} conditions fail.", False

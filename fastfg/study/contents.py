@@ -11,6 +11,7 @@ from fastfg.report.contents import Contents
 from fastfg.report.contents import Variant as Described
 from fastfg.report.versions import versions
 from fastfg.study.claim import GATE, SHUFFLED, VANILLA, Judgement, judge_claim, with_mean_of_shuffled
+from fastfg.study.config import Protocol
 from fastfg.study.gallery import gallery, with_maps
 from fastfg.study.judging import Judging
 from fastfg.study.measures import ORDERS, PRIMARY, curves
@@ -236,6 +237,7 @@ def _notes(judging: Judging) -> list[str]:
             f"On the validation images, the chosen gate's mean SRG is not above that of vanilla: "
             f"{choices[-1]['mean']:.4f} and {choices[-1]['vanilla']:.4f}, on {choices[-1]['images']} images."
         )
+    found += _at_the_edge(judging.config.protocol, choices[-1]["gate"])
     found += _about_images(judging)
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):
@@ -249,6 +251,18 @@ def _notes(judging: Judging) -> list[str]:
     n = judging.config.test.shuffled
     if n and (limit := judging.config.test.shuffled_images):
         found.append(f"The {n} shuffled decoders were judged on {limit} test images or a few more, not on all.")
+    return found
+
+
+def _at_the_edge(protocol: Protocol, gate: Mapping[str, float]) -> list[str]:
+    """That a value was chosen beyond which none was compared."""
+    found = []
+    for name, values in (("kappa", protocol.kappa), ("c_max", protocol.c_max)):
+        for word, end in (("largest", max(values)), ("smallest", min(values))):
+            if gate[name] == end and len(set(values)) > 1:
+                found.append(
+                    f"{name} {end:g} was chosen, the {word} that was compared: one beyond it may score higher."
+                )
     return found
 
 

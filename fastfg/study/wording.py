@@ -46,3 +46,12 @@ def effect(value: float, low: float, high: float, p: float, n: int, groups: int 
     """
     many = "" if groups in (None, n) else f" in {groups} group{'s' * (groups != 1)}"
     return f"{difference(value, low, high)}, {holm(p)}, n = {n}{many}"
+
+
+def share_of_gain(share: float) -> str:
+    """How much of the gate's gain over vanilla a control has, too.
+
+    >>> share_of_gain(0.944), share_of_gain(-0.2)
+    ('that control alone has 94% of the gain over vanilla', 'that control alone has no gain over vanilla')
+    """
+    return f"that control alone has {f'{share:.0%} of the' if share > 0 else 'no'} gain over vanilla"

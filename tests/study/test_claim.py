@@ -8,6 +8,8 @@ import pytest
 
 from fastfg.study.answer import answer
 from fastfg.study.claim import GATE, SHUFFLED, VANILLA, judge_claim, with_mean_of_shuffled
+from fastfg.study.config import Protocol
+from fastfg.study.contents import _at_the_edge
 from fastfg.study.paired import paired
 
 
@@ -40,6 +42,12 @@ def test_all_conditions_hold():
     assert all(condition.holds for condition in found.claim.conditions)
     assert len(found.claim.conditions) == 5
     assert "improves explanations" in found.claim.sentence
+    assert re.search(
+        r"strongest control, permuted, by \+0\.0\d+ \[.*\]; that control alone has \d+% of", found.claim.sentence
+    )
+    means = table(**GOOD).pivot(index="image", columns="variant", values="srg").mean()
+    share = (means["permuted"] - means[VANILLA]) / (means[GATE] - means[VANILLA])
+    assert f" {share:.0%} of the gain" in found.claim.sentence
     effect = found.claim.effects[0]
     assert effect.difference == pytest.approx(0.1, abs=0.02)
     assert effect.low < effect.difference < effect.high
@@ -147,3 +155,17 @@ def test_both_kinds_of_claim_have_the_same_words():
         pattern = r"\+0\.\d{4} \[\+0\.\d{4}, \+0\.\d{4}\], Holm p < \.001, n = 24"
         assert re.match(pattern, one.detail)
         assert re.match(pattern, other.detail)
+
+
+def test_a_control_without_a_gain_is_said():
+    found = judged(GOOD | {"permuted": (-0.05, 0.02, -0.02)}, GOOD)
+    assert found.claim.sentence.endswith("that control alone has no gain over vanilla.")
+
+
+def test_a_choice_at_the_edge_of_what_was_compared_is_said():
+    protocol = Protocol(layers=[1], kappa=[0.1, 0.5, 1.0], c_max=[10.0])
+    assert _at_the_edge(protocol, {"kappa": 0.5, "c_max": 10.0}) == []
+    assert _at_the_edge(protocol, {"kappa": 1.0, "c_max": 10.0}) == [
+        "kappa 1 was chosen, the largest that was compared: one beyond it may score higher."
+    ]
+    assert "smallest" in _at_the_edge(protocol, {"kappa": 0.1, "c_max": 10.0})[0]
