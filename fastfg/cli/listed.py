@@ -55,7 +55,10 @@ def find_listed(paths: Iterable[Path], split: str | None) -> Listed:
         images = [Path(name) for name in table["path"]]
         plain += images
         for column, values in about.items():
-            values |= {path_text(i): value for i, value in zip(images, table[column], strict=True) if value}
+            own = {path_text(i): value for i, value in zip(images, table[column], strict=True) if value}
+            if other := [name for name in own if name in values and values[name] != own[name]]:
+                raise ValueError(f"{column}: expected one per image, got another in {path} for {other[0]}")
+            values |= own
     if split is not None and not manifests:
         raise ValueError("split: expected it with a manifest (.parquet or .csv) among the images, got none")
     found = find_images(plain)

@@ -139,12 +139,16 @@ class Results:
 
 
 def _units(inputs: Inputs) -> list[Unit]:
-    """The images in batches. A batch's name changes with its files, their sizes and times, and those of their masks."""
+    """The images in batches. A batch's name changes with its files, their sizes and times, those of their masks, and
+    the classes that a manifest gives them.
+    """
     units = []
     for first in range(0, len(inputs.paths), inputs.batch_size):
         paths = inputs.paths[first : first + inputs.batch_size]
         masks = [] if inputs.masks is None else [inputs.masks.get(path) for path in paths]
-        states = [None if path is None else _state(path) for path in (*paths, *masks)]
+        states: list[Any] = [None if path is None else _state(path) for path in (*paths, *masks)]
+        if isinstance(target := inputs.target(paths), list):  # the labels of a manifest
+            states.append(target)
         digest = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:12]
         units.append(Unit(f"batch-{first // inputs.batch_size:06d}-{digest}", tuple(map(path_text, paths))))
     return units

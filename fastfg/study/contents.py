@@ -225,7 +225,12 @@ def _notes(judging: Judging) -> list[str]:
     choices = json.loads((judging.config.run.out / CHOICE).read_text(encoding="utf-8"))
     rules = json.loads((judging.config.run.out / RULES).read_text(encoding="utf-8"))
     found = [f"The rule of the choice, written {rules[-1]['written']}: {rules[-1]['rule']}"]
-    if rules[-1]["scores_existed"]:
+    if len(rules) > 1 and rules[-1]["rule"] == rules[-2]["rule"] and rules[-1]["scores_existed"]:
+        found.append(
+            "The validation or test images, or their groups, were changed after scores had been computed in this "
+            "folder. The result is then not independent of what was seen before."
+        )
+    elif rules[-1]["scores_existed"]:
         found.append(
             "This rule was written after scores had been computed in this folder. The choice is then not independent "
             "of what was seen before."

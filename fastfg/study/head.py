@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fastfg.data.manifest import verify_content
 from fastfg.files import write_durably
 from fastfg.models.saved import save_classifier
 from fastfg.models.timm import preprocessing
@@ -95,12 +97,22 @@ def _classes(config: Config, *images: pd.DataFrame) -> tuple[str, ...]:
 @torch.no_grad()
 def _features(model: Any, images: pd.DataFrame, max_failures: float, say: Say) -> dict[str, Tensor]:
     """The ``features`` [n, d] of the images that can be read, and their ``rows`` [n] among ``images``."""
+    verify_content(images)
     features, rows, device = [torch.empty(0)], [], next(model.parameters()).device
     place = {key: row for row, key in enumerate(images["key"])}
     for batch, keys in read_images(images, preprocessing(model), max_failures, say, at_least=0):
         features.append(features_of(model, batch.to(device)).cpu())
         rows += [place[key] for key in keys]
     return {"features": torch.cat(features), "rows": torch.tensor(rows, dtype=torch.long)}
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the features are there and not damaged."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -137,21 +149,26 @@ class _Split:
             progress(sum(len(part) for other, part in self.parts if other.exists()), len(self.images))
 
         def there(file: Path) -> bool:
-            return ready() or file.exists()
+            return ready() or _is_whole(file)
 
         return [Thing(file.name, partial(there, file), partial(make, file, images)) for file, images in self.parts]
 
     def read(self, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features [n, d] and classes [n]. Raises ValueError if too few images could be read."""
-        features, labels = [], []
+        features, labels, failed, incomplete = [], [], [], []
         for file, images in self.parts:
             found, given = load_file(file), list(images["label"])
+            rows = found["rows"].tolist()
             features.append(found["features"])
-            labels += [classes.index(given[row]) for row in found["rows"].tolist()]
-        failed = len(self.images) - len(labels)
-        if failed > self.max_failures * len(self.images) or not labels:
+            labels += [classes.index(given[row]) for row in rows]
+            if lost := sorted(set(range(len(images))) - set(rows)):
+                failed += list(images["path"].iloc[lost])
+                incomplete.append(file)
+        if len(failed) > self.max_failures * len(self.images) or not labels:
+            for file in incomplete:  # so that the next run tries again
+                file.unlink()
             raise ValueError(
                 f"data.max_failures: expected at most {self.max_failures:g} of {len(self.images)} images to be "
-                f"unreadable, got {failed}"
+                f"unreadable, got {len(failed)}: {', '.join(failed[:3])}{', ...' * (len(failed) > 3)}"
             )
         return torch.cat(features), torch.tensor(labels)

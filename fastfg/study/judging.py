@@ -124,12 +124,19 @@ class Judging:
         parts = [tuple(keys[first : first + size]) for first in range(0, n, size)]
         return [Unit(f"{split}-{i:05d}-{self._short(part)}", part) for i, part in enumerate(parts)]
 
+    @property
+    def images_hash(self) -> str:
+        """Changes with the validation and test images, and with their groups where these count."""
+        keys = (self.parts.validation, self.parts.test)
+        groups = [list(self.parts.images.loc[own, "group"]) for own in keys] if self.config.data.by_group else []
+        return sha256(repr([*keys, *groups]).encode()).hexdigest()[:16]
+
     def _short(self, keys: Sequence[str]) -> str:
         """A few digits that differ where images differ, or what they are judged by: labels and masks."""
         rows = self.parts.images.loc[list(keys)]
-        said = [list(keys)]
-        if self.config.model.target == "label":
-            said.append(list(rows["label"]))
+        said: list[list[Any]] = [list(keys)]
+        if self.config.model.target == "label":  # and which output of the model that is
+            said.append([(label, self.parts.labels.index(label)) for label in rows["label"]])
         if set(self.config.test.metrics) - set(WITHOUT_MASKS):
             said.append([content_hash(Path(mask)) if mask else "" for mask in rows["mask"]])
         return sha256(repr(said).encode()).hexdigest()[:8]

@@ -133,6 +133,9 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
     else:
         model, transform = load_backbone(given.name, given.weights)
     known, named = trained_labels(model), tuple(given.classes)
+    outputs = getattr(model, "num_classes", None)
+    if named and isinstance(outputs, int) and len(named) != max(outputs, 2):  # one logit has two classes
+        raise ValueError(f"model.classes: expected {max(outputs, 2)}, as the model has outputs, got {list(named)}")
     if known and named and known != named:
         raise ValueError(f"model.classes: expected {list(known)}, as the weights say, got {list(named)}")
     return model, transform, known or named
@@ -154,6 +157,7 @@ def _train(
         return
 
     def images() -> Iterator[tuple[torch.Tensor, list[str]]]:
+        verify_content(chosen)
         for batch, keys in read_images(chosen, transform, config.data.max_failures, say):
             yield batch.to(device), keys
 
@@ -174,7 +178,7 @@ def _train(
         track=bar,
     )
     groups = dict(zip(chosen["key"], chosen["group"], strict=True))
-    grouped = groups if all(groups.values()) else None
+    grouped = {key: group or f"image {key}" for key, group in groups.items()} if any(groups.values()) else None
     recipe = _recipe(config, how, caches[wanted[0]].width, device)
 
     def sae(kind: str, layer: int) -> None:

@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 def run_protocol(judging: Judging, say: Say) -> Outcome:
     """Run what is missing of a study. Every process gets the same outcome."""
     config, protocol, test = judging.config, judging.config.protocol, judging.config.test
-    record_rule(config, any(judging.store.shards.glob("*.parquet")))
+    record_rule(config, any(judging.store.shards.glob("*.parquet")), judging.images_hash)
     primary = Measure.of([PRIMARY], test.modes[0], judging.patches_per_step)
 
     def validate(title: str, variants: Sequence[Variant], limit: int | None = None) -> pd.DataFrame:
@@ -148,19 +148,20 @@ def _test(
     return tables, joined
 
 
-def record_rule(config: Config, begun: bool) -> None:
-    """Write the rule of the choice before the first score, with the time. A rule that was changed later is added.
+def record_rule(config: Config, begun: bool, images: str) -> None:
+    """Write the rule of the choice before the first score, with the time. One that was changed later is added.
 
-    ``begun``: whether the folder already holds scores.
+    Args:
+        begun: whether the folder already holds scores.
+        images: a hash of the validation and test images, to which the rule is applied.
     """
     file = config.run.out / RULES
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     text = rule(config)
-    if not before or before[-1]["rule"] != text:
+    if not before or before[-1]["rule"] != text or before[-1].get("images", images) != images:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        write_durably(
-            file, json.dumps([*before, {"rule": text, "written": now, "scores_existed": begun}], indent=2).encode()
-        )
+        new = {"rule": text, "images": images, "written": now, "scores_existed": begun}
+        write_durably(file, json.dumps([*before, new], indent=2).encode())
 
 
 def record_choice(out: Path, choice: Choice) -> None:

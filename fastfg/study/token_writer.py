@@ -123,8 +123,10 @@ def _write(
                 writer.add(chosen, own)
             if progress is not None:
                 progress(len(writer.known))
-    finally:
-        writer.flush()
+    except Exception:
+        writer.flush()  # what a bad image or a full disk leaves is kept
+        raise
+    writer.flush()
     if not writer.known:
         raise ValueError("batches: expected at least one image, got none")
 

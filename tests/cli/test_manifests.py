@@ -83,6 +83,22 @@ def test_labels_are_the_targets_that_are_asked_for(files, tmp_path, capsys):
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_other_labels_are_computed_again(files, tmp_path, capsys):
+    table = read_manifest(files / "m.csv")
+    out, more = tmp_path / "out", (tmp_path / "m.csv", "--target", "label")
+    write_manifest(table, tmp_path / "m.csv")
+    assert main(command(files, "attribute", out, *more)) == 0
+    before = pd.read_csv(out / "attributions.csv").set_index("path")["target"]
+    table["label"] = table["label"].map({"cat": "dog", "dog": "cat"})
+    write_manifest(table, tmp_path / "m.csv")
+    assert main(command(files, "attribute", out, *more)) == 0
+    after = pd.read_csv(out / "attributions.csv").set_index("path")["target"]
+    assert (after[before.index] == 1 - before).all()
+    both = (files / "m.csv", tmp_path / "m.csv", "--target", "label")
+    assert main(command(files, "attribute", tmp_path / "both", *both)) == 1
+    assert "label: expected one per image, got another in" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_groups_and_masks_are_those_of_the_options(files, tmp_path):
     table = read_manifest(files / "m.csv")
     shown = {int(path[-5]): group for path, group in zip(table["path"], table["group"], strict=True)}

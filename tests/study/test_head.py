@@ -1,18 +1,19 @@
 """The linear head of a study: its features come in parts, and unreadable images are counted over all parts."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastfg.data.manifest import read_manifest
+from fastfg.data.manifest import read_manifest, write_manifest
 from fastfg.models.saved import WEIGHTS
 from fastfg.study import head
 from fastfg.study.backbone import load_backbone
 from fastfg.study.config import read_config
 from fastfg.study.head import make_head
 from fastfg.study.prepared import Once
-from tests.study.studies import make_study
+from tests.study.studies import TOML, make_study
 
 
 def fitted(file, out, part=128, monkeypatch=None):
@@ -39,17 +40,52 @@ def test_parts_give_the_same_head(tmp_path, monkeypatch):
     assert model.head.weight.abs().max() > 0
 
 
+def spoil(folder, n):
+    """Make ``n`` training images unreadable, and the manifest one of these files."""
+    table = read_manifest(folder / "m.parquet")
+    for i in table.index[table["split"] == "train"][:n]:
+        content = b"no image" + bytes([i])
+        Path(table.loc[i, "path"]).write_bytes(content)
+        table.loc[i, "sha256"] = sha256(content).hexdigest()
+        table.loc[i, "key"] = table.loc[i, "sha256"][:16]
+    write_manifest(table, folder / "m.parquet")
+    return int((table["split"] == "train").sum())
+
+
+def allow(file, share):
+    file.write_text(TOML.replace("[model]", f"max_failures = {share}\n[model]"))
+
+
 def test_unreadable_images_are_counted_over_all_parts(tmp_path, monkeypatch):
     file = make_study(tmp_path)
-    train = read_manifest(tmp_path / "m.parquet").query("split == 'train'")
-    for path in train["path"][:3]:  # of 4 in the first part, and 3 of all are allowed
-        Path(path).write_bytes(b"no image")
-    file.write_text(file.read_text().replace("[model]", f"max_failures = {3 / len(train)}\n[model]"))
+    n = spoil(tmp_path, 3)
+    allow(file, 3 / n)
     _, _, _, said = fitted(file, tmp_path / "allowed", part=4, monkeypatch=monkeypatch)
     assert sum("Not read" in line for line in said) == 3
-    file.write_text(file.read_text().replace(f"max_failures = {3 / len(train)}", f"max_failures = {2 / len(train)}"))
-    with pytest.raises(ValueError, match="max_failures: expected at most .* of .* unreadable, got 3"):
-        fitted(file, tmp_path / "refused", part=4, monkeypatch=monkeypatch)
+    allow(file, 2 / n)
+    for _ in range(2):  # the parts with such images are tried again
+        with pytest.raises(ValueError, match=r"max_failures: expected at most .* of .* unreadable, got 3: .*\.png"):
+            fitted(file, tmp_path / "refused", part=4, monkeypatch=monkeypatch)
+
+
+def test_damaged_features_are_computed_again(tmp_path, monkeypatch):
+    file = make_study(tmp_path)
+    whole, *_ = fitted(file, tmp_path / "out", part=4, monkeypatch=monkeypatch)
+    (tmp_path / "out/model/accuracy.json").unlink()
+    one, other, *_ = sorted((tmp_path / "out/model").glob("features-*"))
+    one.write_bytes(one.read_bytes()[:50])
+    other.write_bytes(b"")
+    again, *_ = fitted(file, tmp_path / "out", part=4, monkeypatch=monkeypatch)
+    assert again == whole
+
+
+def test_training_images_are_those_of_the_manifest(tmp_path, monkeypatch):
+    file = make_study(tmp_path)
+    table = read_manifest(tmp_path / "m.parquet")
+    train, shown = (list(table.loc[table["split"] == split, "path"]) for split in ("train", "validation"))
+    Path(train[0]).write_bytes(Path(shown[0]).read_bytes())
+    with pytest.raises(ValueError, match="^sha256: expected the content that the manifest was made of"):
+        fitted(file, tmp_path / "out", monkeypatch=monkeypatch)
 
 
 def test_no_training_images(tmp_path, monkeypatch):

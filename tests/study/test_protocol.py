@@ -17,7 +17,7 @@ from fastfg.data import batches
 from fastfg.metrics.evaluate import evaluate
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import read_config
-from fastfg.study.contents import judgement
+from fastfg.study.contents import _notes, judgement
 from fastfg.study.cost import estimate
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import prepare
@@ -150,11 +150,37 @@ def test_a_rule_that_changes_is_recorded(done):
     )
     before = (folder / "out/rules.json").read_text()
     try:
-        record_rule(config, begun=True)
+        record_rule(config, begun=True, images=judging.images_hash)
         rules = json.loads((folder / "out/rules.json").read_text())
         assert [rule["scores_existed"] for rule in rules] == [False, True]
     finally:
         (folder / "out/rules.json").write_text(before)
+
+
+def test_images_that_change_are_recorded(done):
+    folder, judging, _ = done
+    before = (folder / "out/rules.json").read_text()
+    fewer = dataclasses.replace(judging, parts=dataclasses.replace(judging.parts, test=judging.parts.test[1:]))
+    try:
+        record_rule(judging.config, True, judging.images_hash)
+        assert len(json.loads((folder / "out/rules.json").read_text())) == 1
+        record_rule(judging.config, True, fewer.images_hash)
+        first, second = json.loads((folder / "out/rules.json").read_text())
+        assert first["rule"] == second["rule"]
+        assert second["scores_existed"]
+        assert "images, or their groups, were changed after scores" in " ".join(_notes(judging))
+    finally:
+        (folder / "out/rules.json").write_text(before)
+
+
+def test_a_label_is_an_output_of_the_model(done):
+    """Where labels are explained, other names of the outputs ask for other scores."""
+    _, judging, _ = done
+    model = judging.config.model.model_copy(update={"target": "label"})
+    one = dataclasses.replace(judging, config=judging.config.model_copy(update={"model": model}))
+    other = dataclasses.replace(one, parts=dataclasses.replace(one.parts, labels=one.parts.labels[::-1]))
+    assert [unit.keys for unit in one.units("test")] == [unit.keys for unit in other.units("test")]
+    assert not {unit.name for unit in one.units("test")} & {unit.name for unit in other.units("test")}
 
 
 def test_the_claim_is_made_of_the_test(done):
