@@ -93,7 +93,7 @@ def elpv_settings(full: bool) -> dict[str, Any]:
     small = {
         "layers": [4, 6, 8],
         "layer_images": 40,
-        "steps": 3,
+        "steps": 2,
         "shuffled_images": 32,
         "saes": {"images": 600, "tokens_per_image": 128, "expansion": 8, "k": 64, "steps": 600, "batch_tokens": 1024},
     }

@@ -69,7 +69,7 @@ def test_init_writes_a_file_that_can_be_read(tmp_path, full):
     config = read_config(file)
     assert config.model.classes == ["bright", "dark"]
     assert config.data.manifest == tmp_path / "a-manifest.parquet"
-    assert config.test.steps == (32 if full else 3)
+    assert config.test.steps == (32 if full else 2)
     assert config.test.shuffled == 19
     assert any("dark" in line and "train" in line for line in said)
     assert len(from_folder(tmp_path / "photos").table) == 30
