@@ -6,7 +6,7 @@ Every part is optional, except a claim and the scores. A part that is missing le
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+OPPOSITE = {"better": "worse", "worse": "better", "higher": "lower", "lower": "higher"}
 ROLES = ("baseline", "method", "control", "seed", "other")
 COLUMNS: dict[str, tuple[str, ...]] = {
     "scores": ("variant",),
@@ -39,7 +40,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 class Effect:
     """One paired difference: ``variant`` minus ``against`` in ``metric``, with its 95% interval [low, high].
 
-    ``p`` is corrected for the family of comparisons (Holm); ``n`` counts the images. NaN where a test is not defined.
+    ``p`` is corrected for the family of comparisons (Holm); ``n`` counts the images, which are in ``groups`` groups
+    (None: not known; without groups, the number of different images). NaN where a test is not defined.
     """
 
     variant: str
@@ -51,6 +53,7 @@ class Effect:
     p: float
     n: int
     verdict: str = ""
+    groups: int | None = None
 
     @classmethod
     def of(cls, paired: pd.DataFrame, variant: str, metric: str, against: str) -> Effect:
@@ -60,7 +63,25 @@ class Effect:
             raise ValueError(f"paired: expected one row for {variant!r} and {metric!r}, got {len(found)}")
         row = found.iloc[0]
         difference, low, high, p = (float(row[name]) for name in ("difference", "low", "high", "p_holm"))
-        return cls(variant, against, metric, difference, low, high, p, int(row["n"]), str(row["verdict"]))
+        groups = int(row["groups"]) if "groups" in found else None
+        return cls(variant, against, metric, difference, low, high, p, int(row["n"]), str(row["verdict"]), groups)
+
+    def reversed(self) -> Effect:
+        """``against`` minus ``variant``.
+
+        >>> other = Effect("gate", "random", "srg", 0.2, 0.1, 0.4, 0.01, 12, "better").reversed()
+        >>> other.variant, other.difference, other.low, other.high, other.verdict
+        ('random', -0.2, -0.4, -0.1, 'worse')
+        """
+        return replace(
+            self,
+            variant=self.against,
+            against=self.variant,
+            difference=0 - self.difference,  # not -0.0
+            low=0 - self.high,
+            high=0 - self.low,
+            verdict=OPPOSITE.get(self.verdict, self.verdict),
+        )
 
 
 @dataclass(frozen=True)

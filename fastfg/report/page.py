@@ -32,6 +32,7 @@ from fastfg.report.table import (
     difference_cells,
     differences_note,
     equals,
+    in_groups,
     signed,
     table_cells,
 )
@@ -179,7 +180,7 @@ def _effect(effect: Effect, names: Names) -> dict[str, str]:
         "pair": f"{effect.variant} minus {effect.against}",
         "difference": "missing" if effect.difference != effect.difference else f"{signed(effect.difference)}{interval}",
         "p": p,
-        "n": str(effect.n),
+        "n": in_groups(str(effect.n), effect.n, effect.groups),
         "verdict": effect.verdict,
     }
 

@@ -182,7 +182,8 @@ def _sentences(rows: pd.DataFrame, against: str) -> str:
         names: dict[str, list[str]] = {}  # the variants by what is said of them
         for r in rows.loc[rows["verdict"] == verdict].to_dict("records"):
             if verdict in DIRECTIONS:
-                detail = f"{_interval(r, show)}, Holm p {equals(r['p_holm'])}, n = {r['n']}"
+                n = in_groups(str(r["n"]), r["n"], r["groups"])
+                detail = f"{_interval(r, show)}, Holm p {equals(r['p_holm'])}, n = {n}"
             else:
                 detail = r["reason"] or f"an effect below {show(r['mde'])} is often missed"
             names.setdefault(detail, []).append(r["variant"])
@@ -198,12 +199,17 @@ def _interval(row: dict[Any, Any], show: Callable[[float], str]) -> str:
 
 
 def _n(row: dict[Any, Any]) -> str:
-    text = (
-        str(row["n"])
-        if row["groups"] == row["n"]
-        else f"{row['n']} in {row['groups']} group{'s' * (row['groups'] > 1)}"
-    )
+    text = in_groups(str(row["n"]), row["n"], row["groups"])
     return f"{text} ({row['missing']} missing)" if row["missing"] else text
+
+
+def in_groups(text: str, n: int, groups: int | None) -> str:
+    """``text`` on ``n`` images, with the number of their groups where it is another one.
+
+    >>> in_groups("30", 30, 8), in_groups("30 images", 30, 30), in_groups("30", 30, None)
+    ('30 in 8 groups', '30 images', '30')
+    """
+    return text if groups in (None, n) else f"{text} in {groups} group{'s' * (groups != 1)}"
 
 
 def _p(p: float) -> str:

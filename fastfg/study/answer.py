@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastfg.metrics import METRICS
 from fastfg.report.contents import Claim, Condition, Effect
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SETTLED = {"better": True, "worse": False, "no real difference": False}
+Effects = Mapping[str, Effect]  # {variant: the method minus it, in one metric}
 
 
 def answer(
@@ -26,38 +27,45 @@ def answer(
     controls: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Claim, dict[str, pd.DataFrame]]:
-    """Whether ``method`` is better than the baseline and than the strongest control, in at least one metric.
+    """Whether ``method`` is better than the baseline and than every control, in at least one metric.
+
+    A control without scores, or one that could not be tested, is not beaten. Without a control the claim does not hold.
 
     Args:
         scores: a table of :func:`fastfg.compare`.
-        against: :func:`fastfg.study.paired` of it, against ``baseline``.
-        method, baseline, controls: names of variants. The strongest control of a metric has the best mean.
-        seed: of the tests against the controls.
+        against: :func:`fastfg.study.paired` of it, against ``baseline``: the metrics to judge and their directions.
+        method, baseline, controls: names of variants. The strongest control of a metric is the one that the method is
+            ahead of by the least, on the images that both have.
+        seed: of the tests.
 
-    Returns the claim, and {control: the paired comparison of ``method`` with it} for the controls that it rests on.
-    Holm's correction counts all metrics of the comparison with a control.
+    Returns the claim, and {``method``: the paired comparison of the baseline and the controls with it} that it rests
+    on. Holm's correction counts all variants and metrics of this comparison.
     """
     metrics = list(dict.fromkeys(against["metric"]))
-    strongest = {metric: _strongest(against, metric, controls) for metric in metrics}
-    tables: dict[str, Any] = {}
-    for name in dict.fromkeys(name for name in strongest.values() if name is not None):
-        two = scores.loc[scores["variant"].isin([method, name])]
-        two.attrs = dict(scores.attrs)
-        tables[name] = paired(two, name, metrics=metrics, seed=seed)
-    conditions, effects, passed = [], [], []
+    directions: Mapping[str, bool] = against.attrs.get("higher_is_better", {})
+    judged = scores.loc[scores["variant"].isin([method, baseline, *controls])]
+    judged.attrs = dict(scores.attrs)
+    table = paired(judged, method, metrics=metrics, higher_is_better=directions, seed=seed)
+    names = list(dict.fromkeys(table["variant"]))
+    conditions, effects, passed, worse = [], [], [], dict[str, list[str]]()
     for metric in metrics:
-        over = Effect.of(against, method, metric, baseline)
-        effects.append(over)
-        own = [_condition(over)]
-        if (control := strongest[metric]) is not None:
-            effects.append(Effect.of(tables[control], method, metric, control))
-            own.append(_condition(effects[-1], strongest=True))
+        over = {name: Effect.of(table, name, metric, method).reversed() for name in names}
+        strongest = _strongest(over, controls, direction_of(metric, directions))
+        shown = [over[name] for name in (baseline, strongest) if name is not None]
+        own = [_condition(effect, effect.against != baseline) for effect in shown]
+        scored = judged.loc[judged[metric].notna(), "variant"]
+        own.append(_every(over, controls, metric, set(scored)))
+        effects += shown
         conditions += own
         if all(condition.holds for condition in own):
             passed.append(metric)
-    return Claim(
-        _sentence(method, baseline, metrics, passed, effects, bool(controls)), bool(passed), conditions, effects
-    ), tables
+        for name in names:
+            if over[name].verdict == "worse":
+                worse.setdefault(name, []).append(_title(metric))
+    there = set(judged.loc[judged[metrics].notna().any(axis=1), "variant"])
+    silent = [name for name in controls if name not in there]
+    sentence = _sentence(method, baseline, metrics, passed, effects, worse, controls, silent)
+    return Claim(sentence, bool(passed), conditions, effects), {method: table}
 
 
 def undecided(scores: pd.DataFrame, sentences: Sequence[str]) -> Claim:
@@ -68,24 +76,36 @@ def undecided(scores: pd.DataFrame, sentences: Sequence[str]) -> Claim:
     return Claim(" ".join(sentences), None)
 
 
-def _strongest(against: pd.DataFrame, metric: str, controls: Sequence[str]) -> str | None:
-    """The control with the best mean of ``metric``; None without controls, or if the direction is not known."""
-    rows = against.loc[(against["metric"] == metric) & against["variant"].isin(list(controls))]
-    means = rows.set_index("variant")["mean"].dropna()
-    own: Mapping[str, bool] = against.attrs.get("higher_is_better", {})
-    direction = direction_of(metric, own)
-    if not len(means) or direction is None:
+def _strongest(over: Effects, controls: Sequence[str], higher_is_better: bool | None) -> str | None:
+    """The control with the smallest gain of the method over it; None if no gain or no direction is known."""
+    if higher_is_better is None:
         return None
-    return str(means.idxmax() if direction else means.idxmin())
+    ahead = {name: over[name].difference * (1 if higher_is_better else -1) for name in controls if name in over}
+    known = [name for name, gain in ahead.items() if gain == gain]
+    return min(known, key=ahead.__getitem__, default=None)
 
 
-def _condition(effect: Effect, strongest: bool = False) -> Condition:
+def _condition(effect: Effect, strongest: bool) -> Condition:
+    """Whether the method is better than the baseline or the strongest control."""
     text = wording.better_than(effect.against, strongest=strongest, metric=_title(effect.metric))
     return Condition(text, SETTLED.get(effect.verdict), f"{_words(effect)}: {effect.verdict}")
 
 
+def _every(over: Effects, controls: Sequence[str], metric: str, scored: set[str]) -> Condition:
+    """Whether the method is better than each control. ``scored``: the variants that have scores in ``metric``."""
+    text = wording.better_than("every control", metric=_title(metric))
+    if not controls:
+        return Condition(text, False, wording.NO_CONTROL)
+    left = [name for name in controls if name not in over or over[name].verdict != "better"]
+    why = [
+        f"{name}: {_words(over[name])}: {over[name].verdict}" if name in scored else f"{name}, which has no scores"
+        for name in left
+    ]
+    return Condition(text, not left, f"not better than {'; '.join(why)}" if left else f"{len(controls)} controls")
+
+
 def _words(effect: Effect) -> str:
-    return wording.effect(effect.difference, effect.low, effect.high, effect.p, effect.n)
+    return wording.effect(effect.difference, effect.low, effect.high, effect.p, effect.n, effect.groups)
 
 
 def _title(metric: str) -> str:
@@ -93,13 +113,27 @@ def _title(metric: str) -> str:
 
 
 def _sentence(
-    method: str, baseline: str, metrics: Sequence[str], passed: Sequence[str], effects: Sequence[Effect], controls: bool
+    method: str,
+    baseline: str,
+    metrics: Sequence[str],
+    passed: Sequence[str],
+    effects: Sequence[Effect],
+    worse: Mapping[str, Sequence[str]],
+    controls: Sequence[str],
+    silent: Sequence[str],
 ) -> str:
-    beside = f"{baseline} and its strongest control" if controls else baseline
-    first = next(e for e in effects if e.metric == (passed or metrics)[0] and e.against == baseline)
-    titles = [_title(name) for name in passed]
-    effect = f"{_title(first.metric)}, {method} minus {baseline}: {_words(first)}"
-    if not passed:
-        none = f"{method} does not beat {beside} by any of {len(metrics)} metrics"
-        return f"{wording.NO_CLAIM}: {none} ({effect})."
-    return f"{method} beats {beside} by {', '.join(titles)}, {len(passed)} of {len(metrics)} metrics ({effect})."
+    """The answer. ``silent``: the controls without any score."""
+    over = [effect for effect in effects if effect.against == baseline]
+    beside = f"{baseline} and every control" if controls else baseline
+    ahead = passed if controls else [effect.metric for effect in over if effect.verdict == "better"]
+    first = next(effect for effect in over if effect.metric == (ahead or metrics)[0])
+    by = f"{', '.join(map(_title, ahead))}, {len(ahead)} of" if ahead else "any of"
+    said = f"{method} {'beats' if ahead else 'does not beat'} {beside} by {by} {len(metrics)} metrics"
+    if worse:
+        said += f", and is {wording.worse_than(worse)}"
+    said += f" ({_title(first.metric)}, {method} minus {baseline}: {_words(first)})"
+    if silent:
+        said += f"; {wording.without_scores(silent)}"
+    if passed:
+        return f"{said}."
+    return f"{wording.NO_CLAIM}: {'' if controls else f'{wording.NO_CONTROL}; '}{said}."

@@ -80,16 +80,8 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
         )
     share = _share(primary, strongest) if strongest else float("nan")
     sentence, holds = _sentence(conditions, rows, strongest, share)
-    effects = [_effect(rows, name) for name in against]
+    effects = [Effect.of(table, name, PRIMARY, GATE).reversed() for name in against]
     return Judgement(Claim(sentence, holds, conditions, effects), strongest, table, signs)
-
-
-def _effect(rows: Rows, name: str) -> Effect:
-    """The gate less variant ``name``, in the primary score."""
-    row = rows[name]
-    verdict = {"worse": "better", "better": "worse"}.get(str(row["verdict"]), str(row["verdict"]))
-    difference, low, high = (float(-row[column]) for column in ("difference", "high", "low"))
-    return Effect(GATE, name, PRIMARY, difference, low, high, float(row["p_holm"]), int(row["n"]), verdict)
 
 
 def _strongest(rows: Rows, controls: Sequence[str]) -> str | None:
@@ -112,7 +104,7 @@ def _every(rows: Rows, controls: Sequence[str]) -> Condition:
     """Whether the gate is better than each control that was asked for; one that was not tested counts as not beaten."""
     text = wording.better_than("every control")
     if not controls:
-        return Condition(text, False, "no control was judged")
+        return Condition(text, False, wording.NO_CONTROL)
     left = [name for name in controls if name not in rows or rows[name]["verdict"] != "worse"]
     why = [f"{name}: {_words(rows[name])}" if name in rows else name for name in left]
     return Condition(text, not left, f"not better than {'; '.join(why)}" if left else f"{len(controls)} controls")
@@ -149,7 +141,10 @@ def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None
     failed = sum(not condition.holds for condition in conditions)
     if not failed:
         assert strongest is not None  # else a condition fails
-        ahead = wording.difference(-rows[strongest]["difference"], -rows[strongest]["high"], -rows[strongest]["low"])
+        row = rows[strongest]
+        ahead = wording.difference(-row["difference"], -row["high"], -row["low"])
+        if row["n"] != rows[VANILLA]["n"]:
+            ahead += f" {wording.on_images(row['n'], row['groups'])}"
         return (
             f"The gate improves explanations ({effect}). It is better than the strongest control, {strongest}, by "
             f"{ahead}; {wording.share_of_gain(share)}.",

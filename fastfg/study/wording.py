@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from fastfg.report.table import equals, signed
+from collections.abc import Mapping, Sequence
+
+from fastfg.report.table import equals, in_groups, signed
 from fastfg.study.resampling import ALPHA
 
 NO_CLAIM = "No improvement can be claimed"
+NO_CONTROL = "no control was judged"
 
 
 def better_than(variant: str, *, strongest: bool = False, metric: str = "") -> str:
@@ -44,8 +47,35 @@ def effect(value: float, low: float, high: float, p: float, n: int, groups: int 
     >>> effect(0.02, -0.01, 0.05, 0.25, 12, 3)
     '+0.0200 [-0.0100, +0.0500], Holm p = .250, n = 12 in 3 groups'
     """
-    many = "" if groups in (None, n) else f" in {groups} group{'s' * (groups != 1)}"
-    return f"{difference(value, low, high)}, {holm(p)}, n = {n}{many}"
+    return f"{difference(value, low, high)}, {holm(p)}, n = {in_groups(str(n), n, groups)}"
+
+
+def on_images(n: int, groups: int | None = None) -> str:
+    """The images that a difference was found on, where they are not those of the difference before it.
+
+    >>> on_images(6), on_images(6, 1)
+    ('on 6 images', 'on 6 images in 1 group')
+    """
+    return in_groups(f"on {n} image{'s' * (n != 1)}", n, groups)
+
+
+def worse_than(metrics: Mapping[str, Sequence[str]]) -> str:
+    """What a method is worse than. ``metrics``: {variant: the metrics by which it is worse}.
+
+    >>> worse_than({"vanilla": ["SaCo"], "random": ["SRG", "SaCo"]})
+    'worse than vanilla by SaCo and than random by SRG, SaCo'
+    """
+    joined = {name: ", ".join(titles) for name, titles in metrics.items()}
+    return f"worse {' and '.join(f'than {name} by {titles}' for name, titles in joined.items())}"
+
+
+def without_scores(controls: Sequence[str]) -> str:
+    """Which controls have no scores.
+
+    >>> without_scores(["random"]), without_scores(["random", "centre"])
+    ('random has no scores', 'random, centre have no scores')
+    """
+    return f"{', '.join(controls)} {'has' if len(controls) == 1 else 'have'} no scores"
 
 
 def share_of_gain(share: float) -> str:

@@ -47,13 +47,19 @@ def test_scores_become_a_page(tmp_path, capsys):
 def test_the_answer_names_the_strongest_control(tmp_path):
     contents = folder_contents(evaluated(tmp_path / "scores"))
     claim = contents.claims[0]
-    assert set(contents.paired) == {"vanilla", "random"}
+    assert set(contents.paired) == {"vanilla", "gated"}
     assert claim.holds
-    assert "gated beats vanilla and its strongest control by SRG" in claim.sentence
+    assert "gated beats vanilla and every control by SRG" in claim.sentence
     assert "n = 8" in claim.sentence
-    assert len(claim.conditions) == 6
+    assert len(claim.conditions) == 9
     failed = [c for c in claim.conditions if c.holds is False]
     assert all("no real difference" in c.detail or "worse" in c.detail for c in failed)
+
+
+def test_a_folder_without_controls_claims_nothing(tmp_path):
+    claim = folder_contents(evaluated(tmp_path / "scores", ("vanilla", "gated"))).claims[0]
+    assert claim.holds is False
+    assert "No improvement can be claimed: no control was judged" in claim.sentence
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,19 @@ def test_a_claim_and_the_scores_are_enough():
 
 def test_an_effect_is_a_row_of_the_paired_table():
     found = Effect.of(paired(SCORES), "gated", "saco", "vanilla")
-    assert found.n == 6
+    assert (found.n, found.groups) == (6, 6)
     assert found.difference == pytest.approx(0.1)
+    grouped = paired(SCORES, groups=[0, 0, 1, 1, 2, 2])
+    assert Effect.of(grouped, "gated", "saco", "vanilla").groups == 3
     with pytest.raises(ValueError, match="paired: expected one row for 'gated' and 'srg', got 0"):
         Effect.of(paired(SCORES), "gated", "srg", "vanilla")
+
+
+def test_an_effect_the_other_way_round():
+    one = Effect("a", "b", "srg", 0.2, 0.1, 0.4, 0.01, 12, "better", 4)
+    assert one.reversed() == Effect("b", "a", "srg", -0.2, -0.4, -0.1, 0.01, 12, "worse", 4)
+    assert one.reversed().reversed() == one
+    assert str(Effect("a", "b", "mine", 0.0, 0.0, 0.0, 1, 2, "cannot tell").reversed().difference) == "0.0"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fastfg.report import Claim, Condition, Contents, ImageEntry, Variant, write_report
+from fastfg.report import Claim, Condition, Contents, Effect, ImageEntry, Variant, write_report
 from fastfg.report.charts import layer_charts
 from fastfg.report.contents import FeatureEvidence
 from fastfg.report.names import Names
@@ -67,6 +67,13 @@ def test_missing_parts_leave_nothing(tmp_path, undrawn):
     for part in sorted(parts):  # any one alone
         path = write_report(tmp_path / part, replace(bare, **{part: getattr(everything, part)}))
         assert "None" not in " ".join(Page(path.read_text(encoding="utf-8")).texts), part
+
+
+def test_the_effects_say_how_many_groups(tmp_path, undrawn):
+    effects = [Effect("gated", "vanilla", "srg", 0.1, 0.0, 0.2, 0.01, 30, "better", groups) for groups in (8, 30, None)]
+    contents = replace(plain(), claims=[Claim("A sentence.", None, effects=effects)])
+    said = [text for text in Page(write_report(tmp_path, contents).read_text(encoding="utf-8")).texts if "n = " in text]
+    assert said == ["p = .010, n = 30 in 8 groups: better", *["p = .010, n = 30: better"] * 2]
 
 
 def test_links_lead_to_headings_and_ids_are_unique(full):

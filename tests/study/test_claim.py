@@ -150,11 +150,26 @@ def test_both_kinds_of_claim_have_the_same_words():
     scores = table(n=24, **GOOD)
     by_answer, _ = answer(scores, paired(scores, VANILLA, metrics=["srg"]), GATE, controls=["permuted", "random"])
     by_study = judge_claim({"mean": scores}, ["permuted", "random"]).claim
-    for one, other in zip(by_study.conditions[:2], by_answer.conditions, strict=True):
+    for one, other in zip(by_study.conditions[:3], by_answer.conditions, strict=True):
         assert other.text == f"SRG: {one.text[0].lower()}{one.text[1:]}"
+    assert by_study.conditions[2].detail == by_answer.conditions[2].detail == "2 controls"
+    for one, other in zip(by_study.conditions[:2], by_answer.conditions[:2], strict=True):
         pattern = r"\+0\.\d{4} \[\+0\.\d{4}, \+0\.\d{4}\], Holm p < \.001, n = 24"
         assert re.match(pattern, one.detail)
         assert re.match(pattern, other.detail)
+
+
+def test_fewer_images_of_the_strongest_control_are_said():
+    all_images = judged(GOOD, GOOD).claim.sentence
+    assert " images" not in all_images
+    scores = table(n=24, **GOOD)
+    scores.loc[(scores["variant"] == "permuted") & (scores["image"] > "07"), "srg"] = np.nan
+    found = judge_claim({"mean": scores}, ["permuted", "random"])
+    assert found.claim.holds
+    assert re.search(r"permuted, by \+0\.0\d+ \[\S+ \S+\] on 8 images; that control", found.claim.sentence)
+    grouped = judge_claim({"mean": scores.assign(group=scores["image"].astype(int) % 12)}, ["permuted", "random"])
+    assert "n = 24 in 12 groups" in grouped.claim.sentence
+    assert [(one.n, one.groups) for one in grouped.claim.effects] == [(24, 12), (8, 8)]
 
 
 def test_a_control_without_a_gain_is_said():
