@@ -344,7 +344,7 @@ def _in_range(name: str, classes: Tensor, B: int, n: int) -> Tensor:
     each = classes.expand(B).clone()
     wrong = each[(each < 0) | (each >= n)]
     if wrong.numel():
-        raise ValueError(f"{name}: expected classes from 0 to {n - 1}, got {wrong.tolist()[:8]}")
+        raise ValueError(f"{name}: expected classes from 0 to {n - 1}, got {list(dict.fromkeys(wrong.tolist()))[:8]}")
     return each
 
 

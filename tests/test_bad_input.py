@@ -112,7 +112,8 @@ def test_sae_of_another_width(model, images, gate):
 @pytest.mark.parametrize(
     ("target", "error", "parts"),
     [
-        (5, ValueError, ("target: expected classes from 0 to 4", "got [5, 5, 5]")),
+        (5, ValueError, ("target: expected classes from 0 to 4", "got [5]")),
+        ([7, 5, 7], ValueError, ("target: expected classes from 0 to 4", "got [7, 5]")),
         ([0, -1, 2], ValueError, ("target: expected classes from 0 to 4", "got [-1]")),
         ([0, 1], ValueError, ("target: expected one class, or one per image (3)", "got [2]")),
         (0.5, TypeError, ("target: expected integers", "float")),

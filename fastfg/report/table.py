@@ -224,9 +224,10 @@ def equals(p: float) -> str:
 def signed(value: float) -> str:
     """A difference with its sign: four decimals, or three digits if it is very small or large.
 
-    >>> signed(0.0213), signed(-2e-6), signed(0.0)
+    >>> signed(0.0213), signed(-2e-6), signed(-0.0)
     ('+0.0213', '-2.00e-06', '+0.0000')
     """
+    value += 0.0  # -0.0 becomes 0.0
     return f"{value:+.4f}" if 0.001 <= abs(value) < 10_000 or not value else f"{value:+.2e}"
 
 

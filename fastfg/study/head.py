@@ -46,7 +46,7 @@ def make_head(
 
     Returns its accuracy on the images ``shown``.
     """
-    given, folder, classes = config.model, config.run.out / "model", _classes(config, train, shown)
+    given, folder, classes = config.model, config.run.out / "model", head_classes(config, train, shown)
     folder.mkdir(parents=True, exist_ok=True)
     ready = (folder / ACCURACY).exists
     start = cache(
@@ -80,17 +80,20 @@ def make_head(
     return found
 
 
-def _classes(config: Config, *images: pd.DataFrame) -> tuple[str, ...]:
-    """The classes of the head. Raises ValueError unless they are at least two, with all labels of ``images``."""
-    if not len(images[0]):
+def head_classes(config: Config, train: pd.DataFrame, shown: pd.DataFrame) -> tuple[str, ...]:
+    """The classes of the head. Raises ValueError unless they are at least two, with all labels of the images."""
+    if not len(train):
         raise ValueError("data.manifest: expected images of the split 'train', for the linear head, got none")
-    train, labels = set(images[0]["label"]), {label for table in images for label in table["label"]}
-    classes = tuple(config.model.classes or sorted(train))
-    if len(classes) < 2 or (unknown := sorted(labels - set(classes))):
-        got = f"{unknown} beside" if len(classes) >= 2 else ""
-        raise ValueError(
-            f"model.classes: expected at least 2, and the labels of all training images, got {got} {classes}"
-        )
+    classes = tuple(config.model.classes or sorted(set(train["label"])))
+    if len(classes) < 2:
+        source = "" if config.model.classes else ", the labels of the training images"
+        raise ValueError(f"model.classes: expected at least 2 classes, got {classes}{source}")
+    for split, images in (("training", train), ("validation", shown)):
+        if unknown := sorted(set(images["label"]) - set(classes)):
+            raise ValueError(
+                f"model.classes: expected the labels of all {split} images among the classes, got {unknown} beside "
+                f"{classes}"
+            )
     return classes
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastfg.metrics.choose import METRICS
+from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
 from fastfg.metrics.evaluate import evaluate
 from fastfg.models import Adapter
 
@@ -81,6 +81,8 @@ def judge(
 ) -> Judged:
     """Score maps [C, B, gh, gw] by all measures: one row per image, map and measure.
 
+    ``masks`` [B, H, W] go to the modes whose metrics take them.
+
     Columns: ``key``, ``variant`` (an entry of ``identities``), ``measure``, ``target``, ``score`` (NaN if there is
     none) and ``error`` (why, or None). The points of SRG's two curves have rows of their own, whose measure ends with
     the order and the share of removed patches, as in ``srg mean/MIF/0.5``; their score is the probability.
@@ -101,7 +103,7 @@ def judge(
             baseline=mode,
             keys=keys,
             seed=seed,
-            masks=masks,
+            masks=masks if any(one.metric not in WITHOUT_MASKS for one in own) else None,
             **options,
         )
         forwards += scores.forwards["run"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,12 @@ from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
-from fastfg.study.config import Config, Train
+from fastfg.study.config import OPEN_CLIP, Config, Train
 from fastfg.study.head import make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.telling import Say, Track
+from fastfg.study.token_cache import on_both_sides
 from fastfg.study.train_saes import Progress, train_saes
 from fastfg.study.weights import check_weights, sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
@@ -32,7 +34,7 @@ from fastfg.study.zero_shot import load_zero_shot
 if TYPE_CHECKING:
     import pandas as pd
 
-OPEN_CLIP = "open_clip:"
+HELD_OUT = 0.1  # share of the training images, or groups, that the SAEs are reported on
 SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
 
 
@@ -65,14 +67,9 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     manifest = read_manifest(config.data.manifest)
     if config.run.out.exists() and not config.run.out.is_dir():
         raise ValueError(f"run.out: expected a folder, got {config.run.out}, which is a file")
-    keys = {
-        split: _drawn(manifest, split, n, config.run.seed)
-        for split, n in (("validation", config.data.validation), ("test", config.data.test))
-    }
-    for split, found in keys.items():
-        if len(found) < 2:
-            raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
+    keys = study_keys(config, manifest)
     train = manifest[manifest["split"] == "train"]
+    check_training(config, train)
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     verify_content(used)
     once = Once(config.run.out, say)
@@ -105,6 +102,46 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     )
 
 
+def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
+    """{split: its keys that the study uses}, for ``validation`` and ``test``, in the order of their hashes.
+
+    Raises ValueError for less than 2 images of a split.
+    """
+    keys = {
+        split: _drawn(manifest, split, n, config.run.seed)
+        for split, n in (("validation", config.data.validation), ("test", config.data.test))
+    }
+    for split, found in keys.items():
+        if len(found) < 2:
+            raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
+    return keys
+
+
+def check_training(config: Config, train: pd.DataFrame) -> None:
+    """Refuse training images (rows of the manifest) that are too few for the SAEs, before anything is computed."""
+    if config.saes.train is not None:
+        chosen = draw(train, "train", config.saes.train.images, config.run.seed)
+        _check_held_out(chosen["key"], _groups(chosen))
+
+
+def _groups(chosen: pd.DataFrame) -> dict[str, str] | None:
+    """{key: group}, where an image without one is a group by itself; None if no image has one."""
+    groups = dict(zip(chosen["key"], chosen["group"], strict=True))
+    return {key: group or f"image {key}" for key, group in groups.items()} if any(groups.values()) else None
+
+
+def _check_held_out(keys: Collection[str], groups: Mapping[str, str] | None) -> None:
+    """Require enough images, or groups, to train on some and to report on others."""
+    n = len(keys) if groups is None else len({groups[key] for key in keys})
+    if not on_both_sides(HELD_OUT, n):
+        least = next(least for least in count(2) if on_both_sides(HELD_OUT, least))
+        what = "training images" if groups is None else "groups of training images"
+        raise ValueError(
+            f"saes.train: expected at least {least} {what}, as a share of {HELD_OUT:g} is held out for the report, "
+            f"got {n}"
+        )
+
+
 def _n_patches(model: Adapter, transform: Any) -> int:
     """The patches of an image."""
     gh, gw = model.patches(transform(Image.new("RGB", (256, 256)))[None])
@@ -131,7 +168,7 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
         name = given.name.removeprefix(OPEN_CLIP)
         model, transform = load_zero_shot(name, given.weights, given.classes, given.templates)
     else:
-        model, transform = load_backbone(given.name, given.weights)
+        model, transform = _with_its_head(config)
     known, named = trained_labels(model), tuple(given.classes)
     outputs = getattr(model, "num_classes", None)
     if named and isinstance(outputs, int) and len(named) != max(outputs, 2):  # one logit has two classes
@@ -139,6 +176,17 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
     if known and named and known != named:
         raise ValueError(f"model.classes: expected {list(known)}, as the weights say, got {list(named)}")
     return model, transform, known or named
+
+
+def _with_its_head(config: Config) -> tuple[Any, Any]:
+    """A model of :mod:`fastfg.study.backbone` whose weights have a head, and its transform."""
+    given = config.model
+    try:
+        return load_backbone(given.name, given.weights, img_size=given.img_size)
+    except ValueError as error:
+        if given.img_size is None:
+            raise
+        raise ValueError(f"{error} (with model.img_size = {given.img_size})") from None
 
 
 def _train(
@@ -177,13 +225,14 @@ def _train(
         seed=config.run.seed,
         track=bar,
     )
-    groups = dict(zip(chosen["key"], chosen["group"], strict=True))
-    grouped = {key: group or f"image {key}" for key, group in groups.items()} if any(groups.values()) else None
+    grouped = _groups(chosen)
+    _check_held_out(caches[wanted[0]].keys, grouped)  # some images may be unreadable
     recipe = _recipe(config, how, caches[wanted[0]].width, device)
 
     def sae(kind: str, layer: int) -> None:
-        options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "device": device}
-        train_saes(caches[layer], out, recipe, **options, track=lambda title: _quiet(track(f"Training: {title}")))
+        options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "held_out": HELD_OUT}
+        options |= {"device": device, "track": lambda title: _quiet(track(f"Training: {title}"))}
+        train_saes(caches[layer], out, recipe, **options)
 
     once(
         *(

@@ -147,7 +147,7 @@ class TokenCache:
         group_of = {key: key if groups is None else groups[key] for key in own}
         names = list(dict.fromkeys(group_of.values()))
         n = round(held_out * len(names))
-        if not 0 < n < len(names):
+        if not on_both_sides(held_out, len(names)):
             raise ValueError(
                 f"held_out: expected a share that leaves some of {len(names)} on both sides, got {held_out}"
             )
@@ -157,6 +157,15 @@ class TokenCache:
         for key, group in group_of.items():
             sides[group in reported].append(key)
         return sides
+
+
+def on_both_sides(held_out: float, n: int) -> bool:
+    """Whether this share of ``n`` images or groups, rounded, leaves some to train on and some to report on.
+
+    >>> on_both_sides(0.1, 5), on_both_sides(0.1, 6)
+    (False, True)
+    """
+    return 0 < round(held_out * n) < n
 
 
 def _recipe(file: Path) -> dict[str, Any]:

@@ -184,3 +184,11 @@ def test_a_choice_at_the_edge_of_what_was_compared_is_said():
         "kappa 1 was chosen, the largest that was compared: one beyond it may score higher."
     ]
     assert "smallest" in _at_the_edge(protocol, {"kappa": 0.1, "c_max": 10.0})[0]
+
+
+def test_one_control_is_not_several():
+    found = judged(GOOD, GOOD, controls=("random",))
+    every = next(one for one in found.claim.conditions if "every control" in one.text)
+    assert every.holds
+    assert every.detail == "1 control"
+    assert "2 controls" in [one.detail for one in judged(GOOD, GOOD).claim.conditions]

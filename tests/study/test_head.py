@@ -11,7 +11,7 @@ from fastfg.models.saved import WEIGHTS
 from fastfg.study import head
 from fastfg.study.backbone import load_backbone
 from fastfg.study.config import read_config
-from fastfg.study.head import make_head
+from fastfg.study.head import head_classes, make_head
 from fastfg.study.prepared import Once
 from tests.study.studies import TOML, make_study
 
@@ -95,3 +95,20 @@ def test_no_training_images(tmp_path, monkeypatch):
     none, shown = table[table["split"] == "none"], table[table["split"] == "validation"]
     with pytest.raises(ValueError, match="^data.manifest: expected images of the split 'train'"):
         make_head(config, torch.device("cpu"), none, shown, Once(tmp_path, print), print, lambda _: lambda *_: None)
+
+
+def test_labels_that_the_head_lacks(tmp_path):
+    config = read_config(make_study(tmp_path))
+    table = read_manifest(config.data.manifest)
+    train, shown = (table[table["split"] == split] for split in ("train", "validation"))
+    assert head_classes(config, train, shown) == ("bright", "dark")
+    with pytest.raises(ValueError, match=r"labels of all validation images among the classes, got \['dark'\] beside"):
+        head_classes(config, train.replace({"label": {"dark": "black"}}), shown)
+    named = config.model_copy(update={"model": config.model.model_copy(update={"classes": ["dark", "grey"]})})
+    with pytest.raises(ValueError, match=r"labels of all training images among the classes, got \['bright'\] beside"):
+        head_classes(named, train, shown)
+    one = train[train["label"] == "dark"]
+    with pytest.raises(
+        ValueError, match=r"^model\.classes: expected at least 2 classes, got \('dark',\), the labels of"
+    ):
+        head_classes(config, one, one)

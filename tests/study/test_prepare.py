@@ -1,0 +1,61 @@
+"""What a study loads and makes before its first score."""
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastfg.models.timm import import_timm
+from fastfg.study.config import read_config
+from fastfg.study.prepare import check_training, load_classifier
+from tests.study.studies import TOML
+
+NAME = "vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A study of a model with its own head, for images of 64 x 64."""
+    model = import_timm().create_model(NAME, img_size=64, num_classes=2)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    file = tmp_path / "study.toml"
+    file.write_text(TOML.replace("probe = true", 'classes = ["bright", "dark"]'))
+    return file
+
+
+def test_the_image_size_of_weights_with_a_head(file):
+    model, _, classes = load_classifier(read_config(file))
+    assert model.patch_embed.img_size == (64, 64)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+    assert classes == ("bright", "dark")
+
+
+def test_an_image_size_that_the_weights_are_not_for(file):
+    file.write_text(file.read_text().replace("img_size = 64", "img_size = 96"))
+    with pytest.raises(ValueError, match=r"weights: .*pos_embed \(with model\.img_size = 96\)$"):
+        load_classifier(read_config(file))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("probe = true", 'preset = "covid-qu-ex"'), (f'name = "{NAME}"\n', 'name = "open_clip:ViT-B-32"\n')],
+)
+def test_no_image_size_where_it_is_fixed(file, old, new):
+    file.write_text(TOML.replace(old, new).replace("probe = true", ""))
+    with pytest.raises(ValueError, match=r"model\.img_size: expected none .*, got 64"):
+        read_config(file)
+
+
+def test_training_images_to_hold_out(file):
+    start, end = TOML.index("[saes.folders]"), TOML.index("[protocol]")
+    file.write_text(TOML[:start] + "[saes.train]\n" + TOML[end:])
+    config = read_config(file)
+    train = pd.DataFrame({"key": list("abcdefgh"), "group": "", "split": "train"})
+    check_training(config, train)
+    check_training(config, train[:6])
+    with pytest.raises(ValueError, match=r"^saes\.train: expected at least 6 training images, .*, got 5$"):
+        check_training(config, train[:5])
+    with pytest.raises(ValueError, match=r"^saes\.train: expected at least 6 groups of training images, .*, got 4$"):
+        check_training(config, train.assign(group=list("ppqqrrss")))
+    one_without = train.assign(group=[*"ppqqrrs", ""])  # then no image is in a group
+    check_training(config, one_without)
