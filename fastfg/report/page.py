@@ -199,15 +199,20 @@ def _means(names: Names) -> dict[str, Any] | None:
     groups: dict[str, list[list[Cell]]] = {}
     for name, variant in names.variants.items():
         if name in cells.rows and variant.role != "seed":
-            row = [Cell(cell.text, True, cell.best) for cell in cells.rows[name]]
+            row = [Cell(_unbroken(cell.text), True, cell.best) for cell in cells.rows[name]]
             groups.setdefault(GROUPS[variant.role], []).append([Cell(name), *row])
     if seeds := [name for name in names.of_role("seed") if name in cells.rows]:
         groups.setdefault("Controls", []).append(_seeds(summary, seeds, names.metrics))
     caption = "Mean ± standard error over images"
     table = Table(caption, ["variant", *cells.titles], list(groups.items()))
-    every = [[Cell(name), *(Cell(cell.text, True, cell.best) for cell in cells.rows[name])] for name in seeds]
+    every = [[Cell(name), *(Cell(_unbroken(c.text), True, c.best) for c in cells.rows[name])] for name in seeds]
     more = Table("Each shuffled decoder", ["variant", *cells.titles], [("", every)]) if seeds else None
     return {"table": table, "note": FOOTNOTE.format(against=against), "seeds": more}
+
+
+def _unbroken(text: str) -> str:
+    """A mean whose line may break before what stands in parentheses alone."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")
 
 
 def _seeds(summary: pd.DataFrame, seeds: Sequence[str], metrics: Sequence[str]) -> list[Cell]:
