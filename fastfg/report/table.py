@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FOOTNOTE = (
     "Mean ± standard error over images. Bold: the best mean of its column, where the paired test finds it better than "
-    "{against} (Holm p < .05); none where scores are missing, and never one of fewer images (n = ...). Stars, for "
+    "{against} (Holm p < .05); none where some lack scores, and never one of fewer images (n = ...). Stars, for "
     "comparison with the paper: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, *** p < .001."
 )
 DIFFERENCES_NOTE = (
