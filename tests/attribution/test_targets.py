@@ -34,7 +34,7 @@ def test_a_single_logit_is_a_sigmoid(images, saes, gate):
     assert torch.equal(free.target, (free.logits[:, 0] > 0).long())
     for i, predicted in enumerate(free.target):
         torch.testing.assert_close(free.maps[i], (one if predicted else zero).maps[i], rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="target: expected classes from 0 to 1, got \\[2, 2, 2\\]"):
+    with pytest.raises(ValueError, match="target: expected classes from 0 to 1, got \\[2\\]"):
         fastfg.attribute(model, images, target=2)
 
 

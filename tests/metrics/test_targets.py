@@ -47,7 +47,7 @@ def test_one_logit_predicts_a_side_and_has_two_classes(one_logit, images, caplog
     chosen = fastfg.evaluate(one_logit, images, MAPS, target=None, metrics=["saco"])
     expected = fastfg.evaluate(one_logit, images, MAPS, target=(z > 0).long(), metrics=["saco"])
     assert torch.equal(chosen["saco"], expected["saco"])
-    with pytest.raises(ValueError, match="target: expected classes from 0 to 1, got \\[2, 2, 2\\]"):
+    with pytest.raises(ValueError, match="target: expected classes from 0 to 1, got \\[2\\]"):
         fastfg.evaluate(one_logit, images, MAPS, target=2)
 
 

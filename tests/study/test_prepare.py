@@ -57,5 +57,6 @@ def test_training_images_to_hold_out(file):
         check_training(config, train[:5])
     with pytest.raises(ValueError, match=r"^saes\.train: expected at least 6 groups of training images, .*, got 4$"):
         check_training(config, train.assign(group=list("ppqqrrss")))
-    one_without = train.assign(group=[*"ppqqrrs", ""])  # then no image is in a group
-    check_training(config, one_without)
+    one_without = train.assign(group=[*"ppqqrrs", ""])  # it is a group by itself
+    with pytest.raises(ValueError, match=r"^saes\.train: expected at least 6 groups of training images, .*, got 5$"):
+        check_training(config, one_without)
