@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastfg.files import write_durably
 from fastfg.models import Adapter
 from fastfg.study import token_writer
 from fastfg.study.prepared import Once, Thing
-from fastfg.study.shards import write_durably
 from fastfg.study.token_cache import TokenCache
 
 COMPLETE = "complete"
