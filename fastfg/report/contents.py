@@ -41,7 +41,8 @@ class Effect:
     """One paired difference: ``variant`` minus ``against`` in ``metric``, with its 95% interval [low, high].
 
     ``p`` is corrected for the family of comparisons (Holm); ``n`` counts the images, which are in ``groups`` groups
-    (None: not known; without groups, the number of different images). NaN where a test is not defined.
+    (None: not known; without groups, the number of different images). NaN where a test is not defined; ``reason`` says
+    why, or why the verdict is open.
     """
 
     variant: str
@@ -54,6 +55,7 @@ class Effect:
     n: int
     verdict: str = ""
     groups: int | None = None
+    reason: str | None = None
 
     @classmethod
     def of(cls, paired: pd.DataFrame, variant: str, metric: str, against: str) -> Effect:
@@ -64,7 +66,8 @@ class Effect:
         row = found.iloc[0]
         difference, low, high, p = (float(row[name]) for name in ("difference", "low", "high", "p_holm"))
         groups = int(row["groups"]) if "groups" in found else None
-        return cls(variant, against, metric, difference, low, high, p, int(row["n"]), str(row["verdict"]), groups)
+        n, verdict = int(row["n"]), str(row["verdict"])
+        return cls(variant, against, metric, difference, low, high, p, n, verdict, groups, row.get("reason") or None)
 
     def reversed(self) -> Effect:
         """``against`` minus ``variant``.

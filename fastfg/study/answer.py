@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastfg.metrics import METRICS
-from fastfg.report.contents import Claim, Condition, Effect
+from fastfg.report.contents import Claim, Effect
 from fastfg.study import wording
+from fastfg.study.conditions import better_than, better_than_every, effects_of, strongest_control, words
 from fastfg.study.paired import paired
 from fastfg.study.pairs import direction_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SETTLED = {"better": True, "worse": False, "no real difference": False}
-Effects = Mapping[str, Effect]  # {variant: the method minus it, in one metric}
 
 
 def answer(
@@ -46,24 +44,21 @@ def answer(
     judged = scores.loc[scores["variant"].isin([method, baseline, *controls])]
     judged.attrs = dict(scores.attrs)
     table = paired(judged, method, metrics=metrics, higher_is_better=directions, seed=seed)
-    names = list(dict.fromkeys(table["variant"]))
     conditions, effects, passed, worse = [], [], [], dict[str, list[str]]()
     for metric in metrics:
-        over = {name: Effect.of(table, name, metric, method).reversed() for name in names}
-        strongest = _strongest(over, controls, direction_of(metric, directions))
+        over, title = effects_of(table, method, metric), _title(metric)
+        strongest = strongest_control(over, controls, direction_of(metric, directions))
         shown = [over[name] for name in (baseline, strongest) if name is not None]
-        own = [_condition(effect, effect.against != baseline) for effect in shown]
-        scored = judged.loc[judged[metric].notna(), "variant"]
-        own.append(_every(over, controls, metric, set(scored)))
+        own = [better_than(effect, strongest=effect.against != baseline, metric=title) for effect in shown]
+        own.append(better_than_every(over, controls, _scored(judged, [metric]), title))
         effects += shown
         conditions += own
         if all(condition.holds for condition in own):
             passed.append(metric)
-        for name in names:
+        for name in over:
             if over[name].verdict == "worse":
-                worse.setdefault(name, []).append(_title(metric))
-    there = set(judged.loc[judged[metrics].notna().any(axis=1), "variant"])
-    silent = [name for name in controls if name not in there]
+                worse.setdefault(name, []).append(title)
+    silent = [name for name in controls if name not in _scored(judged, metrics)]
     sentence = _sentence(method, baseline, metrics, passed, effects, worse, controls, silent)
     return Claim(sentence, bool(passed), conditions, effects), {method: table}
 
@@ -76,36 +71,9 @@ def undecided(scores: pd.DataFrame, sentences: Sequence[str]) -> Claim:
     return Claim(" ".join(sentences), None)
 
 
-def _strongest(over: Effects, controls: Sequence[str], higher_is_better: bool | None) -> str | None:
-    """The control with the smallest gain of the method over it; None if no gain or no direction is known."""
-    if higher_is_better is None:
-        return None
-    ahead = {name: over[name].difference * (1 if higher_is_better else -1) for name in controls if name in over}
-    known = [name for name, gain in ahead.items() if gain == gain]
-    return min(known, key=ahead.__getitem__, default=None)
-
-
-def _condition(effect: Effect, strongest: bool) -> Condition:
-    """Whether the method is better than the baseline or the strongest control."""
-    text = wording.better_than(effect.against, strongest=strongest, metric=_title(effect.metric))
-    return Condition(text, SETTLED.get(effect.verdict), f"{_words(effect)}: {effect.verdict}")
-
-
-def _every(over: Effects, controls: Sequence[str], metric: str, scored: set[str]) -> Condition:
-    """Whether the method is better than each control. ``scored``: the variants that have scores in ``metric``."""
-    text = wording.better_than("every control", metric=_title(metric))
-    if not controls:
-        return Condition(text, False, wording.NO_CONTROL)
-    left = [name for name in controls if name not in over or over[name].verdict != "better"]
-    why = [
-        f"{name}: {_words(over[name])}: {over[name].verdict}" if name in scored else f"{name}, which has no scores"
-        for name in left
-    ]
-    return Condition(text, not left, f"not better than {'; '.join(why)}" if left else f"{len(controls)} controls")
-
-
-def _words(effect: Effect) -> str:
-    return wording.effect(effect.difference, effect.low, effect.high, effect.p, effect.n, effect.groups)
+def _scored(scores: pd.DataFrame, metrics: Sequence[str]) -> set[str]:
+    """The variants with a score in at least one of ``metrics``."""
+    return set(scores.loc[scores[list(metrics)].notna().any(axis=1), "variant"])
 
 
 def _title(metric: str) -> str:
@@ -131,7 +99,7 @@ def _sentence(
     said = f"{method} {'beats' if ahead else 'does not beat'} {beside} by {by} {len(metrics)} metrics"
     if worse:
         said += f", and is {wording.worse_than(worse)}"
-    said += f" ({_title(first.metric)}, {method} minus {baseline}: {_words(first)})"
+    said += f" ({_title(first.metric)}, {method} minus {baseline}: {words(first)})"
     if silent:
         said += f"; {wording.without_scores(silent)}"
     if passed:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from fastfg.report.contents import Claim, Condition, Effect
+from fastfg.report.contents import Claim, Condition
 from fastfg.study import wording
+from fastfg.study.conditions import Effects, better_than, better_than_every, effects_of, strongest_control, words
 from fastfg.study.measures import ORDERS, PRIMARY
 from fastfg.study.paired import paired
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GATE, VANILLA, SHUFFLED = "gate", "vanilla", "shuffled (mean of seeds)"
-Rows = Mapping[str, Mapping[Any, Any]]  # {variant: its row of the paired comparison with the gate}
 SIGNS = 0.75  # of the curves, in which the difference must have the same sign: 3 of 4
 
 
@@ -63,12 +63,12 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
     compared = primary[primary["variant"].isin([GATE, VANILLA, *controls])]
     compared.attrs = primary.attrs
     table = paired(compared, GATE, metrics=[PRIMARY], seed=seed)
-    rows = {str(row["variant"]): row for row in table.to_dict("records")}
-    strongest = _strongest(rows, controls)
+    over = effects_of(table, GATE, PRIMARY)
+    strongest = strongest_control(over, controls)
     against = [VANILLA, *([strongest] if strongest else [])]
     signs = _signs(tables, against)
-    conditions = [_real(rows, name, name != VANILLA) for name in against]
-    conditions.append(_every(rows, controls))
+    conditions = [better_than(over[name], strongest=name != VANILLA) for name in against]
+    conditions.append(better_than_every(over, controls, set(compared.loc[compared[PRIMARY].notna(), "variant"])))
     needed = math.ceil(SIGNS * len(tables) * len(ORDERS))
     for name in against:
         own = signs[signs["against"] == name]
@@ -79,41 +79,8 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
             Condition(f"Ahead of {name} in at least {needed} of {n} modes", good >= needed, f"{good} of {n} ({modes})")
         )
     share = _share(primary, strongest) if strongest else float("nan")
-    sentence, holds = _sentence(conditions, rows, strongest, share)
-    effects = [Effect.of(table, name, PRIMARY, GATE).reversed() for name in against]
-    return Judgement(Claim(sentence, holds, conditions, effects), strongest, table, signs)
-
-
-def _strongest(rows: Rows, controls: Sequence[str]) -> str | None:
-    """The control with the smallest gain of the gate over it."""
-    ahead = {name: rows[name]["difference"] for name in controls if name in rows}  # its score less the gate's
-    known = [name for name, difference in ahead.items() if difference == difference]
-    return max(known, key=ahead.__getitem__, default=None)
-
-
-def _real(rows: Rows, name: str, strongest: bool) -> Condition:
-    """Whether the gate is better than variant ``name`` by the paired test."""
-    row = rows[name]
-    holds = row["verdict"] == "worse"  # than the gate
-    detail = _words(row)
-    text = wording.better_than(name, strongest=strongest)
-    return Condition(text, holds, f"{detail}; {row['reason']}" if row["reason"] else detail)
-
-
-def _every(rows: Rows, controls: Sequence[str]) -> Condition:
-    """Whether the gate is better than each control that was asked for; one that was not tested counts as not beaten."""
-    text = wording.better_than("every control")
-    if not controls:
-        return Condition(text, False, wording.NO_CONTROL)
-    left = [name for name in controls if name not in rows or rows[name]["verdict"] != "worse"]
-    why = [f"{name}: {_words(rows[name])}" if name in rows else name for name in left]
-    beaten = f"{len(controls)} control{'s' * (len(controls) != 1)}"
-    return Condition(text, not left, f"not better than {'; '.join(why)}" if left else beaten)
-
-
-def _words(row: Mapping[Any, Any]) -> str:
-    """The gate's gain over the variant of ``row``, with its interval, p value and number of images."""
-    return wording.effect(-row["difference"], -row["high"], -row["low"], row["p_holm"], row["n"], row["groups"])
+    sentence, holds = _sentence(conditions, over, strongest, share)
+    return Judgement(Claim(sentence, holds, conditions, [over[name] for name in against]), strongest, table, signs)
 
 
 def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.DataFrame:
@@ -137,18 +104,18 @@ def _share(primary: pd.DataFrame, control: str) -> float:
     return float((means[control] - means[VANILLA]) / (means[GATE] - means[VANILLA]))
 
 
-def _sentence(conditions: Sequence[Condition], rows: Rows, strongest: str | None, share: float) -> tuple[str, bool]:
-    effect = f"SRG, gate minus vanilla: {_words(rows[VANILLA])}"
-    failed = sum(not condition.holds for condition in conditions)
-    if not failed:
-        assert strongest is not None  # else a condition fails
-        row = rows[strongest]
-        ahead = wording.difference(-row["difference"], -row["high"], -row["low"])
-        if row["n"] != rows[VANILLA]["n"]:
-            ahead += f" {wording.on_images(row['n'], row['groups'])}"
-        return (
-            f"The gate improves explanations ({effect}). It is better than the strongest control, {strongest}, by "
-            f"{ahead}; {wording.share_of_gain(share)}.",
-            True,
-        )
-    return f"{wording.NO_CLAIM} ({effect}): {failed} of {len(conditions)} conditions fail.", False
+def _sentence(conditions: Sequence[Condition], over: Effects, strongest: str | None, share: float) -> tuple[str, bool]:
+    vanilla = over[VANILLA]
+    effect = f"SRG, gate minus vanilla: {words(vanilla)}"
+    if not all(condition.holds for condition in conditions):
+        return f"{wording.NO_CLAIM} ({effect}): {wording.short_of([c.holds for c in conditions])}.", False
+    assert strongest is not None  # else a condition fails
+    control = over[strongest]
+    ahead = wording.difference(control.difference, control.low, control.high)
+    if control.n != vanilla.n:
+        ahead += f" {wording.on_images(control.n, control.groups)}"
+    return (
+        f"The gate improves explanations ({effect}). It is better than the strongest control, {strongest}, by "
+        f"{ahead}; {wording.share_of_gain(share)}.",
+        True,
+    )

@@ -85,3 +85,19 @@ def share_of_gain(share: float) -> str:
     ('that control alone has 94% of the gain over vanilla', 'that control alone has no gain over vanilla')
     """
     return f"that control alone has {f'{share:.0%} of the' if share > 0 else 'no'} gain over vanilla"
+
+
+def short_of(conditions: Sequence[bool | None]) -> str:
+    """How many conditions of a claim fail, and how many could not be tested (None).
+
+    >>> short_of([True, False, False]), short_of([True, None])
+    ('2 of 3 conditions fail', '1 of 2 conditions could not be tested')
+    >>> short_of([False, None, True])
+    '1 of 3 conditions fails, 1 could not be tested'
+    """
+    failed, open_ = sum(holds is False for holds in conditions), sum(holds is None for holds in conditions)
+    of = f"of {len(conditions)} conditions"
+    if not failed:
+        return f"{open_} {of} could not be tested"
+    said = f"{failed} {of} fail{'s' * (failed == 1)}"
+    return f"{said}, {open_} could not be tested" if open_ else said
