@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastfg.cli.console import count, say
 from fastfg.data import Found, find_images, path_text
-from fastfg.data.manifest import SPLITS, TABLES, read_manifest, verify_content
+from fastfg.data.manifest import SPLITS, TABLES, read_manifest, verify_content, with_own_groups
 
 
 class Listed(NamedTuple):
@@ -21,9 +21,8 @@ class Listed(NamedTuple):
 
     def groups_of(self, images: Sequence[Path]) -> dict[Path, str] | None:
         """{image: its group}; an image without one is a group by itself. None if no image has one."""
-        if not self.groups:
-            return None
-        return {image: self.groups.get(image, f"image {path_text(image)}") for image in images}
+        groups = with_own_groups({path_text(image): self.groups.get(image, "") for image in images})
+        return None if groups is None else {image: groups[path_text(image)] for image in images}
 
 
 def find_listed(paths: Iterable[Path], split: str | None) -> Listed:

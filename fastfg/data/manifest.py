@@ -202,6 +202,17 @@ def class_counts(table: pd.DataFrame) -> pd.DataFrame:
     return pd.crosstab(table["label"], table["split"]).reindex(columns=list(SPLITS), fill_value=0)
 
 
+def with_own_groups(groups: Mapping[str, str]) -> dict[str, str] | None:
+    """{image: its group}, where an image without one (``""``) is a group by itself. None if no image has one.
+
+    >>> with_own_groups({"a": "module 1", "b": ""}), with_own_groups({"a": ""})
+    ({'a': 'module 1', 'b': 'image b'}, None)
+    """
+    if not any(groups.values()):
+        return None
+    return {image: group or f"image {image}" for image, group in groups.items()}
+
+
 def draw(table: pd.DataFrame, split: str, n: int | None, seed: int = 0) -> pd.DataFrame:
     """The manifest with ``n`` images of ``split``, and the others unchanged. None keeps all.
 

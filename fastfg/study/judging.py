@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastfg.data.manifest import content_hash
+from fastfg.data.manifest import content_hash, with_own_groups
 from fastfg.metrics.choose import METRICS, WITHOUT_MASKS
 from fastfg.study.config import Config
 from fastfg.study.measures import Measure, judge, patches_per_step, wide
@@ -82,9 +82,9 @@ class Judging:
     def table(self, rows: pd.DataFrame, variants: Sequence[Variant], measures: Sequence[Measure]) -> pd.DataFrame:
         """``rows`` of one mode as a table like that of :func:`fastfg.compare`, with groups if some are known."""
         table = wide(rows, {self.identity(variant): variant.name for variant in variants}, measures)
-        groups = self.parts.images.loc[table["image"], "group"]
-        if self.config.data.by_group and bool((groups != "").any()):  # an image without a group is one by itself
-            table.insert(1, "group", groups.where(groups != "", "image " + groups.index).to_numpy())
+        groups = with_own_groups(self.parts.images.loc[table["image"], "group"].to_dict())
+        if self.config.data.by_group and groups is not None:
+            table.insert(1, "group", table["image"].map(groups))
         return table
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
+from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content, with_own_groups
 from fastfg.models import Adapter, adapt
 from fastfg.models.saved import WEIGHTS
 from fastfg.sae.checkpoints import load_saes
@@ -125,9 +125,7 @@ def check_training(config: Config, train: pd.DataFrame) -> None:
 
 
 def _groups(chosen: pd.DataFrame) -> dict[str, str] | None:
-    """{key: group}, where an image without one is a group by itself; None if no image has one."""
-    groups = dict(zip(chosen["key"], chosen["group"], strict=True))
-    return {key: group or f"image {key}" for key, group in groups.items()} if any(groups.values()) else None
+    return with_own_groups(dict(zip(chosen["key"], chosen["group"], strict=True)))
 
 
 def _check_held_out(keys: Collection[str], groups: Mapping[str, str] | None) -> None:
