@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --no-unexpected-skips
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint sanitize venv clean
@@ -12,8 +13,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: venv
 	$(BIN)/fastfg demo --out out/demo
 
+# One process per core for the tests of a file each; then those that start processes of their own.
 test: lint
-	$(BIN)/python -m pytest --no-unexpected-skips
+	$(PYTEST) -n auto --maxprocesses 8 --dist loadfile -m 'not processes'
+	$(PYTEST) -m processes
 
 lint: venv
 	$(BIN)/ruff check .

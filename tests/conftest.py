@@ -11,7 +11,7 @@ import torch
 import fastfg
 from fastfg.models.timm import import_timm
 from tests.skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  hooks
-from tests.subprocesses import pytest_pycollect_makeitem  # noqa: F401  a hook
+from tests.subprocesses import pytest_configure, pytest_pycollect_makeitem  # noqa: F401  hooks
 from tests.tools import installed, tiny_vit
 
 import_timm()

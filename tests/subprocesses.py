@@ -9,6 +9,9 @@ A suite is collected as one test. It runs one pytest process per share, all at t
 reports through ``tests.reporter``, and the main run logs them as its own: they are counted, named, timed, and shown
 with their tracebacks. The suite's own test fails if one of its tests fails or is skipped for a reason that ``skips``
 does not list. It also fails if a process crashes, runs out of time, collects nothing or loses a test.
+
+Suites have the mark ``processes``. pytest-xdist's workers can't log tests that they did not collect, so suites run in a
+pytest of their own: ``pytest -n auto -m "not processes"``, then ``pytest -m processes``.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from tests.skips import forbid
 
 ROOT = Path(__file__).parents[1]
 ENDED = (0, 1)  # pytest's exit codes of a complete run: all tests passed, some failed
+MARK = "processes"
 POLL = 0.1  # seconds
 TAIL = 6000  # characters of a process's output to show
 
@@ -53,8 +57,16 @@ class Suite:
     timeout: float = 1200.0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{MARK}: starts pytest processes of its own, and reports their tests")
+
+
 def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: Any) -> pytest.Item | None:
-    return SuiteItem.from_parent(collector, name=name, suite=obj) if isinstance(obj, Suite) else None
+    if not isinstance(obj, Suite):
+        return None
+    item = SuiteItem.from_parent(collector, name=name, suite=obj)
+    item.add_marker(MARK)
+    return item
 
 
 class SuiteError(Exception):
@@ -117,6 +129,8 @@ class SuiteItem(pytest.Item):
         self.suite = suite
 
     def runtest(self) -> None:
+        if hasattr(self.config, "workerinput"):
+            raise SuiteError("expected a run without pytest-xdist's workers: pytest -m processes")
         started, failed = time.monotonic(), 0
         with tempfile.TemporaryDirectory() as name:
             folders = [Path(name, str(n)) for n in range(len(self.suite.shares))]

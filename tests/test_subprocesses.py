@@ -132,3 +132,15 @@ def test_the_main_run_may_stop_at_the_first_failure(outcome):
     assert code == 1, out
     assert re.search(r"FAILED .*share_0.py::test_wrong", out)
     assert "stopping after 1 failures" in out
+
+
+def test_suites_have_a_mark_of_their_own(outcome):
+    code, out = outcome("def test_a(): pass", options=("-m", "not processes"))
+    assert code == 5, out  # nothing was selected
+    assert outcome("def test_a(): pass", options=("-m", "processes"))[0] == 0
+
+
+def test_a_worker_of_xdist_refuses_a_suite(outcome):
+    code, out = outcome("def test_a(): pass", options=("-p", "xdist", "-n", "1"))
+    assert code == 1, out
+    assert "expected a run without pytest-xdist's workers: pytest -m processes" in out
