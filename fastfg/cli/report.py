@@ -31,6 +31,15 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--maps", type=file_or_folder, metavar="DIR", help="a folder of fastfg attribute, for the pictures"
     )
+    command.add_argument(
+        "--method", default="gated", metavar="VARIANT", help="what the answer is about (default: %(default)s)"
+    )
+    command.add_argument(
+        "--controls",
+        nargs="+",
+        metavar="VARIANT",
+        help="what the method must beat beside vanilla (default: those of random, centre and edges that are there)",
+    )
     command.add_argument("--out", type=file_or_folder, metavar="DIR", help="where to write (default: FOLDER)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the tests")
 
@@ -39,7 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
     from fastfg.report import write_report
     from fastfg.study.report_folder import folder_contents
 
-    contents = folder_contents(arguments.folder, maps=arguments.maps, seed=arguments.seed)
+    contents = folder_contents(
+        arguments.folder,
+        maps=arguments.maps,
+        method=arguments.method,
+        controls=arguments.controls,
+        seed=arguments.seed,
+    )
     page = write_report(arguments.out or arguments.folder, contents)
     say(contents.claims[0].sentence)
     say(f"Wrote {page}, and the folders figures and tables beside it")

@@ -108,6 +108,11 @@ def _show_cost(config: Any, device: Any, processes: int) -> None:
         shown = (f"{row[name]:,}" if row[name] else "" for name in ("images", "variants", "forwards"))
         table.add_row(row["stage"], *shown, f"{row['minutes']:,.1f}")
     console.print(table)
-    several = f"; in {processes}: about {cost.minutes(processes):,.0f}, if each has a core" if processes > 1 else ""
-    say(f"In one process: {cost.minutes():,.0f} minutes{several}. The report is not counted")
+    several = f"; in {processes}: about {_minutes(cost.minutes(processes))}, if each has a core" * (processes > 1)
+    say(f"In one process: {_minutes(cost.minutes())} minutes{several}")
+    say("Maps that share masks need fewer forwards than these. The report is not counted")
     say(f"Memory: about {cost.memory / 1e9:.1f} GB per process, and the SAEs")
+
+
+def _minutes(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

@@ -41,8 +41,8 @@ class Effect:
     """One paired difference: ``variant`` minus ``against`` in ``metric``, with its 95% interval [low, high].
 
     ``p`` is corrected for the family of comparisons (Holm); ``n`` counts the images, which are in ``groups`` groups
-    (None: not known; without groups, the number of different images). NaN where a test is not defined; ``reason`` says
-    why, or why the verdict is open.
+    (None: not known; without groups, the number of different images), and ``missing`` those without both scores. NaN
+    where a test is not defined; ``reason`` says why, or why the verdict is open.
     """
 
     variant: str
@@ -56,6 +56,7 @@ class Effect:
     verdict: str = ""
     groups: int | None = None
     reason: str | None = None
+    missing: int = 0
 
     @classmethod
     def of(cls, paired: pd.DataFrame, variant: str, metric: str, against: str) -> Effect:
@@ -66,8 +67,9 @@ class Effect:
         row = found.iloc[0]
         difference, low, high, p = (float(row[name]) for name in ("difference", "low", "high", "p_holm"))
         groups = int(row["groups"]) if "groups" in found else None
-        n, verdict = int(row["n"]), str(row["verdict"])
-        return cls(variant, against, metric, difference, low, high, p, n, verdict, groups, row.get("reason") or None)
+        n, verdict, reason = int(row["n"]), str(row["verdict"]), row.get("reason") or None
+        missing = int(row.get("missing", 0))
+        return cls(variant, against, metric, difference, low, high, p, n, verdict, groups, reason, missing)
 
     def reversed(self) -> Effect:
         """``against`` minus ``variant``.

@@ -13,15 +13,19 @@ if TYPE_CHECKING:
 
 FOOTNOTE = (
     "Mean ± standard error over images. Bold: the best mean of its column, where the paired test finds it better than "
-    "{against} (Holm p < .05); none where some lack scores, and never one of fewer images (n = ...). Stars, for "
-    "comparison with the paper: Welch's t-test (two-sided) against {against}, * p < .05, ** p < .01, *** p < .001."
+    "{against} (Holm p < .05); none where variants lack scores of different images, and never one of fewer images "
+    "(n = ...). Stars, for comparison with the paper: Welch's t-test (two-sided) against {against}, * p < .05, "
+    "** p < .01, *** p < .001."
 )
 DIFFERENCES_NOTE = (
     "Difference to {against} on the same images, with its 95% bootstrap interval. Holm p: sign-flip test, corrected"
     "{family}. Welch p: unpaired, uncorrected. MDE: the minimum detectable effect of one comparison (80% "
     "power); a smaller one is often missed."
 )
-FAMILIES = {"all": " for all comparisons", "metric": " for the comparisons of one metric"}
+FAMILIES = {
+    "all": " for all {n} comparisons with {against}",
+    "metric": " for the comparisons of one metric with {against}",
+}
 DIFFERENCE_TITLES = ("", "difference", "Holm p", "Welch p", "MDE", "n", "verdict")
 DIRECTIONS = ("better", "worse", "higher", "lower")
 PER_TABLE = 3  # metrics side by side: fits a terminal of 100 columns
@@ -107,7 +111,8 @@ def compared_with(against: str | None, *tables: pd.DataFrame | None) -> str:
 
 def differences_note(paired: pd.DataFrame, against: str) -> str:
     """What the tables of differences show; the family is named if ``paired`` still holds it."""
-    return DIFFERENCES_NOTE.format(against=against, family=FAMILIES.get(paired.attrs.get("family", ""), ""))
+    family = FAMILIES.get(paired.attrs.get("family", ""), "").format(n=paired["p"].notna().sum(), against=against)
+    return DIFFERENCES_NOTE.format(against=against, family=family)
 
 
 def differences(paired: pd.DataFrame, against: str | None = None) -> list[str]:
@@ -154,11 +159,16 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _best(found: pd.DataFrame, paired: pd.DataFrame | None, metric: str) -> str | None:
     """The variant with the best mean of ``metric`` if it is better than the one compared with, else None."""
-    if paired is None or found["missing"].nunique() > 1:  # means over different images do not compare
+    found = found[found["n"] > 0]
+    if paired is None or not len(found):
         return None
-    found = found[found["n"] == found["n"].max()]  # others were judged on a part of the images
-    means = found.set_index("variant")["mean"].dropna()
-    real = paired.loc[(paired["metric"] == metric) & (paired["verdict"] == "better")].set_index("variant")["difference"]
+    judged = found["n"] + found["missing"]
+    found = found[judged == judged.max()]  # others were judged on a part of the images
+    own = paired.loc[(paired["metric"] == metric) & paired["variant"].isin(found["variant"])]
+    if len({*found["missing"], *own["missing"]}) > 1:  # means over different images do not compare
+        return None
+    means = found.set_index("variant")["mean"]
+    real = own.loc[own["verdict"] == "better"].set_index("variant")["difference"]
     if not len(means) or not len(real):
         return None
     best = str(means.idxmax() if real.iloc[0] > 0 else means.idxmin())  # the verdict knows the direction
@@ -213,12 +223,19 @@ def in_groups(text: str, n: int, groups: int | None) -> str:
 
 
 def _p(p: float) -> str:
-    return "" if p != p else "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+    if p != p:
+        return ""
+    shown = f"{p:.3f}".lstrip("0")
+    return "< .001" if p < 0.001 else "< .05" if p < 0.05 and shown == ".050" else shown
 
 
 def equals(p: float) -> str:
-    """``= .013``, or ``< .001``."""
-    return _p(p) if p < 0.001 else f"= {_p(p)}"
+    """``= .013``, or ``< .001``.
+
+    >>> equals(0.013), equals(0.0002), equals(0.0499), equals(0.05)
+    ('= .013', '< .001', '< .05', '= .050')
+    """
+    return _p(p) if _p(p).startswith("<") else f"= {_p(p)}"
 
 
 def signed(value: float) -> str:

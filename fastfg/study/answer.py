@@ -23,6 +23,7 @@ def answer(
     *,
     baseline: str = "vanilla",
     controls: Sequence[str] = (),
+    others: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Claim, dict[str, pd.DataFrame]]:
     """Whether ``method`` is better than the baseline and than every control, in at least one metric.
@@ -34,6 +35,8 @@ def answer(
         against: :func:`fastfg.study.paired` of it, against ``baseline``: the metrics to judge and their directions.
         method, baseline, controls: names of variants. The strongest control of a metric is the one that the method is
             ahead of by the least, on the images that both have.
+        others: variants that are no controls. The claim does not need to beat them, and says which of them are better.
+            They have a Holm correction of their own.
         seed: of the tests.
 
     Returns the claim, and {``method``: the paired comparison of the baseline and the controls with it} that it rests
@@ -41,9 +44,9 @@ def answer(
     """
     metrics = list(dict.fromkeys(against["metric"]))
     directions: Mapping[str, bool] = against.attrs.get("higher_is_better", {})
-    judged = scores.loc[scores["variant"].isin([method, baseline, *controls])]
-    judged.attrs = dict(scores.attrs)
+    judged = _of(scores, [method, baseline, *controls])
     table = paired(judged, method, metrics=metrics, higher_is_better=directions, seed=seed)
+    beside = paired(_of(scores, [method, *others]), method, metrics=metrics, higher_is_better=directions, seed=seed)
     conditions, effects, passed, worse = [], [], [], dict[str, list[str]]()
     for metric in metrics:
         over, title = effects_of(table, method, metric), _title(metric)
@@ -55,8 +58,8 @@ def answer(
         conditions += own
         if all(condition.holds for condition in own):
             passed.append(metric)
-        for name in over:
-            if over[name].verdict == "worse":
+        for name, effect in (over | effects_of(beside, method, metric)).items():
+            if effect.verdict == "worse":
                 worse.setdefault(name, []).append(title)
     silent = [name for name in controls if name not in _scored(judged, metrics)]
     sentence = _sentence(method, baseline, metrics, passed, effects, worse, controls, silent)
@@ -69,6 +72,12 @@ def undecided(scores: pd.DataFrame, sentences: Sequence[str]) -> Claim:
     if n == 1:
         return Claim(f"One variant was judged, {scores['variant'].iloc[0]}: there is nothing to compare it with.", None)
     return Claim(" ".join(sentences), None)
+
+
+def _of(scores: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
+    found = scores.loc[scores["variant"].isin(list(variants))]
+    found.attrs = dict(scores.attrs)
+    return found
 
 
 def _scored(scores: pd.DataFrame, metrics: Sequence[str]) -> set[str]:
@@ -95,8 +104,11 @@ def _sentence(
     beside = f"{baseline} and every control" if controls else baseline
     ahead = passed if controls else [effect.metric for effect in over if effect.verdict == "better"]
     first = next(effect for effect in over if effect.metric == (ahead or metrics)[0])
-    by = f"{', '.join(map(_title, ahead))}, {len(ahead)} of" if ahead else "any of"
-    said = f"{method} {'beats' if ahead else 'does not beat'} {beside} by {by} {len(metrics)} metrics"
+    titles = ", ".join(map(_title, ahead))
+    by = f"{titles}, {len(ahead)} of {len(metrics)} metrics" if ahead else f"any of {len(metrics)} metrics"
+    if len(metrics) == 1:
+        by = _title(metrics[0])
+    said = f"{method} {'beats' if ahead else 'does not beat'} {beside} by {by}"
     if worse:
         said += f", and is {wording.worse_than(worse)}"
     said += f" ({_title(first.metric)}, {method} minus {baseline}: {words(first)})"

@@ -11,6 +11,7 @@ from fastfg.study import wording
 from fastfg.study.conditions import Effects, better_than, better_than_every, effects_of, strongest_control, words
 from fastfg.study.measures import ORDERS, PRIMARY
 from fastfg.study.paired import paired
+from fastfg.study.pairs import differences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,7 @@ def with_mean_of_shuffled(scores: pd.DataFrame, shuffled: Sequence[str]) -> pd.D
     if not len(own):
         return scores
     means = own.groupby("image")[metrics].agg(lambda values: values.mean(skipna=False))
+    means[own.groupby("image").size() < len(shuffled)] = float("nan")
     others = own.drop_duplicates("image").set_index("image").assign(variant=SHUFFLED, error=None)
     rows = others.assign(**{metric: means[metric] for metric in metrics}).reset_index()[list(scores.columns)]
     table = pd.concat([scores, rows.astype(scores.dtypes.to_dict())], ignore_index=True)
@@ -76,7 +78,7 @@ def judge_claim(tables: Mapping[str, pd.DataFrame], controls: Sequence[str], see
         shown = zip(own["order"], own["mode"], own["gain"].astype(float), strict=True)
         modes = "; ".join(f"{order}, {mode}: {wording.difference(gain)}" for order, mode, gain in shown)
         conditions.append(
-            Condition(f"Ahead of {name} in at least {needed} of {n} modes", good >= needed, f"{good} of {n} ({modes})")
+            Condition(f"Ahead of {name} in at least {needed} of {n} curves", good >= needed, f"{good} of {n} ({modes})")
         )
     share = _share(primary, strongest) if strongest else float("nan")
     sentence, holds = _sentence(conditions, over, strongest, share)
@@ -93,15 +95,19 @@ def _signs(tables: Mapping[str, pd.DataFrame], against: Sequence[str]) -> pd.Dat
             scores = table.pivot(index="image", columns="variant", values=metric)
             for name in against:
                 both = scores[[GATE, name]].dropna()
-                gain = (both[GATE] - both[name]).mean() * (-1 if order == "MIF" else 1)
+                gain = differences(both[GATE], both[name]).mean() * (-1 if order == "MIF" else 1)
                 rows.append({"against": name, "mode": mode, "order": order, "gain": gain, "n": len(both)})
     return pd.DataFrame(rows, columns=["against", "mode", "order", "gain", "n"])
 
 
 def _share(primary: pd.DataFrame, control: str) -> float:
-    """The gain of ``control`` over vanilla as a share of that of the gate, on the images that all three have."""
+    """The gain of ``control`` over vanilla as a share of that of the gate, on the images that all three have.
+
+    NaN without such images, and where the gate has no gain on them.
+    """
     means = primary.pivot(index="image", columns="variant", values=PRIMARY)[[GATE, VANILLA, control]].dropna().mean()
-    return float((means[control] - means[VANILLA]) / (means[GATE] - means[VANILLA]))
+    gain = float(means[GATE] - means[VANILLA])
+    return float(means[control] - means[VANILLA]) / gain if gain > 0 else float("nan")
 
 
 def _sentence(conditions: Sequence[Condition], over: Effects, strongest: str | None, share: float) -> tuple[str, bool]:

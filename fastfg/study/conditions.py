@@ -53,7 +53,9 @@ def better_than_every(over: Effects, controls: Sequence[str], scored: Collection
         return Condition(text, False, wording.NO_CONTROL)
     left = [name for name in controls if name not in over or over[name].verdict != "better"]
     if not left:
-        return Condition(text, True, f"{len(controls)} control{'s' * (len(controls) != 1)}")
+        least = min((over[name] for name in controls), key=lambda effect: effect.n)
+        on = f", each on at least {least.n} of {least.n + least.missing} images" if least.missing else ""
+        return Condition(text, True, f"{len(controls)} control{'s' * (len(controls) != 1)}{on}")
     why = [f"{name}: {found(over[name])}" if name in scored else f"{name}, which has no scores" for name in left]
     return Condition(text, False, f"not better than {'; '.join(why)}")
 
@@ -65,4 +67,5 @@ def found(effect: Effect) -> str:
 
 def words(effect: Effect) -> str:
     """The difference with its interval, p value and number of images."""
-    return wording.effect(effect.difference, effect.low, effect.high, effect.p, effect.n, effect.groups)
+    e = effect
+    return wording.effect(e.difference, e.low, e.high, e.p, e.n, e.groups, e.missing)

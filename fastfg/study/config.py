@@ -158,7 +158,7 @@ class Protocol(Part):
         for blocks in self.combinations:
             if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(self.layers):
                 raise ValueError(f"combinations: expected distinct blocks among {self.layers}, got {blocks}")
-        for name in ("kappa", "c_max"):
+        for name in ("scores", "kappa", "c_max"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected different values, at least one, got {values}")

@@ -120,7 +120,7 @@ def _titles(columns: Sequence[str]) -> dict[str, str]:
     for column in columns:
         metric = metric_of(column)
         title = METRICS[metric].title
-        found[column] = f"{title}{f', {orders[metric]}' if metric in orders else ''} {column[len(metric) :]}"
+        found[column] = f"{title}{f', {orders[metric]}' if metric in orders else ''}{column[len(metric) :]}"
     return found
 
 
@@ -254,7 +254,7 @@ def _notes(judging: Judging) -> list[str]:
         n = int((groups == "").sum())
         found.append(f"{n} of {len(groups)} test images have no group: each counts as a group of its own.")
     n = judging.config.test.shuffled
-    if n and (limit := judging.config.test.shuffled_images):
+    if n and (limit := judging.config.test.shuffled_images) and limit < len(judging.parts.test):
         found.append(f"The {n} shuffled decoders were judged on {limit} test images or a few more, not on all.")
     return found
 

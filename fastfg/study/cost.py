@@ -64,8 +64,9 @@ class Cost:
     """The estimate: one row per stage, and the whole.
 
     Attributes:
-        table: ``stage``, ``images``, ``variants``, ``forwards``, ``minutes`` of one process. The report is not counted.
-        alone: minutes of it that one process works for the others, which wait.
+        table: ``stage``, ``images``, ``variants``, ``forwards``, ``minutes`` of one process. Forwards are those of maps
+            that share no masks, which is the most. The report is not counted.
+        alone: minutes of it that one process works for the others, which wait: the tokens of the SAEs.
         memory: bytes of one process.
     """
 
@@ -139,9 +140,13 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
     }
     rates = {mode: _rate(adapter, images, keys, own) for mode, own in measures.items()}
     passes, forward = _seconds_to_explain(adapter, images, config.protocol.layers), _seconds_of_forward(adapter, images)
-    rows = _alone_rows(config, table, forward)
-    alone = sum(row["minutes"] for row in rows)
+    rows, alone = [], 0.0
+    if config.model.probe:
+        rows.append(_forwards_row("linear head", len(train) + len(shown), forward))
     if config.saes.train:
+        tokens = _forwards_row("tokens for the SAEs", min(config.saes.train.images or len(train), len(train)), forward)
+        alone = tokens["minutes"]
+        rows.append(tokens)
         rows.append(_train_row(config, config.saes.train, images, adapter, device))
     for stage in stages(config, table):
         forwards = sum(
@@ -220,18 +225,9 @@ def _seconds_of_forward(model: Adapter, images: torch.Tensor) -> float:
     return found[-1] / len(images)
 
 
-def _alone_rows(config: Config, manifest: pd.DataFrame, forward: float) -> list[dict[str, Any]]:
-    """What one process makes for all: the linear head and the tokens of the SAEs, a forward per image."""
-    there, how = manifest["split"].value_counts(), config.saes.train
-    n_train = int(there.get("train", 0))
-    rows = []
-    if config.model.probe:
-        n = n_train + (config.data.validation or int(there.get("validation", 0)))
-        rows.append(_row("linear head", n, 0, 0, n * forward))
-    if how:
-        n = min(how.images or n_train, n_train)
-        rows.append(_row("tokens for the SAEs", n, 0, 0, n * forward))
-    return rows
+def _forwards_row(title: str, images: int, forward: float) -> dict[str, Any]:
+    """A stage that needs a forward per image and judges nothing. ``forward``: its seconds."""
+    return _row(title, images, 0, 0, images * forward)
 
 
 def _train_row(

@@ -177,8 +177,8 @@ def _decide(rows: pd.DataFrame, higher_is_better: Mapping[str, bool] | None) -> 
         elif reason != "all differences are 0" and not _within_reach(p, k, row["smallest_p"]):
             verdict = "cannot tell"
             what = f"{row['groups']} {row['unit']}s" if row["groups"] <= EXACT else "so few random sign patterns"
-            few = f"{what} give no p below {row['smallest_p']:.2g}, and Holm corrects for {np.isfinite(p).sum()}"
-            few += " comparison(s)"
+            n = int(np.isfinite(p).sum())
+            few = f"{what} give no p below {row['smallest_p']:.2g}, and Holm corrects for {n} comparison{'s' * (n > 1)}"
             reason = f"{reason}; {few}" if reason else few
         verdicts.append(verdict)
         reasons.append(reason)

@@ -81,6 +81,14 @@ def _rounding(column: pd.Series) -> float:
     return max(SAME, 4 * float(np.finfo(dtype).eps)) if dtype.kind == "f" else SAME
 
 
+def differences(values: pd.Series, base: pd.Series) -> pd.Series:
+    """``values - base`` row by row, 0 where that is as small as rounding."""
+    import pandas as pd
+
+    v, w = (column.to_numpy(float)[:, None] for column in (values, base))
+    return pd.Series(_differences(v, w, np.array([max(_rounding(values), _rounding(base))]))[:, 0], values.index)
+
+
 def _differences(values: Array, base: Array, rounding: Array) -> Array:
     """``values - base`` [n, K], 0 where it is rounding [K] for scores of this size: the image's, or typical ones."""
     d, size = values - base, np.fmax(np.abs(values), np.abs(base))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,24 @@ if TYPE_CHECKING:
 SCORES, MAPS, MARKER, CONFIG = "scores.parquet", "attributions.csv", "fastfg.json", "config.json"
 ERRORS = ("score_errors.csv", "errors.csv")
 PICTURES = "Pictures: the map that fastfg attribute wrote, over the image as the model sees it."
-ROLES = {
-    "vanilla": ("baseline", "TransMM (Chefer et al. 2021), without a gate."),
-    "gated": ("method", "Feature-Gradient Attribution with the gate of the settings."),
-    "random": ("control", "Uniform noise."),
-    "centre": ("control", "A Gaussian in the middle of the image."),
-    "edges": ("control", "The magnitude of the picture's edges."),
+ABOUT = {
+    "vanilla": "TransMM (Chefer et al. 2021), without a gate.",
+    "gated": "Feature-Gradient Attribution with the gate of the settings.",
+    "random": "Uniform noise.",
+    "centre": "A Gaussian in the middle of the image.",
+    "edges": "The magnitude of the picture's edges.",
 }
+METHOD, CONTROLS = "gated", ("random", "centre", "edges")
 
 
-def folder_contents(folder: str | Path, *, maps: str | Path | None = None, seed: int = 0) -> Contents:
+def folder_contents(
+    folder: str | Path,
+    *,
+    maps: str | Path | None = None,
+    method: str = METHOD,
+    controls: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Contents:
     """What the report of a folder shows.
 
     Args:
@@ -40,14 +48,20 @@ def folder_contents(folder: str | Path, *, maps: str | Path | None = None, seed:
             ``fastfg.compare(...).to_parquet(...)``.
         maps: a folder of ``fastfg attribute`` for the same files, whose overlays the gallery shows; None: ``folder``
             itself, if it has some.
+        method: the variant that the answer is about. It is compared with ``vanilla``.
+        controls: variants that the method must beat, too; None: those of ``random``, ``centre`` and ``edges`` that are
+            there. Of all others, the answer says which are better than the method.
         seed: of the tests.
 
-    Raises FileNotFoundError without ``scores.parquet``, and ValueError if it can't be read as scores.
+    Raises FileNotFoundError without ``scores.parquet``, and ValueError if it can't be read as scores, for a method or
+    control that is not there, and for the folder of a demo, whose own page says more.
     """
     import pandas as pd
 
     folder = Path(folder)
-    file = folder / SCORES
+    file, written = folder / SCORES, _written(folder)
+    if written.get("command") == "demo":
+        raise ValueError(f"folder: expected one of fastfg evaluate, got that of a demo, {folder}, which has its page")
     if not file.is_file():
         raise FileNotFoundError(f"folder: expected a folder with {SCORES}, as fastfg evaluate writes it, got {folder}")
     try:
@@ -58,14 +72,18 @@ def folder_contents(folder: str | Path, *, maps: str | Path | None = None, seed:
         raise ValueError(f"folder: expected the columns variant and key in {file}, got {list(scores.columns)}")
     names = list(dict.fromkeys(scores["variant"]))
     against = "vanilla" if "vanilla" in names else str(names[0])
-    variants = [Variant(name, *ROLES.get(name, ("baseline" if name == against else "other", ""))) for name in names]
+    if controls is None:
+        controls = [name for name in CONTROLS if name in names and name not in (against, method)]
+    _check_roles(names, against, method, controls)
+    roles = dict.fromkeys(controls, "control") | {method: "method", against: "baseline"}
+    variants = [Variant(name, roles.get(name, "other"), ABOUT.get(name, "")) for name in names]
     tables = {against: paired(scores, against, seed=seed)} if len(names) > 1 else {}
     more: dict[str, pd.DataFrame] = {}
     claim = undecided(scores, differences(tables[against], against) if tables else [])
-    if "gated" in names and against == "vanilla":
-        controls = [one.name for one in variants if one.role == "control"]
-        claim, more = answer(scores, tables[against], "gated", controls=controls, seed=seed)
-    written, images = _written(folder), _images(folder if maps is None else Path(maps), scores)
+    if method in names and against == "vanilla":
+        others = [one.name for one in variants if one.role == "other"]
+        claim, more = answer(scores, tables[against], method, controls=controls, others=others, seed=seed)
+    images = _images(folder if maps is None else Path(maps), scores)
     return Contents(
         title=f"Scores of {scores['path' if 'path' in scores else 'image'].nunique()} images",
         subtitle=f"fastfg {written.get('fastfg', '')}: {folder.resolve().name}".replace("fastfg : ", ""),
@@ -82,6 +100,17 @@ def folder_contents(folder: str | Path, *, maps: str | Path | None = None, seed:
         notes=[PICTURES] if images else [],
         errors=_errors(folder),
     )
+
+
+def _check_roles(names: Sequence[str], against: str, method: str, controls: Sequence[str]) -> None:
+    if method not in names and method != METHOD:
+        raise ValueError(f"method: expected a variant, one of {names}, got {method!r}")
+    for name in controls:
+        if name not in names or name in (against, method):
+            known = [one for one in names if one not in (against, method)]
+            raise ValueError(f"controls: expected variants among {known}, got {name!r}")
+    if len(set(controls)) < len(controls):
+        raise ValueError(f"controls: expected different variants, got {list(controls)}")
 
 
 def _written(folder: Path) -> Mapping[str, Any]:

@@ -108,8 +108,9 @@ def choose_layers(protocol: Protocol, score: Score) -> tuple[int, ...]:
         if found == best:
             break
         best = found
-    if listed:
-        best = _best([best, *listed], score("Combinations of the list", [best, *listed]).of)
+    rivals = list(dict.fromkeys([best, *listed]))  # the list may hold what was found, or one set twice
+    if len(rivals) > 1:
+        best = _best(rivals, score("Combinations of the list", rivals).of)
     return _layers(best)
 
 

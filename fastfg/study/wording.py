@@ -41,13 +41,16 @@ def holm(p: float) -> str:
     return "not tested" if p != p else f"Holm p {equals(p)}"
 
 
-def effect(value: float, low: float, high: float, p: float, n: int, groups: int | None = None) -> str:
-    """A difference, its p value and the number of images, which may be in fewer groups.
+def effect(value: float, low: float, high: float, p: float, n: int, groups: int | None = None, missing: int = 0) -> str:
+    """A difference, its p value and the number of images, of which some may be missing, and which may be in groups.
 
     >>> effect(0.02, -0.01, 0.05, 0.25, 12, 3)
     '+0.0200 [-0.0100, +0.0500], Holm p = .250, n = 12 in 3 groups'
+    >>> effect(0.02, -0.01, 0.05, 0.25, 12, missing=48)
+    '+0.0200 [-0.0100, +0.0500], Holm p = .250, n = 12 of 60'
     """
-    return f"{difference(value, low, high)}, {holm(p)}, n = {in_groups(str(n), n, groups)}"
+    images = f"{n} of {n + missing}" if missing else str(n)
+    return f"{difference(value, low, high)}, {holm(p)}, n = {in_groups(images, n, groups)}"
 
 
 def on_images(n: int, groups: int | None = None) -> str:
@@ -79,12 +82,17 @@ def without_scores(controls: Sequence[str]) -> str:
 
 
 def share_of_gain(share: float) -> str:
-    """How much of the gate's gain over vanilla a control has, too.
+    """How much of the gate's gain over vanilla a control has, too. NaN: not known.
 
     >>> share_of_gain(0.944), share_of_gain(-0.2)
     ('that control alone has 94% of the gain over vanilla', 'that control alone has no gain over vanilla')
+    >>> share_of_gain(0.997), share_of_gain(float("nan"))
+    ('that control alone has over 99% of the gain over vanilla', 'the share of the gain that it has is not known')
     """
-    return f"that control alone has {f'{share:.0%} of the' if share > 0 else 'no'} gain over vanilla"
+    if share != share:
+        return "the share of the gain that it has is not known"
+    some = "over 99%" if 0.99 < share < 1 else "less than 1%" if share < 0.01 else f"{share:.0%}"
+    return f"that control alone has {f'{some} of the' if share > 0 else 'no'} gain over vanilla"
 
 
 def short_of(conditions: Sequence[bool | None]) -> str:

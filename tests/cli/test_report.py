@@ -56,6 +56,52 @@ def test_the_answer_names_the_strongest_control(tmp_path):
     assert all("no real difference" in c.detail or "worse" in c.detail for c in failed)
 
 
+def test_what_is_better_than_the_method_is_said(tmp_path):
+    folder = evaluated(tmp_path / "scores", ("vanilla", "gated", "random"))
+    table = pd.read_parquet(folder / "scores.parquet")
+    better = table[table["variant"] == "gated"].assign(variant="rollout", srg=lambda rows: rows["srg"] + 0.2)
+    pd.concat([table, better]).to_parquet(folder / "scores.parquet")
+    claim = folder_contents(folder).claims[0]
+    assert claim.holds
+    assert "is worse than rollout by SRG" in claim.sentence
+    claim = folder_contents(folder, controls=["random", "rollout"]).claims[0]
+    assert not claim.holds
+    assert "does not beat vanilla and every control" in claim.sentence
+
+
+def test_the_method_may_have_any_name(tmp_path):
+    folder = evaluated(tmp_path / "scores")
+    table = pd.read_parquet(folder / "scores.parquet").replace({"variant": {"gated": "mine"}})
+    table.to_parquet(folder / "scores.parquet")
+    contents = folder_contents(folder, method="mine")
+    assert contents.claims[0].sentence.startswith("mine beats vanilla and every control")
+    assert {one.name: one.role for one in contents.variants}["mine"] == "method"
+    assert folder_contents(folder).claims[0].holds is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "min"], "method: expected a variant, one of ['vanilla', 'gated', 'random'], got 'min'"),
+        (["--controls", "rondom"], "controls: expected variants among ['random'], got 'rondom'"),
+        (["--controls", "gated"], "controls: expected variants among ['random'], got 'gated'"),
+        (["--controls", "random", "random"], "controls: expected different variants, got ['random', 'random']"),
+    ],
+)
+def test_variants_that_are_not_there(tmp_path, capsys, options, message):
+    folder = evaluated(tmp_path / "scores")
+    assert main(["report", str(folder), *options]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "report.html").exists()
+
+
+def test_a_demo_keeps_its_page(tmp_path, capsys):
+    folder = evaluated(tmp_path / "demo")
+    (folder / "fastfg.json").write_text(json.dumps({"fastfg": "1.2", "command": "demo"}))
+    assert main(["report", str(folder)]) == 1
+    assert "expected one of fastfg evaluate, got that of a demo" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_folder_without_controls_claims_nothing(tmp_path):
     claim = folder_contents(evaluated(tmp_path / "scores", ("vanilla", "gated"))).claims[0]
     assert claim.holds is False

@@ -40,6 +40,22 @@ def conditions(claim, metric):
 GATED = (0.2, 0.0)
 
 
+def test_what_is_better_and_no_control_is_said():
+    scores = table(gated=GATED, random=(-0.1, 0.0), rollout=(0.5, 0.0), grad_cam=(0.1, 0.0))
+    claim = claimed(scores, "random", others=["rollout", "grad_cam"])
+    assert claim.holds
+    assert "and is worse than rollout by SRG (SRG, gated minus" in claim.sentence
+    assert len(conditions(claim, "SRG")) == 3
+    assert claim.effects == claimed(scores, "random").effects  # others have a correction of their own
+
+
+def test_one_metric():
+    claim = claimed(table(gated=GATED, random=(-0.1, 0.0)).drop(columns="saco"), "random")
+    assert claim.sentence.startswith("gated beats vanilla and every control by SRG (SRG, gated minus")
+    claim = claimed(table(gated=(0.0, 0.0), random=(-0.1, 0.0)).drop(columns="saco"), "random")
+    assert "gated does not beat vanilla and every control by SRG (" in claim.sentence
+
+
 def test_a_method_that_beats_all():
     scores = table(gated=GATED, random=(-0.1, 0.0), centre=(0.1, 0.0), rollout=(0.5, 0.0))
     claim, tables = answer(scores, paired(scores), "gated", controls=["random", "centre"])
@@ -86,7 +102,7 @@ def test_a_control_on_too_few_images_is_not_beaten():
     _, strongest, every = conditions(claim, "SRG")
     assert "centre" in strongest.text
     assert every.detail.startswith("not better than random: +0.2")
-    assert "n = 3: cannot tell" in every.detail
+    assert "n = 3 of 24: cannot tell" in every.detail
     assert "have no scores" not in claim.sentence
 
 
@@ -104,7 +120,7 @@ def test_the_strongest_control_is_chosen_on_common_images():
     claim = claimed(scores, "few", "centre")
     strongest = conditions(claim, "SRG")[1]
     assert "the strongest control, few" in strongest.text
-    assert strongest.detail.endswith("n = 8: better")
+    assert strongest.detail.endswith("n = 8 of 24: better")
     assert claim.holds
     scores = without(table(gated=GATED, few=GATED, centre=(0.1, 0.0)), "few", first=8)
     assert not claimed(scores, "few", "centre").holds

@@ -63,6 +63,55 @@ def test_a_control_that_is_as_good_stops_the_claim():
     assert found.claim.sentence.endswith("2 of 5 conditions fail.")
 
 
+def scored_only(table, variants, images):
+    """``table``, where ``variants`` have scores on the first ``images`` images alone."""
+    lost = table["variant"].isin(variants) & (table["image"] >= f"{images:02}")
+    table.loc[lost, ["srg", "deletion", "insertion"]] = np.nan
+    return table
+
+
+def test_a_share_is_not_said_where_the_gate_has_no_gain():
+    # on the images of permuted, vanilla is ahead of both; on all, the gate is ahead of vanilla
+    found = scored_only(table(48, **GOOD), ["permuted"], 20)
+    few = found["image"] < "20"
+    found.loc[few & (found["variant"] == VANILLA), "srg"] += 0.12
+    found.loc[~few & (found["variant"] == VANILLA), "srg"] -= 0.1
+    claim = judge_claim({"mean": found}, ["permuted"]).claim
+    assert claim.holds
+    assert claim.sentence.endswith("; the share of the gain that it has is not known.")
+    assert "% of the gain" not in claim.sentence
+
+
+def test_a_share_is_not_said_where_no_image_has_all_scores():
+    found = table(48, **GOOD)
+    for variant, lost in ((VANILLA, found["image"] < "20"), ("permuted", found["image"] >= "20")):
+        found.loc[lost & (found["variant"] == variant), ["srg", "deletion", "insertion"]] = np.nan
+    assert "the share of the gain that it has is not known" in judge_claim({"mean": found}, ["permuted"]).claim.sentence
+
+
+def test_missing_scores_are_said():
+    found = judge_claim({"mean": scored_only(table(48, **GOOD), [GATE], 12)}, ["permuted", "random"])
+    assert "n = 12 of 48)" in found.claim.sentence
+    found = judge_claim({"mean": scored_only(table(48, **GOOD), ["random"], 12)}, ["permuted", "random"])
+    assert found.claim.conditions[2].detail == "2 controls, each on at least 12 of 48 images"
+
+
+def test_rounding_is_not_ahead():
+    both = {name: (srg, mif, 0.0) for name, (srg, mif, _) in GOOD.items()}
+    found = table(**both)
+    found["insertion"] = np.where(found["variant"] == GATE, np.nextafter(0.5, 1), 0.5)
+    signs = judge_claim({"mean": found}, ["permuted", "random"]).signs
+    assert list(signs.loc[signs["order"] == "LIF", "gain"]) == [0, 0]
+
+
+def test_a_seed_without_a_row_is_missing():
+    found = table(4, **{GATE: (0.1, 0, 0), "shuffled 0": (0, 0, 0), "shuffled 1": (0.2, 0, 0)})
+    found = found[(found["variant"] != "shuffled 1") | (found["image"] != "03")]
+    found.attrs["metrics"] = ["srg"]
+    means = with_mean_of_shuffled(found, ["shuffled 0", "shuffled 1"]).query("variant == @SHUFFLED")["srg"]
+    assert means.isna().tolist() == [False, False, False, True]
+
+
 def test_a_worse_gate_stops_the_claim():
     found = judged(GOOD | {GATE: (-0.1, 0.05, -0.05)}, GOOD)
     assert not found.claim.holds

@@ -48,6 +48,16 @@ def test_candidates_compete():
     assert choose_layers(protocol, Toy({(2,): 0.3, (1, 3): 0.3})) == (2,)
 
 
+def test_a_candidate_that_was_found_already_is_not_compared_with_itself():
+    toy = Toy({(2,): 0.3, (2, 3): 0.4})
+    protocol = PROTOCOL.model_copy(update={"combinations": [[3, 2], [1, 3], [3, 1]], "max_layers": 2})
+    assert choose_layers(protocol, toy) == (2, 3)
+    assert toy.asked[-1] == [(2, 3), (1, 3)]
+    protocol = PROTOCOL.model_copy(update={"combinations": [[2, 3]], "max_layers": 2})
+    assert choose_layers(protocol, toy) == (2, 3)
+    assert toy.asked[-1] == [(2,), (1, 2), (2, 3)]
+
+
 def test_a_variant_without_a_score_is_not_chosen():
     assert choose_layers(PROTOCOL, Toy({(1,): math.nan, (3,): 0.1, (1, 3): math.nan})) == (3,)
     with pytest.raises(ValueError, match="expected a validation image with a score"):

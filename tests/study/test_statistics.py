@@ -165,6 +165,31 @@ def test_the_best_mean_is_bold_only_where_the_difference_is_real():
     assert markdown_table(summarize(real), paired=paired(real)).count("**0.515") == 1
 
 
+def test_means_of_different_images_are_not_bold():
+    """random is better on every common image, and each variant lacks others."""
+    own = np.linspace(0, 6, 60)
+    noise = np.tile([0.01, -0.01, 0.0], 20)
+    gated, random = own + 0.1 + noise, own + 0.3 + noise
+    bold = scores(vanilla=own, gated=gated.copy(), random=random)
+    assert "**" not in rows_of(bold, "gated").replace("\\*", "")
+    gated[:10], random[-10:] = math.nan, math.nan
+    assert "**" not in rows_of(scores(vanilla=own, gated=gated, random=random), "gated", "random").replace("\\*", "")
+    lost = [np.where(np.arange(60) < 10, math.nan, values) for values in (own, own + 0.1 + noise)]
+    assert "**" in rows_of(scores(vanilla=lost[0], gated=lost[1]), "gated").replace("\\*", "")  # the same images
+
+
+def test_a_variant_without_any_score_does_not_decide_what_is_bold():
+    own, noise = np.linspace(0, 1, 30), np.tile([0.01, -0.01, 0.0], 10)
+    found = scores(vanilla=own, gated=own + 0.1 + noise, blank=[math.nan] * 30)
+    assert "**" in rows_of(found, "gated").replace("\\*", "")
+
+
+def rows_of(found, *variants):
+    """The lines of ``variants`` in the first table of means."""
+    lines = markdown_table(summarize(found), paired=paired(found)).splitlines()
+    return "\n".join(line for name in variants for line in lines[:6] if line.startswith(f"| {name} "))
+
+
 def test_differences_in_plain_words():
     vanilla = np.linspace(0.2, 0.5, 12)
     noise = np.array([0.01, -0.01] * 6)
@@ -225,8 +250,8 @@ def test_the_table_names_the_variant_that_the_statistics_compare_with():
 def test_the_note_names_the_family():
     found = scores(vanilla=np.zeros(6), gated=np.linspace(0.1, 0.3, 6))
     summary, table = summarize(found), paired(found, family="metric")
-    assert "corrected for the comparisons of one metric. Welch" in markdown_table(summary, paired=table)
-    assert "corrected for all comparisons. Welch" in markdown_table(summary, paired=paired(found))
+    assert "corrected for the comparisons of one metric with vanilla. Welch" in markdown_table(summary, paired=table)
+    assert "corrected for all 2 comparisons with vanilla. Welch" in markdown_table(summary, paired=paired(found))
     table.attrs.clear()
     assert "corrected. Welch" in markdown_table(summary, paired=table)
 

@@ -166,7 +166,7 @@ def test_the_family_is_all_comparisons_or_those_of_a_metric():
     assert both["p"].tolist() == [1 / 32, 1 / 32]
     assert both["p_holm"].tolist() == [1 / 16, 1 / 16]
     assert both["verdict"].tolist() == ["cannot tell", "cannot tell"]
-    assert both["reason"][0] == "6 pairs give no p below 0.031, and Holm corrects for 2 comparison(s)"
+    assert both["reason"][0] == "6 pairs give no p below 0.031, and Holm corrects for 2 comparisons"
     each = paired(table, family="metric")
     assert each["p_holm"].tolist() == [1 / 32, 1 / 32]
     assert each["verdict"].tolist() == ["better", "worse"]

@@ -69,8 +69,10 @@ def demo_contents(
 ) -> Contents:
     """What the page and the figure show."""
     differences = paired(comparison.scores, seed=settings.seed)
-    controls = [name for name, (role, _) in VARIANTS.items() if role == "control"]
-    claim, against = answer(comparison.scores, differences, METHOD, controls=controls, seed=settings.seed)
+    controls, others = ([name for name, (role, _) in VARIANTS.items() if role == own] for own in ("control", "other"))
+    claim, against = answer(
+        comparison.scores, differences, METHOD, controls=controls, others=others, seed=settings.seed
+    )
     variance = ", ".join(f"{r.explained_variance:.3f} at block {block}" for block, r in reports.items())
     return Contents(
         title=TITLE,
