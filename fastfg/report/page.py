@@ -32,7 +32,7 @@ from fastfg.report.table import (
     difference_cells,
     differences_note,
     equals,
-    in_groups,
+    of_all,
     signed,
     table_cells,
 )
@@ -177,10 +177,11 @@ def _effect(effect: Effect, names: Names) -> dict[str, str]:
     p = "not tested" if effect.p != effect.p else f"p {equals(effect.p)}"
     return {
         "metric": names.heading(effect.metric),
+        "variant": effect.variant,
         "pair": f"{effect.variant} minus {effect.against}",
         "difference": "missing" if effect.difference != effect.difference else f"{signed(effect.difference)}{interval}",
         "p": p,
-        "n": in_groups(str(effect.n), effect.n, effect.groups),
+        "n": of_all(effect.n, effect.missing, effect.groups),
         "verdict": effect.verdict,
     }
 

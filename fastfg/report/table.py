@@ -222,6 +222,15 @@ def in_groups(text: str, n: int, groups: int | None) -> str:
     return text if groups in (None, n) else f"{text} in {groups} group{'s' * (groups != 1)}"
 
 
+def of_all(n: int, missing: int = 0, groups: int | None = None) -> str:
+    """A number of images, with that of all images if some are missing, and that of their groups.
+
+    >>> of_all(12), of_all(12, 48), of_all(12, 48, 3)
+    ('12', '12 of 60', '12 of 60 in 3 groups')
+    """
+    return in_groups(f"{n} of {n + missing}" if missing else str(n), n, groups)
+
+
 def _p(p: float) -> str:
     if p != p:
         return ""

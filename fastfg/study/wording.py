@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastfg.report.table import equals, in_groups, signed
+from fastfg.report.table import equals, in_groups, of_all, signed
 from fastfg.study.resampling import ALPHA
 
 NO_CLAIM = "No improvement can be claimed"
@@ -49,8 +49,7 @@ def effect(value: float, low: float, high: float, p: float, n: int, groups: int 
     >>> effect(0.02, -0.01, 0.05, 0.25, 12, missing=48)
     '+0.0200 [-0.0100, +0.0500], Holm p = .250, n = 12 of 60'
     """
-    images = f"{n} of {n + missing}" if missing else str(n)
-    return f"{difference(value, low, high)}, {holm(p)}, n = {in_groups(images, n, groups)}"
+    return f"{difference(value, low, high)}, {holm(p)}, n = {of_all(n, missing, groups)}"
 
 
 def on_images(n: int, groups: int | None = None) -> str:
