@@ -85,11 +85,13 @@ def share_of_gain(share: float) -> str:
 
     >>> share_of_gain(0.944), share_of_gain(-0.2)
     ('that control alone has 94% of the gain over vanilla', 'that control alone has no gain over vanilla')
-    >>> share_of_gain(0.997), share_of_gain(float("nan"))
-    ('that control alone has over 99% of the gain over vanilla', 'the share of the gain that it has is not known')
+    >>> share_of_gain(0.997)
+    'that control alone has over 99% of the gain over vanilla'
+    >>> share_of_gain(float("nan"))
+    "that control's share of the gain over vanilla is not known"
     """
     if share != share:
-        return "the share of the gain that it has is not known"
+        return "that control's share of the gain over vanilla is not known"
     some = "over 99%" if 0.99 < share < 1 else "less than 1%" if share < 0.01 else f"{share:.0%}"
     return f"that control alone has {f'{some} of the' if share > 0 else 'no'} gain over vanilla"
 
