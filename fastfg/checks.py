@@ -68,23 +68,25 @@ def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
             check_layers("gate.layers", gate.layers, len(adapter.blocks))
 
 
-def check_saes(saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device) -> None:
-    """Require an SAE for each of ``layers``, on the model's device."""
+def check_saes(
+    saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device, name: str = "saes"
+) -> None:
+    """Require an SAE for each of ``layers``, on the model's device. ``name``: of the argument."""
     if saes is not None and not isinstance(saes, Mapping):
-        raise TypeError(f"saes: expected {{block: SparseAutoencoder}} or None, got {type(saes).__name__}")
+        raise TypeError(f"{name}: expected {{block: SparseAutoencoder}} or None, got {type(saes).__name__}")
     saes = saes or {}
     missing = [layer for layer in layers if layer not in saes]
     if missing:
-        raise ValueError(f"saes: expected an SAE for each gated block {list(layers)}, got none for {missing}")
+        raise ValueError(f"{name}: expected an SAE for each gated block {list(layers)}, got none for {missing}")
     for layer in layers:
         if not isinstance(saes[layer], SparseAutoencoder):
             raise TypeError(
-                f"saes[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} "
+                f"{name}[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} "
                 "(fastfg.load_saes reads files)"
             )
         if saes[layer].W_enc.device != device:
             raise ValueError(
-                f"saes[{layer}]: expected it on {device}, as the model is, got {saes[layer].W_enc.device} "
+                f"{name}[{layer}]: expected it on {device}, as the model is, got {saes[layer].W_enc.device} "
                 f"(sae.to({str(device)!r}))"
             )
 

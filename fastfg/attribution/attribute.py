@@ -31,12 +31,14 @@ from fastfg.targets import Function, Target, TargetLike, as_given, as_target, ma
 from fastfg.torch_internals import buffers_of, parameters_of
 from fastfg.types import Attribution, Features, Gate, Methods
 
+SAEs = Mapping[int, SparseAutoencoder]
+
 
 def attribute(
     model: nn.Module | Adapter,
     images: Tensor,
     *,
-    saes: Mapping[int, SparseAutoencoder] | None = None,
+    saes: SAEs | Sequence[SAEs | None] | None = None,
     gate: Gate | Sequence[Gate | None] | None = None,
     target: TargetLike = None,
     identity: str = "transmm",
@@ -52,7 +54,8 @@ def attribute(
     Args:
         model: a Vision Transformer of a known family (see :mod:`fastfg.models`). It is left unchanged.
         images: [B, C, H, W], preprocessed as the model expects, in the model's dtype and on its device.
-        saes: {block: SparseAutoencoder}, one per gated block; none is needed for ``gradient_x_residual``.
+        saes: {block: SparseAutoencoder}, one per gated block; none is needed for ``gradient_x_residual``. Or a list of
+            such mappings (or None), one per gate of a list, to compare SAEs with each other.
         gate: a :class:`Gate`, None for vanilla TransMM, or a list of both. A list also takes one forward and one
             backward pass.
         target: the class to explain: None (the predicted one), an int, or one per image. A single logit ``z`` is read
@@ -92,6 +95,7 @@ def attribute(
     chosen = choose_methods(methods, options)
     check_seed(seed)
     configs = list(gate) if isinstance(gate, Sequence) else [gate]
+    saes_of_gates = _per_gate(saes, gate)
     _check(adapter, images, saes, configs, identity, features)
     single = not isinstance(gate, Sequence)
     if len(images) == 0:
@@ -99,7 +103,7 @@ def attribute(
         return _of_no_images(adapter, images, target, single, chosen, **same)
     grid = PatchGrid.of((images.shape[-2], images.shape[-1]), adapter.patches(images), adapter.patch_size)
     n_tokens = adapter.num_prefix_tokens + grid.n_patches
-    relevancy = RelevancyPass(adapter, n_tokens, _with_vanilla(configs), saes or {}, identity, backend, features)
+    relevancy = RelevancyPass(adapter, n_tokens, _with_vanilla(configs), saes_of_gates, identity, backend, features)
     others = OtherMethods(adapter, n_tokens, chosen.built_in, chosen.options.get("grad_cam", {}).get("layer"))
     layers = {*relevancy.layers, *others.layers}
 
@@ -152,6 +156,21 @@ def _forward(
     if rows is not None:
         rows.check(logits, in_full)
     return capture, resolved, value, logits
+
+
+def _per_gate(saes: Any, gate: Any) -> list[Any]:
+    """The SAEs of each gate."""
+    n = len(gate) if isinstance(gate, Sequence) else 1
+    if not isinstance(saes, Sequence):
+        return [saes] * n
+    if not isinstance(gate, Sequence) or len(saes) != n:
+        got = (
+            f"{len(saes)} for {n} gate{'s' * (n != 1)}"
+            if isinstance(gate, Sequence)
+            else f"a list of {len(saes)} for one gate"
+        )
+        raise ValueError(f"saes: expected {{block: SparseAutoencoder}}, or one such mapping for each gate, got {got}")
+    return list(saes)
 
 
 def _with_vanilla(configs: list[Gate | None]) -> list[Gate | None]:
@@ -217,7 +236,7 @@ def _of_no_images(
 def _check(
     adapter: Adapter,
     images: Tensor,
-    saes: Mapping[int, SparseAutoencoder] | None,
+    saes: SAEs | Sequence[SAEs | None] | None,
     configs: list[Gate | None],
     identity: str,
     features: int,
@@ -230,8 +249,12 @@ def _check(
     check_gates(configs, adapter)
     if isinstance(features, bool) or not isinstance(features, int) or features < 0:
         raise ValueError(f"features: expected a number >= 0, got {features!r}")
-    need = sorted({layer for c in configs if c is not None and (c.needs_sae or features) for layer in c.layers})
-    check_saes(saes, need, parameter.device)
+    need = [c.layers if c is not None and (c.needs_sae or features) else () for c in configs]
+    if isinstance(saes, Sequence):
+        for i, (own, layers) in enumerate(zip(saes, need, strict=True)):
+            check_saes(own, layers, parameter.device, f"saes[{i}]")
+    else:
+        check_saes(saes, sorted(set(chain(*need))), parameter.device)
     if identity not in IDENTITIES:
         raise ValueError(f"identity: expected one of {IDENTITIES}, got {identity!r}")
 

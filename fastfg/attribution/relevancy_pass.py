@@ -34,7 +34,8 @@ class RelevancyPass:
 
     Args:
         adapter: the model. n_tokens: ``N``. configs: the ``C`` gates; None is no gate.
-        saes: {block: SAE}. identity, backend, features: as in :func:`fastfg.attribute`.
+        saes: {block: SAE} for each of them, or for the first ones. identity, backend, features: as in
+            :func:`fastfg.attribute`.
 
     Attributes:
         rows: [C, B, N]. After the backward pass they hold the maps; before it they are None.
@@ -46,32 +47,36 @@ class RelevancyPass:
         adapter: Adapter,
         n_tokens: int,
         configs: Sequence[Gate | None],
-        saes: Mapping[int, SparseAutoencoder],
+        saes: Sequence[Mapping[int, SparseAutoencoder] | None],
         identity: str,
         backend: str,
         features: int,
     ) -> None:
-        self.adapter, self.n_tokens, self.configs, self.saes = adapter, n_tokens, configs, saes
+        self.adapter, self.n_tokens, self.configs = adapter, n_tokens, configs
+        self._saes: list[Mapping[int, SparseAutoencoder]] = []  # the different ones
+        self._which = [self._place(own or {}) for own in saes]
+        self._which += [0] * (len(configs) - len(saes))
         self.identity, self.backend, self.n_features = identity, backend, features
         self.layers = sorted({layer for config in configs if config is not None for layer in config.layers})
         self.rows: Tensor | None = None
         self.scores: dict[int, Tensor] = {}
         self.gates: dict[int, Tensor] = {}
         self.features: dict[int, Features] = {}
-        self._sources: dict[int, PatchScores] = {}  # for the gated block whose attention comes next
+        self._sources: dict[int, dict[int, PatchScores]] = {}  # for the gated block whose attention comes next
 
     def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
         """Keep a gated block's residual stream and its gradient, both [B, N, d]. The block's attention comes next."""
         if block not in self.layers:
             return
-        needed = self.n_features or any(gate is not None and gate.needs_sae for gate in self._gating(block))
-        sae = self.saes[block] if needed else None
-        if sae is not None:
-            check_width(sae, x, block)
         first = self.adapter.num_prefix_tokens
-        if sae is not None:
-            warn_of_poor_fit(sae, x[:, first:], block)
-        self._sources[block] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
+        sources = self._sources[block] = {}
+        for which, gates in self._by_saes(block).items():
+            needed = self.n_features or any(gate.needs_sae for gate in gates)
+            sae = self._saes[which][block] if needed else None
+            if sae is not None:
+                check_width(sae, x, block)
+                warn_of_poor_fit(sae, x[:, first:], block)
+            sources[which] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
 
     def on_attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         """Do one step ``r <- r + (r @ E) * w``, or start at an attention-pooling head."""
@@ -80,14 +85,15 @@ class RelevancyPass:
                 self.rows = self._start_at_pooling_head(q, k, v, dO, scale)
             return
         rows = self._start_at_last_block(q) if self.rows is None else self.rows
-        source = self._sources.pop(number, None)
-        if source is None:
+        sources = self._sources.pop(number, None)
+        if sources is None:
             self.rows = ops.relevancy(rows, q, k, v, dO, scale, None, self.identity, backend=self.backend)
-        elif self._in_one_launch(number, source):
+        elif self._in_one_launch(number, sources):
+            (source,) = sources.values()
             self.rows = self._gated_step(number, source, rows, q, k, v, dO, scale)
         else:
             gates = torch.ones_like(rows)
-            gates[..., self.adapter.num_prefix_tokens :] = self._gate(number, source, rows.dtype)
+            gates[..., self.adapter.num_prefix_tokens :] = self._gate(number, sources, rows.dtype)
             self.rows = ops.relevancy(rows, q, k, v, dO, scale, gates, self.identity, backend=self.backend)
 
     # Where relevancy starts ----------------------------------------------------------------------------------
@@ -111,19 +117,36 @@ class RelevancyPass:
         """The configurations, with None for those that do not gate ``block``."""
         return [None if config is None or block not in config.layers else config for config in self.configs]
 
-    def _gate(self, block: int, source: PatchScores, dtype: torch.dtype) -> Tensor:
+    def _place(self, saes: Mapping[int, SparseAutoencoder]) -> int:
+        """The number of ``saes`` among the different ones."""
+        for number, known in enumerate(self._saes):
+            if known is saes or known == saes:
+                return number
+        self._saes.append(saes)
+        return len(self._saes) - 1
+
+    def _by_saes(self, block: int) -> dict[int, list[Gate]]:
+        """The configurations that gate ``block``, by the number of their SAEs."""
+        found: dict[int, list[Gate]] = {}
+        for which, config in zip(self._which, self._gating(block), strict=True):
+            if config is not None:
+                found.setdefault(which, []).append(config)
+        return found
+
+    def _gate(self, block: int, sources: Mapping[int, PatchScores], dtype: torch.dtype) -> Tensor:
         """The gates [C, B, P] of ``block`` by the separate ops (eq. 2 to 5). Stores scores, gates and features."""
-        none = source.x.new_full(source.shape, torch.nan, dtype=dtype)
-        ones = source.x.new_ones(source.shape, dtype=dtype)
-        known: dict[tuple[str, int | None, bool], Tensor] = {}
+        one = next(iter(sources.values()))
+        none = one.x.new_full(one.shape, torch.nan, dtype=dtype)
+        ones = one.x.new_ones(one.shape, dtype=dtype)
+        known: dict[tuple[int, str, int | None, bool], Tensor] = {}
         scores, gates, features = [], [], []
-        for config in self._gating(block):
+        for which, config in zip(self._which, self._gating(block), strict=True):
             if config is None:
                 scores.append(none)
                 gates.append(ones)
                 features.append(_no_features(ones, self.n_features))
                 continue
-            kind = (config.score, config.shuffle_seed, config.rescale)
+            source, kind = sources[which], (which, config.score, config.shuffle_seed, config.rescale)
             if kind not in known:
                 known[kind] = source.score(config).to(dtype)
                 if config.score == "gradient_x_residual" and source.is_orthogonal():
@@ -140,12 +163,16 @@ class RelevancyPass:
             self.features[block] = Features(*(torch.stack(part) for part in zip(*features, strict=True)))
         return self.gates[block]
 
-    def _in_one_launch(self, block: int, source: PatchScores) -> bool:
+    def _in_one_launch(self, block: int, sources: Mapping[int, PatchScores]) -> bool:
         """Whether ``ops.gated_relevancy`` is to compute all gates of ``block``.
 
-        It can on CUDA, for ``combined`` scores of K codes. For one gate and many patches, the separate ops are faster.
+        It can on CUDA, for ``combined`` scores of K codes of one SAE. For one gate and many patches, the separate ops
+        are faster.
         """
-        sae = self.saes.get(block)
+        if len(sources) > 1:
+            return False
+        ((which, source),) = sources.items()
+        sae = self._saes[which].get(block)
         if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k:
             return False
         if len(self.configs) == 1 and math.prod(source.shape) > PATCHES_IN_ONE_LAUNCH:

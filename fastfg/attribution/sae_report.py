@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastfg.attribution.residuals import residuals
 from fastfg.models import Adapter
 from fastfg.sae.model import SparseAutoencoder
+from fastfg.sae.recipe import TRAINED
 from fastfg.sae.report import SAEReport, explained_variance, report
 
 LEAST = 0.5  # explained variance below which attribute warns
@@ -87,8 +88,13 @@ def on_blank_images() -> Iterator[None]:
 
 @torch.no_grad()
 def warn_of_poor_fit(sae: SparseAutoencoder, x: Tensor, block: int) -> None:
-    """Warn, once per SAE, if it explains less than half of the variance of residuals ``x`` [B, P, d]."""
-    if sae in _seen or _on_blank_images.get():
+    """Warn, once per SAE, if it explains less than half of the variance of residuals ``x`` [B, P, d].
+
+    Controls are silent: those of :func:`fastfg.train_sae` are made to explain less.
+    """
+    recipe = sae.provenance.get("recipe")
+    control = isinstance(recipe, Mapping) and recipe.get("kind", TRAINED) != TRAINED
+    if control or sae in _seen or _on_blank_images.get():
         return
     _seen.add(sae)
     flat = x.detach().reshape(-1, x.shape[-1])

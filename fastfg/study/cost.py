@@ -155,7 +155,7 @@ def estimate(config: Config, device: torch.device, say: Callable[[str], None]) -
         seconds = sum(
             stage.images * (rates[m].seconds + stage.variants * rates[m].seconds_per_map) for m in stage.modes
         )
-        seconds += stage.images * passes * (len(config.kinds) if stage.title == "test" else 1)
+        seconds += stage.images * passes
         rows.append(_row(stage.title, stage.images, stage.variants, round(forwards), seconds))
     return Cost(pd.DataFrame(rows), alone, _memory(device))
 

@@ -65,29 +65,20 @@ def explain(
     keys: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Attribution]:
-    """The maps of all variants [C, B, gh, gw], and an attribution of these images.
+    """The maps of all variants [C, B, gh, gw], and their attribution, from one forward and one backward pass.
 
-    One forward and one backward pass serves all variants with the same kind of SAEs. ``target``, ``keys`` and ``seed``
-    are as in :func:`fastfg.attribute`.
+    ``target``, ``keys`` and ``seed`` are as in :func:`fastfg.attribute`.
     """
-    maps: dict[str, Tensor] = {}
-    found: Attribution | None = None
-    kinds = list(dict.fromkeys(variant.saes for variant in variants)) or [TRAINED]
-    for kind in kinds:
-        own = [variant for variant in variants if variant.saes == kind]
-        gated = [variant for variant in own if variant.method is None]
-        methods = {variant.name: variant.method for variant in own if variant.method is not None}
-        result = attribute(
-            model,
-            images,
-            saes=saes.get(kind, {}),
-            gate=[variant.gate for variant in gated] or [None],
-            target=target if found is None else found.target,
-            methods=methods,
-            seed=seed,
-            keys=keys,
-        )
-        maps |= {variant.name: one for variant, one in zip(gated, result.maps, strict=False)} | result.methods
-        found = result if found is None else found
-    assert found is not None
+    gated = [variant for variant in variants if variant.method is None]
+    found = attribute(
+        model,
+        images,
+        saes=[saes.get(variant.saes, {}) for variant in gated] or [None],
+        gate=[variant.gate for variant in gated] or [None],
+        target=target,
+        methods={variant.name: variant.method for variant in variants if variant.method is not None},
+        seed=seed,
+        keys=keys,
+    )
+    maps = {variant.name: one for variant, one in zip(gated, found.maps, strict=False)} | found.methods
     return torch.stack([maps[variant.name] for variant in variants]), found

@@ -87,3 +87,14 @@ def test_attribute_warns_once_of_an_sae_that_does_not_fit(caplog):
     (record,) = caplog.records
     assert "saes[1]: it explains -" in record.getMessage()
     assert "less than 0.5" in record.getMessage()
+
+
+def test_attribute_does_not_warn_of_a_control(caplog):
+    model, images = tiny_vit(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    control = random_sae(32, 100, "topk", k=9)
+    control.provenance["recipe"] = {"kind": "random"}
+    foreign = identity_sae(32)
+    foreign.provenance["recipe"] = "from elsewhere"
+    with caplog.at_level(logging.WARNING, logger="fastfg"):
+        fastfg.attribute(model, images, saes={1: control, 2: foreign}, gate=fastfg.Gate((1, 2)))
+    assert not caplog.records
