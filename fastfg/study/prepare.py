@@ -26,7 +26,7 @@ from fastfg.study.head import make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.telling import Say, Track
-from fastfg.study.token_cache import on_both_sides
+from fastfg.study.token_cache import TokenCache, on_both_sides
 from fastfg.study.train_saes import Progress, train_saes
 from fastfg.study.weights import check_weights, sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
@@ -225,7 +225,7 @@ def _train(
     )
     grouped = _groups(chosen)
     _check_held_out(caches[wanted[0]].keys, grouped)  # some images may be unreadable
-    recipe = _recipe(config, how, caches[wanted[0]].width, device)
+    recipe = _recipe(config, how, caches[wanted[0]], grouped, device)
 
     def sae(kind: str, layer: int) -> None:
         options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "held_out": HELD_OUT}
@@ -252,16 +252,27 @@ def _say_reports(config: Config, say: Say) -> None:
             say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
 
 
-def _recipe(config: Config, how: Train, width: int, device: torch.device) -> Recipe:
-    return Recipe(
-        n_features=how.expansion * width,
-        k=how.k,
-        steps=how.steps,
-        batch_size=how.batch_tokens,
-        lr=how.lr,
-        precision="bfloat16" if device.type == "cuda" else "float32",
-        seed=config.run.seed,
-    )
+def _recipe(
+    config: Config, how: Train, cache: TokenCache, groups: Mapping[str, str] | None, device: torch.device
+) -> Recipe:
+    """The recipe of the SAEs. Raises ValueError that names the setting which does not fit the tokens."""
+    trained, _ = cache.split(HELD_OUT, groups=groups, seed=config.run.seed)
+    if (n := cache.count(trained)) < how.batch_tokens:
+        raise ValueError(
+            f"saes.train.batch_tokens: expected at most {n}, the tokens to train on, got {how.batch_tokens}"
+        )
+    try:
+        return Recipe(
+            n_features=how.expansion * cache.width,
+            k=how.k,
+            steps=how.steps,
+            batch_size=how.batch_tokens,
+            lr=how.lr,
+            precision="bfloat16" if device.type == "cuda" else "float32",
+            seed=config.run.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"saes.train.{error}") from None
 
 
 def _quiet(bar: Callable[[int, int], None]) -> Progress:

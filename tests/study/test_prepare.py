@@ -6,9 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from fastfg.models.timm import import_timm
+from fastfg.study import cache_tokens
 from fastfg.study.config import read_config
-from fastfg.study.prepare import check_training, load_classifier
+from fastfg.study.prepare import _recipe, check_training, load_classifier
 from tests.study.studies import TOML
+from tests.tools import tiny_vit
 
 NAME = "vit_tiny_patch16_224"
 
@@ -60,3 +62,17 @@ def test_training_images_to_hold_out(file):
     one_without = train.assign(group=[*"ppqqrrs", ""])  # it is a group by itself
     with pytest.raises(ValueError, match=r"^saes\.train: expected at least 6 groups of training images, .*, got 5$"):
         check_training(config, one_without)
+
+
+def test_settings_that_do_not_fit_the_tokens(file, tmp_path):
+    start, end = TOML.index("[saes.folders]"), TOML.index("[protocol]")
+    file.write_text(TOML[:start] + "[saes.train]\nexpansion = 1\nk = 33\nbatch_tokens = 130\n" + TOML[end:])
+    config = read_config(file)
+    how, images = config.saes.train, torch.zeros(6, 3, 32, 48)
+    cache = cache_tokens(
+        tiny_vit(torch.float32), [(images, list("abcdef"))], 1, tmp_path / "tokens"
+    )  # 24 each, 32 wide
+    with pytest.raises(ValueError, match=r"^saes\.train\.k: expected .*, got 33$"):
+        _recipe(config, how.model_copy(update={"batch_tokens": 8}), cache, None, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^saes\.train\.batch_tokens: expected at most 120, the tokens .*, got 130$"):
+        _recipe(config, how, cache, None, torch.device("cpu"))

@@ -196,7 +196,7 @@ def test_the_claim_is_made_of_the_test(done):
     ("old", "new", "message"),
     [
         ('weights = "w.safetensors"', 'weights = "other.safetensors"', "model.weights: expected '.*got None"),
-        ("img_size = 64", "img_size = 32", "model.img_size: expected 64, which the model and the SAEs"),
+        ("img_size = 64", "img_size = 32", "model.img_size: expected 64, which the head and the scores"),
         ('out = "out"', 'out = "out"\nseed = 1', "run.seed: expected 0"),
         ('trained = "saes/trained"', 'trained = "saes/frozen"', "frozen-decoder SAE.*expected other maps than 'gate'"),
     ],
