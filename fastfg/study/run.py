@@ -28,7 +28,7 @@ from fastfg.study.protocol import run_protocol
 from fastfg.study.store import Store
 from fastfg.study.telling import Say, Track
 
-REPORT = "report.html"
+CONFIG = "config.json"
 
 
 def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Path | None:
@@ -44,8 +44,6 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads)
     out = config.run.out
-    out.mkdir(parents=True, exist_ok=True)
-    write_durably(out / "config.json", config.model_dump_json(indent=2).encode())
     parts = prepare(config, device, say, track)
     store = Store(out / "scores", columns=COLUMNS, recipe=_recipe(config, parts, device), say=say)
     judging = Judging(config, parts, store, track)
@@ -53,6 +51,7 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
     say(f"This process ran {judging.forwards:,} perturbed forwards; the rest was there, or others did it")
     if not write:
         return None
+    write_durably(out / CONFIG, config.model_dump_json(indent=2).encode())  # of what the folder holds: none refused it
     from fastfg.report.page import write_report
 
     made = contents(judging, outcome, command_line(), track)
