@@ -68,6 +68,8 @@ def make_head(
         made = start()
         (features, labels), (held, truth) = (split.read(classes) for split in splits)
         fit_head(made.model.eval().cpu(), features, labels)
+        if ready():  # without locks, another process may have been faster; its head may be in use
+            return
         reached = asdict(Accuracy.of(classes, truth.tolist(), made.model.head(held).argmax(1).tolist()))
         about = {"head": "a linear probe", "validation": reached}
         save_classifier(folder, made.model, made.architecture, classes, model_args=made.model_args, about=about)

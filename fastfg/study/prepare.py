@@ -211,6 +211,10 @@ def _train(
         progress = track(f"Tokens of {len(chosen)} images")
         return lambda n: progress(n, len(chosen))
 
+    def inner(text: str) -> None:  # about a folder in the study's own, which has said the same
+        if once.claims.works:
+            say(text)
+
     caches = cache_blocks(
         model,
         images,
@@ -222,6 +226,7 @@ def _train(
         dtype=torch.float16,
         seed=config.run.seed,
         track=bar,
+        say=inner,
     )
     grouped = _groups(chosen)
     _check_held_out(caches[wanted[0]].keys, grouped)  # some images may be unreadable
@@ -229,7 +234,7 @@ def _train(
 
     def sae(kind: str, layer: int) -> None:
         options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "held_out": HELD_OUT}
-        options |= {"device": device, "track": lambda title: _quiet(track(f"Training: {title}"))}
+        options |= {"device": device, "say": inner, "track": lambda title: _quiet(track(f"Training: {title}"))}
         train_saes(caches[layer], out, recipe, **options)
 
     once(

@@ -307,7 +307,7 @@ def test_without_locks(tmp_path, monkeypatch, alone):
     assert len(do.calls) == len(UNITS)
     assert said == [
         f"{tmp_path / 'shards' / '.lock'}: this file system has no locks (No locks available). Processes that work on "
-        "this folder at the same time may do work twice, which changes no result"
+        "this folder at the same time may do the same work twice. On a CPU, this changes no result"
     ]
     twice = Store(tmp_path, say=said.append)
     twice.write(UNITS[3], Work(("gated",), ("srg",)), rows_of(UNITS[3], Work(("gated",), ("srg",))))
