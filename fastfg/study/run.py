@@ -20,6 +20,7 @@ from fastfg.files import write_durably
 from fastfg.models.fingerprint import fingerprint
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
+from fastfg.study.device import usable_device
 from fastfg.study.explained import with_evidence
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
@@ -70,9 +71,12 @@ def forget_failures(config: Config) -> None:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of this process: with ``auto``, the GPU of its local rank, or the CPU."""
+    """The device of this process: with ``auto``, the GPU of its local rank, or the CPU.
+
+    Raises ValueError for one that torch cannot use here.
+    """
     if config.run.device != "auto":
-        return torch.device(config.run.device)
+        return usable_device("run.device", config.run.device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", place().local_rank % torch.cuda.device_count())

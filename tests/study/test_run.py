@@ -9,12 +9,20 @@ import torch
 from fastfg.report import page
 from fastfg.study import run
 from fastfg.study.config import read_config
-from fastfg.study.run import run_study
+from fastfg.study.run import device_of, run_study
 from tests.study.studies import TOML
 
 
 def silent(*_):
     pass
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(tmp_path, name):
+    file = tmp_path / "study.toml"
+    file.write_text(f'{TOML}device = "{name}"\n')
+    with pytest.raises(ValueError, match=rf"^run\.device: expected one that torch can use here, got '{name}': \w"):
+        device_of(read_config(file))
 
 
 @pytest.fixture
