@@ -277,6 +277,9 @@ def _about_images(judging: Judging) -> list[str]:
     for split, keys in (("validation", judging.parts.validation), ("test", judging.parts.test)):
         if lost := len(failed.intersection(keys)):
             found.append(f"{lost} of {len(keys)} {split} images could not be read and have no scores (see Errors).")
+    if lost := len(judging.parts.unread):
+        n = len(judging.parts.training)
+        found.append(f"{lost} of {n} training images could not be read and were not trained on (see Errors).")
     labels = set(judging.parts.images.loc[judging.parts.test, "label"]) - {""}
     if len(labels) == 1:
         found.append(f"All test images with a label are of one class, {labels.pop()!r}: nothing is said of others.")

@@ -25,9 +25,11 @@ from fastfg.study.config import OPEN_CLIP, Config, Train
 from fastfg.study.head import make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
+from fastfg.study.shards import Failure
 from fastfg.study.telling import Say, Track
 from fastfg.study.token_cache import TokenCache, on_both_sides
 from fastfg.study.train_saes import Progress, train_saes
+from fastfg.study.unread import unread_images
 from fastfg.study.weights import check_weights, sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
 
@@ -47,6 +49,8 @@ class Parts:
         classes: the names of the model's outputs; empty if they are not known. labels: what the manifest calls them.
         accuracy: of the head that the study has fitted; None if the model came with one.
         identities: {kind: {block: a hash of the SAE's weights}}.
+        training: keys of the images that the head or the SAEs are trained on; ``unread`` are those of them that could
+            not be read.
     """
 
     images: pd.DataFrame
@@ -60,6 +64,8 @@ class Parts:
     accuracy: Accuracy | None
     saes: SAEsByKind
     identities: Mapping[str, Mapping[int, str]]
+    training: list[str]
+    unread: list[Failure]
 
 
 def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Parts:
@@ -78,8 +84,10 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     reached = make_head(config, device, train, shown, once, say, track) if config.model.probe else None
     model, transform, classes = load_classifier(config)
     adapter = adapt(model.to(device))
+    drawn = train[:0]
     if config.saes.train is not None:
-        _train(config, config.saes.train, adapter, transform, train, once, say, track)
+        drawn = draw(train, "train", config.saes.train.images, config.run.seed)
+        _train(config, config.saes.train, adapter, transform, drawn, once, say, track)
     saes = _load(config, adapter, device)
     identities = {
         kind: {block: sae_fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()
@@ -99,6 +107,8 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         accuracy=reached,
         saes=saes,
         identities=identities,
+        training=list((train if config.model.probe else drawn)["key"]),
+        unread=unread_images(config, train, drawn, transform),
     )
 
 
@@ -188,12 +198,11 @@ def _with_its_head(config: Config) -> tuple[Any, Any]:
 
 
 def _train(
-    config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: Once, say: Say, track: Track
+    config: Config, how: Train, model: Adapter, transform: Any, chosen: pd.DataFrame, once: Once, say: Say, track: Track
 ) -> None:
-    """Train the SAEs that are missing, in the study's own folder."""
+    """Train the SAEs that are missing on the images ``chosen``, in the study's own folder."""
     out, layers = config.run.out / "saes", config.protocol.layers
     device = model.parameter.device
-    chosen = draw(train, "train", how.images, config.run.seed)
 
     def done(kind: str, layer: int) -> bool:
         return (out / kind / f"layer_{layer}" / "report.json").exists()

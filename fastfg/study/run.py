@@ -46,7 +46,9 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
         torch.set_num_threads(config.run.threads)
     out = config.run.out
     parts = prepare(config, device, say, track)
-    store = Store(out / "scores", columns=COLUMNS, recipe=_recipe(config, parts, device), say=say)
+    splits = dict.fromkeys(parts.training, "train") | parts.images["split"].to_dict()
+    recipe = _recipe(config, parts, device)
+    store = Store(out / "scores", columns=COLUMNS, recipe=recipe, failed=parts.unread, splits=splits, say=say)
     judging = Judging(config, parts, store, track)
     outcome = run_protocol(judging, say)
     say(f"This process ran {judging.forwards:,} perturbed forwards; the rest was there, or others did it")

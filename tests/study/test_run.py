@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -29,7 +30,9 @@ def test_a_device_that_is_not_there(tmp_path, name):
 def study(tmp_path, monkeypatch):
     """Runs ``TOML`` with a title, in one folder; models, scores and the report are stand-ins."""
     model, claim = torch.nn.Linear(2, 2), SimpleNamespace(sentence="", conditions=[])
-    parts = SimpleNamespace(model=SimpleNamespace(model=model), transform=lambda image: torch.zeros(3, 4, 4))
+    images = pd.DataFrame({"split": []})
+    parts = SimpleNamespace(model=SimpleNamespace(model=model), images=images, training=[], unread=[])
+    parts.transform = lambda image: torch.zeros(3, 4, 4)
     monkeypatch.setattr(run, "prepare", lambda *_: parts)
     monkeypatch.setattr(run, "run_protocol", silent)
     monkeypatch.setattr(run, "contents", silent)
