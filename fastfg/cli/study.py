@@ -75,14 +75,17 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from fastfg.study.config import read_config
+    from fastfg.study.prepare import check_paths
     from fastfg.study.processes import place
     from fastfg.study.run import default_processes, device_of, forget_failures, helpers, run_study
 
     world, rank, _ = place()
     config = read_config(arguments.config)
+    check_paths(config)
+    device = device_of(config)  # which names one that is not there
     n = arguments.processes or (default_processes(config) if world == 1 else 1)
     if arguments.dry_run:
-        _show_cost(config, device_of(config), n)
+        _show_cost(config, device, n)
         return
     if arguments.retry_failed and rank == 0:
         forget_failures(config)

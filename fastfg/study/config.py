@@ -262,10 +262,14 @@ class Config(Part):
 def read_config(file: str | Path) -> Config:
     """The configuration in a TOML file. Its paths become absolute.
 
-    Raises FileNotFoundError without a file, and ValueError for text that is no TOML, for unknown keys (with the
-    nearest right one) and for values that are out of range.
+    Raises FileNotFoundError without a file, IsADirectoryError for a folder, and ValueError for text that is no TOML,
+    for unknown keys (with the nearest right one) and for values that are out of range.
     """
     file = Path(file)
+    if file.is_dir():
+        beside = file.with_name(f"{file.name}.toml")  # where fastfg study init FOLDER writes
+        hint = _hint([str(beside)] if beside.is_file() else [])
+        raise IsADirectoryError(f"config: expected a TOML file, got {file}, which is a folder{hint}")
     if not file.is_file():
         raise FileNotFoundError(f"config: expected a TOML file, got {file}, which does not exist")
     toml = _toml()

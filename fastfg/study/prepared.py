@@ -83,7 +83,7 @@ def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame
     given, how = config.model, config.saes.train
     found: dict[str, Any] = {
         "model.name": given.name,
-        "model.weights": content_hash(given.weights) if given.weights is not None and given.weights.is_file() else None,
+        "model.weights": None if given.weights is None else content_hash(given.weights),
         "model.img_size": given.img_size,
         "model.probe": given.probe,
         "run.seed": config.run.seed,

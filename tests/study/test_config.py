@@ -96,6 +96,12 @@ def test_the_prompts_of_a_zero_shot_classifier(tmp_path, text, message):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="config: expected a TOML file"):
         read_config(tmp_path / "none.toml")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(IsADirectoryError, match="got .*photos, which is a folder$"):
+        read_config(tmp_path / "photos")
+    (tmp_path / "photos.toml").touch()
+    with pytest.raises(IsADirectoryError, match=r"which is a folder \(did you mean .*photos\.toml\?\)$"):
+        read_config(tmp_path / "photos")
 
 
 def test_folders_or_training(tmp_path):
