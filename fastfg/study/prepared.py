@@ -34,10 +34,15 @@ MADE = {  # {part of a study: its files}
 OF_TOKENS, OF_SAES = ("the tokens", "the SAEs", "the scores"), ("the SAEs", "the scores")
 MADE_WITH = {  # {setting: the parts that depend on it}; all parts depend on the others
     "model.classes": ("the head", "the scores"),
+    "model.templates": ("the scores",),
     "validation images": ("the head", "the scores"),
     "saes.train.images": OF_TOKENS,
     "saes.train.tokens_per_image": OF_TOKENS,
     **{f"saes.train.{name}": OF_SAES for name in ("expansion", "k", "steps", "batch_tokens", "lr")},
+}
+IMAGES = {  # {a hash in the record: what it is of}
+    "training images": "data.manifest: expected the training images, with their labels and groups",
+    "validation images": "data.validation: expected the validation images, with their labels",
 }
 
 
@@ -92,6 +97,8 @@ def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame
         found["training images"] = _hash(train[["key", "label", "group"]])
     if given.probe:
         found |= {"model.classes": given.classes, "validation images": _hash(validation[["key", "label"]])}
+    if given.zero_shot:
+        found |= {"model.classes": given.classes, "model.templates": given.templates}
     if how:
         found |= {f"saes.train.{name}": value for name, value in how.model_dump().items()}
     file = config.run.out / PREPARED
@@ -104,15 +111,18 @@ def _recorded(file: Path) -> dict[str, Any] | None:
 
 def _record(file: Path, found: dict[str, Any]) -> None:
     """Write ``found`` to ``file``. Raises ValueError if its folder has parts that were made from something else."""
-    before, out = _recorded(file) or found, file.parent
+    before, out = _recorded(file) or {}, file.parent
     there = [part for part, files in MADE.items() if any(not one.name.startswith(".") for one in out.glob(files))]
-    for name in {**before, **found}:
+    for name, value in before.items():
         made = [part for part in there if part in MADE_WITH.get(name, MADE)]
-        if made and before.get(name) != found.get(name):
+        if made and value != found.get(name):
+            which = f"which {_listed(made)} in {out} {'was' if made == ['the head'] else 'were'} made with"
+            if name in IMAGES:
+                raise ValueError(
+                    f"{IMAGES[name]}, {which}, got others (other images, labels or groups need another folder)"
+                )
             raise ValueError(
-                f"{name}: expected {before.get(name)!r}, which {_listed(made)} in {out} "
-                f"{'was' if made == ['the head'] else 'were'} made with, got {found.get(name)!r} (another one needs "
-                "another folder)"
+                f"{name}: expected {value!r}, {which}, got {found.get(name)!r} (another one needs another folder)"
             )
     write_durably(file, json.dumps(found, indent=2).encode())
 

@@ -82,6 +82,40 @@ def test_what_is_made_with_a_setting_keeps_it(check, tmp_path, file, old, new, m
     assert check() == before
 
 
+def test_other_images_are_said_in_words(check, tmp_path):
+    check()
+    make(tmp_path, "saes/trained/layer_1/report.json")
+    with pytest.raises(ValueError, match=r"^data\.manifest: expected the training images, .*SAEs in .*, got others"):
+        check(labels="ba")
+    config = read_config(tmp_path / "study.toml")
+    images = pd.DataFrame({"key": list("pq"), "label": list("ab"), "group": ""})
+    once = Once(config.run.out, silent)
+    check_prepared(config, images, images[:1], once)  # no head yet
+    make(tmp_path, "model/accuracy.json")
+    with pytest.raises(ValueError, match=r"^data\.validation: expected the validation images, .*head in .* others"):
+        check_prepared(config, images, images, once)
+
+
+def test_prompts_are_named(tmp_path):
+    start = TRAINED.replace("vit_tiny_patch16_224", "open_clip:x").replace("img_size = 64\n", "")
+    images = pd.DataFrame({"key": list("pq"), "label": list("ab"), "group": ""})
+    (tmp_path / "w.safetensors").touch()
+
+    def checked(text):
+        (tmp_path / "study.toml").write_text(start.replace("probe = true", text))
+        config = read_config(tmp_path / "study.toml")
+        check_prepared(config, images, images, Once(config.run.out, silent))
+
+    checked('classes = ["a", "b"]')
+    make(tmp_path, "tokens/1/complete", "saes/trained/layer_1/report.json")
+    checked('classes = ["good", "bad"]')  # the image tower does not depend on them
+    make(tmp_path, "scores/shards/test-0.parquet")
+    with pytest.raises(ValueError, match=r"^model\.classes: expected \['good', 'bad'\], which the scores in .*'good'"):
+        checked('classes = ["bad", "good"]')
+    with pytest.raises(ValueError, match=r"^model\.templates: expected \['a photo of a {}\.'\], which .*\['an X-ray"):
+        checked('classes = ["good", "bad"]\ntemplates = ["an X-ray of {}."]')
+
+
 def test_what_does_not_depend_on_a_setting_leaves_it_free(check, tmp_path):
     check(("k = 8", "k = 800"))
     make(tmp_path, "model/accuracy.json", "tokens/1/tokens.json", "tokens/1/complete")
