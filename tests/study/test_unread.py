@@ -55,8 +55,11 @@ def test_what_was_not_read_is_found(study, tmp_path):
 
 
 def test_the_report_says_it():
-    images = pd.DataFrame({"label": ["x", "y"]}, index=["p", "q"])
-    parts = SimpleNamespace(images=images, validation=["p"], test=["q"], training=KEYS, unread=["b", "c"])
+    images = pd.DataFrame({"label": ["x", "y", "", "x"]}, index=list("pqrs"))
+    parts = SimpleNamespace(images=images, validation=["p"], test=list("qrs"), training=KEYS, unread=["b", "c"])
+    parts.labels = ("x", "z")
     store = SimpleNamespace(failures=lambda: SimpleNamespace(to_pandas=lambda: pd.DataFrame({"key": ["b", "c"]})))
-    (first, *_) = _about_images(SimpleNamespace(parts=parts, store=store))
-    assert first == "2 of 5 training images could not be read and were not trained on (see Errors)."
+    assert _about_images(SimpleNamespace(parts=parts, store=store)) == [
+        "2 of 5 training images could not be read and were not trained on (see Errors).",
+        "1 of 3 test images have labels that are no classes of the model: 'y'.",
+    ]
