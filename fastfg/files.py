@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
             if found is None:
                 raise
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+
+
+def read_json(file: Path) -> Any:
+    """What is in a JSON file. Raises ValueError that names it if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got a damaged file: {error}") from None
 
 
 def temporary(file: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastfg.files import remove_unfinished, temporary, whole, write_durably, write_tensors
+from fastfg.files import read_json, remove_unfinished, temporary, whole, write_durably, write_tensors
 
 SMALL = 60_000  # bytes that a file may have
 
@@ -54,6 +54,16 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert [name[:7] for name in names(tmp_path)] == [".b.txt.", ".lock"]
     remove_unfinished(tmp_path)
     assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
+def test_a_damaged_json_file_is_named(tmp_path, content):
+    file = tmp_path / "a.json"
+    file.write_bytes(b'{"a": [1]}')
+    assert read_json(file) == {"a": [1]}
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: expected JSON, got a damaged file: \S"):
+        read_json(file)
 
 
 def test_an_error_leaves_the_earlier_file(tmp_path):

@@ -54,8 +54,13 @@ def add(commands: Any) -> None:
     again = "try images again that could not be read before"
     run.add_argument("--retry-failed", action="store_true", help=again)
     run.add_argument("--dry-run", action="store_true", help="say what it costs on this device, and run nothing")
+    run.add_argument("--max-failures", type=_in_the_file, help=argparse.SUPPRESS)  # an option of other commands
     cores = "processes; without it, one per GPU, or one per core"
     run.add_argument("--processes", type=at_least_one, metavar="N", help=cores)
+
+
+def _in_the_file(text: str) -> Any:
+    raise argparse.ArgumentTypeError(f"expected it in the file, as max_failures = {text} below [data]")
 
 
 def _init(arguments: argparse.Namespace) -> None:

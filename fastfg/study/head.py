@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastfg.data.manifest import verify_content
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.models.saved import save_classifier
 from fastfg.models.timm import preprocessing
 from fastfg.study.accuracy import Accuracy
@@ -76,7 +76,7 @@ def make_head(
         write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
     once(Thing("model", ready, fit))
-    found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
+    found = Accuracy(**read_json(folder / ACCURACY))
     for line in found.sentences("validation, linear head"):
         say(line)
     return found

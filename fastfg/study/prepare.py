@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content, with_own_groups
+from fastfg.files import read_json
 from fastfg.models import Adapter, adapt
 from fastfg.models.saved import WEIGHTS
 from fastfg.sae.checkpoints import load_saes
@@ -216,9 +216,11 @@ def _with_its_head(config: Config) -> tuple[Any, Any]:
     try:
         return load_backbone(given.name, given.weights, img_size=given.img_size)
     except ValueError as error:
-        if given.img_size is None:
+        if given.img_size is not None:
+            raise ValueError(f"{error} (with model.img_size = {given.img_size})") from None
+        if "image size" not in str(error):
             raise
-        raise ValueError(f"{error} (with model.img_size = {given.img_size})") from None
+        raise ValueError(f"{error} (set model.img_size to the side that they are for)") from None
 
 
 def _train(
@@ -285,7 +287,7 @@ def _say_reports(config: Config, say: Say) -> None:
     for kind in config.kinds:
         for layer in config.protocol.layers:
             file = config.run.out / "saes" / kind / f"layer_{layer}" / "report.json"
-            report = json.loads(file.read_text(encoding="utf-8"))["report"]
+            report = read_json(file)["report"]
             figures = f"explained variance {report['explained_variance']:.4f}, L0 {report['l0']:.1f}"
             say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfg.data import Batch, batches
 from fastfg.data.manifest import content_hash
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config
 
@@ -106,7 +106,7 @@ def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame
 
 
 def _recorded(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
 def _record(file: Path, found: dict[str, Any]) -> None:

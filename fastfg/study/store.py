@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.shards import (
     KEYS,
@@ -343,7 +343,7 @@ class Store:
         file = self.shards / RECIPE
         if self._recipe is None or not file.exists():
             return
-        before, recipe = json.loads(file.read_text(encoding="ascii")), self._recipe
+        before, recipe = read_json(file), self._recipe
         other = [name for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
         if other:
             name = other[0]

@@ -12,6 +12,11 @@ from fastfg.cli import main
         (["study", "run"], 2, "the following arguments are required: CONFIG.toml"),
         (["study", "run", "none.toml"], 1, "config: expected a TOML file, got none.toml"),
         (["study", "run", "a.toml", "--processes", "0"], 2, "expected an integer of at least 1"),
+        (
+            ["study", "run", "a.toml", "--max-failures", "0.1"],
+            2,
+            "expected it in the file, as max_failures = 0.1",
+        ),
         (["study", "init", "nothing"], 1, "STUDY: expected one of elpv, covid-qu-ex"),
         (["study", "init", "imagenet"], 1, "manifest: expected --manifest FILE for imagenet"),
     ],

@@ -36,7 +36,11 @@ def test_the_image_size_of_weights_with_a_head(file):
 
 def test_an_image_size_that_the_weights_are_not_for(file):
     file.write_text(file.read_text().replace("img_size = 64", "img_size = 96"))
-    with pytest.raises(ValueError, match=r"weights: .*pos_embed \(with model\.img_size = 96\)$"):
+    shapes = r"other shapes for pos_embed \(\[1, 17, 192\] and not \[1, {}, 192\]\); position embeddings depend on the "
+    with pytest.raises(ValueError, match=shapes.format(37) + r"image size \(with model\.img_size = 96\)$"):
+        load_classifier(read_config(file))
+    file.write_text(file.read_text().replace("img_size = 96\n", ""))
+    with pytest.raises(ValueError, match=shapes.format(197) + r"image size \(set model\.img_size to the side"):
         load_classifier(read_config(file))
 
 

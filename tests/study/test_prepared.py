@@ -7,6 +7,9 @@ import pytest
 
 from fastfg.study.config import read_config
 from fastfg.study.prepared import Once, check_prepared
+from fastfg.study.protocol import CHOICE, RULES, record_choice, record_rule
+from fastfg.study.selection import Choice
+from fastfg.types import Gate
 from tests.study.studies import TOML
 
 TRAINED = (
@@ -80,6 +83,20 @@ def test_what_is_made_with_a_setting_keeps_it(check, tmp_path, file, old, new, m
     with pytest.raises(ValueError, match=message):
         check((old, new))
     assert check() == before
+
+
+def test_a_damaged_record_is_named(check, tmp_path):
+    check()
+    (tmp_path / "out/prepared.json").write_text("")
+    with pytest.raises(ValueError, match=r"out/prepared\.json: expected JSON, got a damaged file"):
+        check()
+    config = read_config(tmp_path / "study.toml")
+    for file in (RULES, CHOICE):
+        (tmp_path / "out" / file).write_text("{")
+    with pytest.raises(ValueError, match=r"out/rules\.json: expected JSON, got a damaged file"):
+        record_rule(config, False, "")
+    with pytest.raises(ValueError, match=r"out/choice\.json: expected JSON, got a damaged file"):
+        record_choice(config.run.out, Choice(Gate((1,)), 0.0, 0.0, 1))
 
 
 def test_other_images_are_said_in_words(check, tmp_path):
