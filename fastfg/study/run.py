@@ -46,7 +46,8 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
         torch.set_num_threads(config.run.threads)
     out = config.run.out
     parts = prepare(config, device, say, track)
-    splits = dict.fromkeys(parts.training, "train") | parts.images["split"].to_dict()
+    splits = dict.fromkeys(parts.training, "train")
+    splits |= dict(zip(parts.images.index, parts.images["split"], strict=True))
     recipe = _recipe(config, parts, device)
     store = Store(out / "scores", columns=COLUMNS, recipe=recipe, failed=parts.unread, splits=splits, say=say)
     judging = Judging(config, parts, store, track)
