@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,19 +20,16 @@ class UnwrittenError(OSError):
 
 
 @contextmanager
-def whole(file: Path, hidden: Path | None = None) -> Iterator[Path]:
+def whole(file: Path) -> Iterator[Path]:
     """Context that gives the name under which to write ``file``; at its end, that file becomes ``file``.
 
     So ``file`` is there as a whole or not at all, whenever the process or the machine stops, and an earlier one stays
-    until then.
-
-    Args:
-        hidden: the name to give; None: :func:`temporary`. A fixed one leaves at most one file after any number of
-            kills, and is for files that one process writes.
+    until then. The name is another one each time, so that processes can write the same file at once. One that is
+    killed leaves it: see :func:`remove_unfinished`.
 
     Raises OSError with the file's name if it cannot be written, for example on a full disk.
     """
-    hidden = temporary(file) if hidden is None else hidden
+    hidden = temporary(file)
     try:
         with naming(file):
             yield hidden
@@ -73,7 +71,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with whole(file, file.with_name(f".{file.name}")) as hidden:
+    with whole(file) as hidden:
         try:
             save_file(dict(tensors), hidden, None if metadata is None else dict(metadata))
         except SafetensorError as error:
@@ -83,9 +81,23 @@ def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
 
+def read_json(file: Path) -> Any:
+    """What is in a JSON file. Raises ValueError that names it if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got a damaged file: {error}") from None
+
+
 def temporary(file: Path) -> Path:
     """A name for writing ``file``: hidden, and different for every call."""
     return file.with_name(f".{file.name}.{uuid4().hex}.tmp")
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes have left of ``name`` in ``folder``. No process may be writing it."""
+    for file in folder.glob(f".{name}.*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

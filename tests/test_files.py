@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastfg.files import whole, write_durably, write_tensors
+from fastfg.files import read_json, remove_unfinished, temporary, whole, write_durably, write_tensors
 
 SMALL = 60_000  # bytes that a file may have
 
@@ -35,6 +35,35 @@ def test_a_file_replaces_another_when_it_is_complete(tmp_path):
         assert hidden.name.startswith(".a.txt.")
     assert file.read_text() == "two"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_two_can_write_the_same_file_at_once(tmp_path):
+    file = tmp_path / "a.txt"
+    with whole(file) as one, whole(file) as other:
+        one.write_text("same")
+        other.write_text("same")
+    assert file.read_text() == "same"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    for name in ("a.safetensors", "b.txt"):
+        temporary(tmp_path / name).touch()
+    (tmp_path / ".lock").touch()
+    remove_unfinished(tmp_path, "a.safetensors")
+    assert [name[:7] for name in names(tmp_path)] == [".b.txt.", ".lock"]
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
+def test_a_damaged_json_file_is_named(tmp_path, content):
+    file = tmp_path / "a.json"
+    file.write_bytes(b'{"a": [1]}')
+    assert read_json(file) == {"a": [1]}
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: expected JSON, got a damaged file: \S"):
+        read_json(file)
 
 
 def test_an_error_leaves_the_earlier_file(tmp_path):

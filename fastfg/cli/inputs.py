@@ -26,6 +26,7 @@ from fastfg.perturb import image_key
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.study.backbone import trained_labels
+from fastfg.study.device import usable_device
 from fastfg.study.weights import check_weights
 from fastfg.types import SCORE_KINDS, Gate
 
@@ -152,7 +153,7 @@ class Inputs:
         self.limits = {"max_pixels": arguments.max_pixels, "max_aspect": arguments.max_aspect}
         check_limits(self.window, **self.limits)
         self.gate = _gate(arguments)
-        self.device = _device(arguments.device)
+        self.device = usable_device("device", arguments.device)
         self.listed = find_listed(arguments.images, arguments.split)
         found = self.listed.found
         self.model: Any = load_model(arguments.model, arguments.weights, arguments.pretrained).to(self.device)
@@ -246,16 +247,6 @@ def _gate(arguments: argparse.Namespace) -> Gate | None:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
         raise ValueError(f"layers: expected --layers L [L ...] with {options}, got none")
     return None
-
-
-def _device(name: str) -> torch.device:
-    """The device called ``name``. A tensor is moved to it and back, to test that it works."""
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {reason}") from None
-    return torch.device(name)
 
 
 def _settings(arguments: argparse.Namespace, gate: Gate | None) -> dict[str, object]:

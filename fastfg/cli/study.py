@@ -54,8 +54,13 @@ def add(commands: Any) -> None:
     again = "try images again that could not be read before"
     run.add_argument("--retry-failed", action="store_true", help=again)
     run.add_argument("--dry-run", action="store_true", help="say what it costs on this device, and run nothing")
+    run.add_argument("--max-failures", type=_in_the_file, help=argparse.SUPPRESS)  # an option of other commands
     cores = "processes; without it, one per GPU, or one per core"
     run.add_argument("--processes", type=at_least_one, metavar="N", help=cores)
+
+
+def _in_the_file(text: str) -> Any:
+    raise argparse.ArgumentTypeError(f"expected it in the file, as max_failures = {text} below [data]")
 
 
 def _init(arguments: argparse.Namespace) -> None:
@@ -75,14 +80,17 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from fastfg.study.config import read_config
+    from fastfg.study.prepare import check_paths
     from fastfg.study.processes import place
     from fastfg.study.run import default_processes, device_of, forget_failures, helpers, run_study
 
     world, rank, _ = place()
     config = read_config(arguments.config)
+    check_paths(config)
+    device = device_of(config)  # which names one that is not there
     n = arguments.processes or (default_processes(config) if world == 1 else 1)
     if arguments.dry_run:
-        _show_cost(config, device_of(config), n)
+        _show_cost(config, device, n)
         return
     if arguments.retry_failed and rank == 0:
         forget_failures(config)

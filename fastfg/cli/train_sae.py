@@ -143,6 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
             device=inputs.device,
             checkpoint_every=arguments.checkpoint_every,
             track=lambda title: _progress(title, track(f"Training: {title}")),
+            say=say,
         )
     _table(found)
     _write_csv(arguments.out)
@@ -183,6 +184,7 @@ def _tokens(
         dtype=getattr(torch, arguments.tokens_dtype),
         max_bytes=None if limit is None else round(limit * 1e9),
         seed=arguments.seed,
+        say=say,
     )
     keys = list(dict.fromkeys(known))
     others = len(set(cache.keys).difference(keys))

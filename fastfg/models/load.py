@@ -120,16 +120,21 @@ def create(name: str, pretrained: bool, **options: Any) -> Any:
 
 def misfit(expected: dict[str, Tensor], got: dict[str, Tensor]) -> str:
     """How the names or shapes of two state dicts differ, with the first few names of each kind; empty if they agree."""
+    shapes = [name for name in expected if name in got and expected[name].shape != got[name].shape]
     parts = {
-        "no": [name for name in expected if name not in got],
-        "unexpected": [name for name in got if name not in expected],
-        "other shapes for": [name for name in expected if name in got and expected[name].shape != got[name].shape],
+        "no": [str(name) for name in expected if name not in got],
+        "unexpected": [str(name) for name in got if name not in expected],
+        "other shapes for": [
+            f"{name} ({list(got[name].shape)} and not {list(expected[name].shape)})" for name in shapes
+        ],
     }
-    return "; ".join(
-        f"{what} {', '.join(map(str, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    said = "; ".join(
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for what, names in parts.items()
         if names
     )
+    hint = "; position embeddings depend on the image size" if any("pos" in name for name in shapes) else ""
+    return said + hint
 
 
 def _first_sentence(error: Exception) -> str:

@@ -28,7 +28,7 @@ class Claims:
     """Claims by name on one lock file. At most one process, and one thread in it, holds a name at a time.
 
     A claim ends when its ``with`` block does or when its process dies, however it dies. On a file system without locks
-    every claim succeeds. ``say`` is called once about that.
+    every claim of another process succeeds. ``say`` is called once about that.
     """
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
@@ -52,9 +52,9 @@ class Claims:
             if mark in _held:
                 return None
             try:
-                if fcntl is None:
-                    raise OSError(errno.ENOSYS, "this system has no fcntl")
                 if self.works:
+                    if fcntl is None:
+                        raise OSError(errno.ENOSYS, "this system has no fcntl")
                     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
             except OSError as error:
                 if error.errno in HELD_ELSEWHERE:
@@ -62,7 +62,7 @@ class Claims:
                 self.works = False
                 self.say(
                     f"{self.file}: this file system has no locks ({error.strerror}). Processes that work on this "
-                    "folder at the same time may do work twice, which changes no result"
+                    "folder at the same time may do the same work twice. On a CPU, this changes no result"
                 )
             _held.add(mark)
             return mark

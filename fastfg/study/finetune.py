@@ -23,6 +23,7 @@ from fastfg.study.accuracy import COLUMNS, Accuracy
 from fastfg.study.backbone import Start, start_model
 from fastfg.study.classifier_data import Counted, Features, Images, Track, check_settings, head_features
 from fastfg.study.fit import FineTuning, Source, class_weights, evaluate, fit
+from fastfg.study.token_writer import alone
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,27 +97,28 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     if (out / REPORT).is_file():
         return _read(out, settings)
-    network = start.model.to(device)
-    images = _images(table, labels, start, recipe, workers, reading or {}, max_failures)
-    loss_weights = class_weights(labels, list(table.loc[table["split"] == "train", "label"]), recipe.class_weights)
-    trained: nn.Module = network
-    counted = Counted(images, track)
-    source: Source = counted
-    if recipe.head_only:
-        features = head_features(network, counted, out / FEATURES, settings)
-        trained, source = network.get_classifier(), Features(features, recipe.batch_size, recipe.seed)
-    bar = None if track is None else track("Epochs, at most")
+    with alone(out, "out", say):
+        network = start.model.to(device)
+        images = _images(table, labels, start, recipe, workers, reading or {}, max_failures)
+        loss_weights = class_weights(labels, list(table.loc[table["split"] == "train", "label"]), recipe.class_weights)
+        trained: nn.Module = network
+        counted = Counted(images, track)
+        source: Source = counted
+        if recipe.head_only:
+            features = head_features(network, counted, out / FEATURES, settings)
+            trained, source = network.get_classifier(), Features(features, recipe.batch_size, recipe.seed)
+        bar = None if track is None else track("Epochs, at most")
 
-    def progress(epoch: int, figures: dict[str, float]) -> None:
-        if bar is not None:
-            bar(epoch + 1, int(recipe.epochs or 0))
-        say(_epoch(epoch, figures))
+        def progress(epoch: int, figures: dict[str, float]) -> None:
+            if bar is not None:
+                bar(epoch + 1, int(recipe.epochs or 0))
+            say(_epoch(epoch, figures))
 
-    state = fit(trained, source, labels, recipe, loss_weights, out / CHECKPOINT, settings, progress)
-    accuracy = {name: evaluate(trained, source, name, labels, loss_weights)[1] for name in EVALUATED}
-    done = FineTuned(out / WEIGHTS, labels, accuracy, state.history, state.best_epoch, dict(images.errors))
-    _write(out, network, start, settings, done)
-    return done
+        state = fit(trained, source, labels, recipe, loss_weights, out / CHECKPOINT, settings, progress)
+        accuracy = {name: evaluate(trained, source, name, labels, loss_weights)[1] for name in EVALUATED}
+        done = FineTuned(out / WEIGHTS, labels, accuracy, state.history, state.best_epoch, dict(images.errors))
+        _write(out, network, start, settings, done)
+        return done
 
 
 def _labels(table: pd.DataFrame) -> tuple[str, ...]:

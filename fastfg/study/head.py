@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastfg.data.manifest import verify_content
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.models.saved import save_classifier
 from fastfg.models.timm import preprocessing
 from fastfg.study.accuracy import Accuracy
@@ -68,13 +68,15 @@ def make_head(
         made = start()
         (features, labels), (held, truth) = (split.read(classes) for split in splits)
         fit_head(made.model.eval().cpu(), features, labels)
+        if ready():  # without locks, another process may have been faster; its head may be in use
+            return
         reached = asdict(Accuracy.of(classes, truth.tolist(), made.model.head(held).argmax(1).tolist()))
         about = {"head": "a linear probe", "validation": reached}
         save_classifier(folder, made.model, made.architecture, classes, model_args=made.model_args, about=about)
         write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
     once(Thing("model", ready, fit))
-    found = Accuracy(**json.loads((folder / ACCURACY).read_text(encoding="utf-8")))
+    found = Accuracy(**read_json(folder / ACCURACY))
     for line in found.sentences("validation, linear head"):
         say(line)
     return found
@@ -95,6 +97,32 @@ def head_classes(config: Config, train: pd.DataFrame, shown: pd.DataFrame) -> tu
                 f"{classes}"
             )
     return classes
+
+
+def without_features(config: Config, train: pd.DataFrame) -> list[str]:
+    """The keys of the images ``train`` that could not be read when the head was fitted."""
+    lost = []
+    for file, images in _parts("training", train, config.run.out / "model"):
+        if _is_whole(file):
+            with safe_open(file, "pt") as opened:
+                rows = opened.get_tensor("rows")
+            lost += list(images["key"].iloc[_lost(rows, images)])
+    return lost
+
+
+def _parts(split: str, images: pd.DataFrame, folder: Path) -> list[tuple[Path, pd.DataFrame]]:
+    """The files with the features of a split, and the images of each."""
+    n = -(-len(images) // PART)
+    bounds = [len(images) * i // n for i in range(n + 1)]
+    return [
+        (folder / f"features-{split}-{first:06d}.safetensors", images.iloc[first:last])
+        for first, last in pairwise(bounds)
+    ]
+
+
+def _lost(rows: Tensor, images: pd.DataFrame) -> list[int]:
+    """The rows of ``images`` that are not among those of a file with features."""
+    return sorted(set(range(len(images))) - set(rows.tolist()))
 
 
 @torch.no_grad()
@@ -136,12 +164,7 @@ class _Split:
     @property
     def parts(self) -> list[tuple[Path, pd.DataFrame]]:
         """The files, and the images of each."""
-        n = -(-len(self.images) // PART)
-        bounds = [len(self.images) * i // n for i in range(n + 1)]
-        return [
-            (self.folder / f"features-{self.name}-{first:06d}.safetensors", self.images.iloc[first:last])
-            for first, last in pairwise(bounds)
-        ]
+        return _parts(self.name, self.images, self.folder)
 
     def things(self, ready: Callable[[], bool], progress: Callable[[int, int], None]) -> list[Thing]:
         """The files to make, unless the head is ``ready``."""
@@ -164,7 +187,7 @@ class _Split:
             rows = found["rows"].tolist()
             features.append(found["features"])
             labels += [classes.index(given[row]) for row in rows]
-            if lost := sorted(set(range(len(images))) - set(rows)):
+            if lost := _lost(found["rows"], images):
                 failed += list(images["path"].iloc[lost])
                 incomplete.append(file)
         if len(failed) > self.max_failures * len(self.images) or not labels:

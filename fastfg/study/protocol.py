@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import Config
 from fastfg.study.judging import Judging
@@ -156,7 +156,7 @@ def record_rule(config: Config, begun: bool, images: str) -> None:
         images: a hash of the validation and test images, to which the rule is applied.
     """
     file = config.run.out / RULES
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    before = read_json(file) if file.exists() else []
     text = rule(config)
     if not before or before[-1]["rule"] != text or before[-1].get("images", images) != images:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -168,6 +168,6 @@ def record_choice(out: Path, choice: Choice) -> None:
     """Write the chosen gate before the first test image is read. Another choice, after a change, is added."""
     file = out / CHOICE
     found: dict[str, Any] = json.loads(json.dumps(choice._asdict() | {"gate": asdict(choice.gate)}))
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    before = read_json(file) if file.exists() else []
     if not before or before[-1] != found:
         write_durably(file, json.dumps([*before, found], indent=2).encode())

@@ -20,6 +20,7 @@ from fastfg.files import write_durably
 from fastfg.models.fingerprint import fingerprint
 from fastfg.study.config import Config
 from fastfg.study.contents import command_line, contents
+from fastfg.study.device import usable_device
 from fastfg.study.explained import with_evidence
 from fastfg.study.judging import COLUMNS, Judging
 from fastfg.study.prepare import Parts, prepare
@@ -28,7 +29,7 @@ from fastfg.study.protocol import run_protocol
 from fastfg.study.store import Store
 from fastfg.study.telling import Say, Track
 
-REPORT = "report.html"
+CONFIG = "config.json"
 
 
 def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Path | None:
@@ -44,15 +45,17 @@ def run_study(config: Config, say: Say, track: Track, write: bool = True) -> Pat
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads)
     out = config.run.out
-    out.mkdir(parents=True, exist_ok=True)
-    write_durably(out / "config.json", config.model_dump_json(indent=2).encode())
     parts = prepare(config, device, say, track)
-    store = Store(out / "scores", columns=COLUMNS, recipe=_recipe(config, parts, device), say=say)
+    splits = dict.fromkeys(parts.training, "train")
+    splits |= dict(zip(parts.images.index, parts.images["split"], strict=True))
+    recipe = _recipe(config, parts, device)
+    store = Store(out / "scores", columns=COLUMNS, recipe=recipe, failed=parts.unread, splits=splits, say=say)
     judging = Judging(config, parts, store, track)
     outcome = run_protocol(judging, say)
     say(f"This process ran {judging.forwards:,} perturbed forwards; the rest was there, or others did it")
     if not write:
         return None
+    write_durably(out / CONFIG, config.model_dump_json(indent=2).encode())  # of what the folder holds: none refused it
     from fastfg.report.page import write_report
 
     made = contents(judging, outcome, command_line(), track)
@@ -71,9 +74,12 @@ def forget_failures(config: Config) -> None:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of this process: with ``auto``, the GPU of its local rank, or the CPU."""
+    """The device of this process: with ``auto``, the GPU of its local rank, or the CPU.
+
+    Raises ValueError for one that torch cannot use here.
+    """
     if config.run.device != "auto":
-        return torch.device(config.run.device)
+        return usable_device("run.device", config.run.device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", place().local_rank % torch.cuda.device_count())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.shards import (
     KEYS,
@@ -55,6 +55,8 @@ class Store:
         columns: {name: pyarrow's name of its type}, the columns beside key, variant and measure.
         recipe: what the results depend on beside images, variants and measures, such as the model's weights and the
             seed. It is kept beside the shards. Raises ValueError if the folder has another, and names the difference.
+        failed: images that failed before these results, such as in training. They are listed with the others.
+        splits: {key: split} of all images; the lists of images that failed then have the column ``split``.
         say: called with a line about damaged files and missing locks; None: :func:`warnings.warn`.
 
     >>> import tempfile
@@ -81,9 +83,12 @@ class Store:
         *,
         columns: Mapping[str, str] = COLUMNS,
         recipe: Mapping[str, Any] | None = None,
+        failed: Iterable[Failure] = (),
+        splits: Mapping[str, str] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.folder, self.columns = Path(folder), dict(columns)
+        self._failed_before, self._splits = tuple(failed), splits
         self.shards = self.folder / "shards" / name
         self.say = say or (lambda text: warnings.warn(text, stacklevel=3))
         self._claims = Claims(self.shards / LOCK, self.say)
@@ -189,13 +194,20 @@ class Store:
         return table.combine_chunks().sort_by([(name, "ascending") for name in KEYS]).combine_chunks()
 
     def failures(self) -> Any:
-        """The images that failed, as a pyarrow table with the columns path, key and error, in the order of key."""
+        """The images that failed, as a pyarrow table in the order of key.
+
+        Its columns are path, key, error, and split where the store knows the splits.
+        """
         import pyarrow as pa
 
         self.refresh()
-        found = {failure.key: failure for s in self._known.values() if s is not None for failure in s.failures}
+        found = {failure.key: failure for failure in self._failed_before}
+        found |= {failure.key: failure for s in self._known.values() if s is not None for failure in s.failures}
         listed = [found[key] for key in sorted(found)]
-        return pa.table({name: pa.array([getattr(f, name) for f in listed], pa.string()) for name in ERROR_COLUMNS})
+        columns = {name: [getattr(f, name) for f in listed] for name in ERROR_COLUMNS}
+        if self._splits is not None:
+            columns["split"] = [self._splits[f.key] for f in listed]
+        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
     def write_failures(self) -> Path | None:
         """Write ``errors.parquet`` if images have failed. Returns the file, or None."""
@@ -331,7 +343,7 @@ class Store:
         file = self.shards / RECIPE
         if self._recipe is None or not file.exists():
             return
-        before, recipe = json.loads(file.read_text(encoding="ascii")), self._recipe
+        before, recipe = read_json(file), self._recipe
         other = [name for name in {**before, **recipe} if before.get(name) != recipe.get(name)]
         if other:
             name = other[0]

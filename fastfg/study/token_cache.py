@@ -184,7 +184,7 @@ def _shards(file: Path) -> list[Shard]:
     """The shards that are named. A line that was being written when a run was stopped names none."""
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     try:
-        found = [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in dict.fromkeys(lines)]  # without locks, two processes write the same one
         shards = [Shard(one["name"], tuple(one["keys"]), one["tokens_per_image"]) for one in found]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: expected one shard per line of {file}, got {error!r}") from None

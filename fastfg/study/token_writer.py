@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fastfg.attribution.residuals import residuals
 from fastfg.checks import check_layers
-from fastfg.files import naming, write_durably, write_tensors
+from fastfg.files import naming, remove_unfinished, write_durably, write_tensors
 from fastfg.models import Adapter, adapt
 from fastfg.models.fingerprint import fingerprints
 from fastfg.perturb.seeds import generator, image_keys
 from fastfg.study.claims import Claims
+from fastfg.study.telling import Say
 from fastfg.study.token_cache import FORMAT, RECIPE, SHARDS, TokenCache
 from fastfg.types import integers
 
@@ -40,6 +41,7 @@ def cache_tokens(
     shard_bytes: int | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
 ) -> TokenCache:
     """Write the residual stream after ``layers`` at the patches of many images to ``folder``.
 
@@ -55,6 +57,7 @@ def cache_tokens(
         max_bytes: the most that the tokens may take on disk; None: no limit.
         shard_bytes: a shard is written when its tokens take as much; None: 64 MiB.
         progress: called with the number of images that are done.
+        say: called with a line if the file system has no locks; None: :func:`warnings.warn`.
 
     Raises ValueError or TypeError that names the argument: for a folder with tokens of another model, other layers or
     another seed; where ``dtype`` can't hold a value; and before ``max_bytes`` would be passed. Complete shards stay.
@@ -78,26 +81,32 @@ def cache_tokens(
     recipe = {"layers": list(layers), "tokens_per_image": tokens_per_image, "seed": seed, "dtype": str(dtype)}
     weights = {str(block): found for block, found in fingerprints(adapter, layers).items()}
     _check_new(Path(folder))
-    with alone(Path(folder), "folder"):
+    with alone(Path(folder), "folder", say):
         writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes, shard_bytes or SHARD_BYTES)
         _write(writer, model, batches, layers, tokens_per_image, dtype, seed, progress)
     return TokenCache(folder)
 
 
 @contextmanager
-def alone(folder: Path, argument: str) -> Iterator[None]:
+def alone(folder: Path, argument: str, say: Say | None = None) -> Iterator[None]:
     """Hold the only lock on ``folder``, which is made. The system releases it when the process ends.
+
+    What killed processes have left of their files is removed. Without locks, several may hold the folder; ``say`` is
+    called about that.
 
     Raises ValueError that names the ``argument`` if another process holds it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{argument}: expected a folder, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    with Claims(folder / LOCK, warnings.warn)("all") as held:
+    claims = Claims(folder / LOCK, warnings.warn if say is None else say)
+    with claims("all") as held:
         if not held:
             raise ValueError(
                 f"{argument}: expected a folder that no other process writes to, got {folder}, which one does"
             )
+        if claims.works:
+            remove_unfinished(folder)
         yield
 
 
@@ -227,4 +236,4 @@ def _check_new(folder: Path) -> None:
 
 def _foreign(folder: Path) -> list[str]:
     """Names in ``folder`` that a run that was stopped at its start has not left."""
-    return [file.name for file in folder.iterdir() if file.name not in (f".{RECIPE}", LOCK)]
+    return [one.name for one in folder.iterdir() if one.name != LOCK and not one.name.startswith(f".{RECIPE}.")]

@@ -21,6 +21,7 @@ from fastfg.sae.checkpoints import load_sae
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
+from fastfg.study.telling import Say
 from fastfg.study.token_cache import TokenCache
 from fastfg.study.token_writer import alone
 from fastfg.types import integers
@@ -47,6 +48,7 @@ def train_saes(
     device: str | torch.device = "cpu",
     checkpoint_every: int = 500,
     track: Callable[[str], Progress] | None = None,
+    say: Say | None = None,
 ) -> dict[tuple[str, int], SAEReport]:
     """Train one SAE per kind and layer, and write it to ``out/<kind>/layer_<layer>``.
 
@@ -67,6 +69,7 @@ def train_saes(
         checkpoint_every: steps from one checkpoint to the next.
         track: takes a title and returns a function that is called with the steps done, the steps in all, and
             ``explained_variance``, ``l0``, ``dead_share`` of the batch and ``tokens_per_second``.
+        say: called with a line if the file system has no locks; None: :func:`warnings.warn`.
 
     Returns {(kind, layer): report}; the explained variance of a report is that of held-out tokens. Raises ValueError
     that names the argument, also where ``out`` holds SAEs of another recipe, model or data.
@@ -87,7 +90,7 @@ def train_saes(
     for kind in kinds:
         for layer in layers:
             progress = _silent if track is None else track(f"{kind}, block {layer}")
-            with alone(run.folder(kind, layer), "out"):
+            with alone(run.folder(kind, layer), "out", say):
                 found[kind, layer] = run.train(replace(recipe, kind=kind), layer, progress)
     return found
 
@@ -139,6 +142,9 @@ class _Run:
         self._steps(trainer, layer, progress, lambda: trainer.save(checkpoint, **of))
         sae = trainer.finish(site="resid_post", tokens="patches", **described)
         found = report(sae, self._some(layer, self.held_out, REPORTED), steps=trainer.steps)
+        if (folder / REPORT).exists():  # without locks, another process may have been faster; its SAE may be in use
+            checkpoint.unlink(missing_ok=True)
+            return _earlier(folder, described)
         sae.provenance["validation"] = asdict(found)
         sae.cpu().save(folder)
         checkpoint.unlink(missing_ok=True)  # before the report, which says that the folder is complete

@@ -40,18 +40,18 @@ def load_zero_shot(
     Args:
         name: of an open_clip model, such as ``ViT-B-32``.
         weights: a file with the model's state dict, read without running pickled code. Nothing is downloaded.
-        class_names: at least 2. templates: texts in which ``{}`` is replaced by the name of the class.
+        class_names: at least 2. Two that are equal get equal logits, as "missile" among open_clip's names of ImageNet.
+        templates: texts in which ``{}`` is replaced by the name of the class.
 
-    Raises ValueError for an unknown model, weights that do not fit, and templates without ``{}``.
+    Raises ValueError for an unknown model, weights that do not fit, fewer than 2 or empty names, and templates without
+    ``{}``.
     """
     open_clip = import_open_clip()
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     if name not in open_clip.list_models():
         raise ValueError(f"model: expected the name of an open_clip model, got {name!r}")
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise ValueError(f"templates: expected texts with {{}} for the class, got {wrong or 'none'}")
+    check_prompts("class_names", class_names, templates)
     state = read_state(weights)
     logging.disable(logging.WARNING)  # open_clip warns that there are no weights yet
     try:
@@ -64,6 +64,21 @@ def load_zero_shot(
     features = _text_features(model, open_clip.get_tokenizer(name), prompts)
     transform = image_transform_v2(PreprocessCfg(**_preprocessing(model)), is_train=False)
     return ZeroShot(model.visual, features, float(model.logit_scale.detach().exp())).eval(), transform
+
+
+def check_prompts(argument: str, class_names: Sequence[str], templates: Sequence[str]) -> None:
+    """Raise ValueError for fewer than 2 names of classes (the ``argument``), empty ones, and templates without ``{}``.
+
+    >>> check_prompts("class_names", ["dog"], ["a photo of a {}."])
+    Traceback (most recent call last):
+    ValueError: class_names: expected at least 2 names, none of them empty, got ['dog']
+    """
+    if isinstance(class_names, str) or len(class_names) < 2 or not all(name.strip() for name in class_names):
+        got = class_names if isinstance(class_names, str) else list(class_names)
+        raise ValueError(f"{argument}: expected at least 2 names, none of them empty, got {got!r}")
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        raise ValueError(f"templates: expected texts with {{}} for the class, got {wrong or 'none'}")
 
 
 @torch.no_grad()

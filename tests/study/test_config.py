@@ -44,6 +44,16 @@ def test_paths_start_at_the_file(tmp_path):
         ('random = "saes/random"', "", r"saes\.folders: expected a folder for random"),
         ('random = "saes/random"', 'rndom = "saes/random"', r"folders.*expected kinds among .*got 'rndom'"),
         ('title = "Tiny"', "title = ", r"expected a TOML file, got"),
+        (
+            "probe = true",
+            'probe = true\nclasses = ["a", "b", "a"]',
+            r"model\.classes: expected different names, .*'a'\]",
+        ),
+        (
+            "probe = true",
+            'probe = true\nclasses = ["a", " "]',
+            r"model\.classes: .*none of them empty, got \['a', ' '\]",
+        ),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, old, new, message):
@@ -51,9 +61,47 @@ def test_a_wrong_file_is_named(tmp_path, old, new, message):
         read_config(write(tmp_path, TOML.replace(old, new, 1)))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"model\.classes: expected at least 2 names, none of them empty, got \[\]$"),
+        ('classes = ["good"]', r"model\.classes: expected at least 2 names, .* got \['good'\]$"),
+        (
+            'classes = ["good", "bad", "good"]',
+            r"model\.classes: expected different names, .* got \['good', 'bad', 'good'\]",
+        ),
+        ('classes = ["good cell", "Good  cell"]', r"model\.classes: expected different names, .* got"),
+        (
+            'classes = ["good", ""]',
+            r"model\.classes: expected at least 2 names, none of them empty, got \['good', ''\]",
+        ),
+        (
+            'classes = ["good", "bad"]\ntemplates = ["a cell"]',
+            r"model\.templates: expected texts with {} .*\['a cell'\]",
+        ),
+        (
+            'classes = ["good", "bad"]\ntemplates = []',
+            r"model\.templates: expected texts with {} for the class, got none",
+        ),
+    ],
+)
+def test_the_prompts_of_a_zero_shot_classifier(tmp_path, text, message):
+    start = TOML.replace('name = "vit_tiny_patch16_224"\nimg_size = 64\n', 'name = "open_clip:ViT-B-32"\n')
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, start.replace("probe = true", text)))
+    good = 'classes = ["good", "bad"]'
+    assert read_config(write(tmp_path, start.replace("probe = true", good))).model.zero_shot
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="config: expected a TOML file"):
         read_config(tmp_path / "none.toml")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(IsADirectoryError, match="got .*photos, which is a folder$"):
+        read_config(tmp_path / "photos")
+    (tmp_path / "photos.toml").touch()
+    with pytest.raises(IsADirectoryError, match=r"which is a folder \(did you mean .*photos\.toml\?\)$"):
+        read_config(tmp_path / "photos")
 
 
 def test_folders_or_training(tmp_path):

@@ -5,10 +5,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastfg.data.manifest import read_manifest, write_manifest
 from fastfg.models.timm import import_timm
+from fastfg.study import cache_tokens
+from fastfg.study import prepare as module
 from fastfg.study.config import read_config
-from fastfg.study.prepare import check_training, load_classifier
-from tests.study.studies import TOML
+from fastfg.study.prepare import _recipe, check_training, load_classifier, prepare
+from tests.study.studies import TOML, make_study
+from tests.tools import tiny_vit
 
 NAME = "vit_tiny_patch16_224"
 
@@ -32,7 +36,11 @@ def test_the_image_size_of_weights_with_a_head(file):
 
 def test_an_image_size_that_the_weights_are_not_for(file):
     file.write_text(file.read_text().replace("img_size = 64", "img_size = 96"))
-    with pytest.raises(ValueError, match=r"weights: .*pos_embed \(with model\.img_size = 96\)$"):
+    shapes = r"other shapes for pos_embed \(\[1, 17, 192\] and not \[1, {}, 192\]\); position embeddings depend on the "
+    with pytest.raises(ValueError, match=shapes.format(37) + r"image size \(with model\.img_size = 96\)$"):
+        load_classifier(read_config(file))
+    file.write_text(file.read_text().replace("img_size = 96\n", ""))
+    with pytest.raises(ValueError, match=shapes.format(197) + r"image size \(set model\.img_size to the side"):
         load_classifier(read_config(file))
 
 
@@ -60,3 +68,37 @@ def test_training_images_to_hold_out(file):
     one_without = train.assign(group=[*"ppqqrrs", ""])  # it is a group by itself
     with pytest.raises(ValueError, match=r"^saes\.train: expected at least 6 groups of training images, .*, got 5$"):
         check_training(config, one_without)
+
+
+def test_settings_that_do_not_fit_the_tokens(file, tmp_path):
+    start, end = TOML.index("[saes.folders]"), TOML.index("[protocol]")
+    file.write_text(TOML[:start] + "[saes.train]\nexpansion = 1\nk = 33\nbatch_tokens = 130\n" + TOML[end:])
+    config = read_config(file)
+    how, images = config.saes.train, torch.zeros(6, 3, 32, 48)
+    cache = cache_tokens(
+        tiny_vit(torch.float32), [(images, list("abcdef"))], 1, tmp_path / "tokens"
+    )  # 24 each, 32 wide
+    with pytest.raises(ValueError, match=r"^saes\.train\.k: expected .*, got 33$"):
+        _recipe(config, how.model_copy(update={"batch_tokens": 8}), cache, None, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^saes\.train\.batch_tokens: expected at most 120, the tokens .*, got 130$"):
+        _recipe(config, how, cache, None, torch.device("cpu"))
+
+
+def test_labels_are_checked_before_anything_is_trained(tmp_path, monkeypatch):
+    file = make_study(tmp_path)
+    text = file.read_text().replace("probe = true", 'probe = true\ntarget = "label"')
+    file.write_text(text)
+    table = read_manifest(tmp_path / "m.parquet")
+    table.loc[table.index[table["split"] == "test"][0], "label"] = "grey"
+    write_manifest(table, tmp_path / "m.parquet")
+
+    def train(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(module, "make_head", train)
+    monkeypatch.setattr(module, "_train", train)
+    for probe in (True, False):
+        monkeypatch.setattr(module, "load_classifier", lambda _: (None, None, ("bright", "dark")))
+        file.write_text(text if probe else text.replace("probe = true", ""))
+        with pytest.raises(ValueError, match=r"^model\.classes: expected the labels of the .* none for \['grey'\]"):
+            prepare(read_config(file), torch.device("cpu"), print, lambda _: print)

@@ -101,6 +101,9 @@ def test_zero_shot_arguments(clip, tmp_path):
     for templates, got in (((), "none"), (("a photo",), r"\['a photo'\]")):
         with pytest.raises(ValueError, match=f"templates: expected texts with {{}} for the class, got {got}"):
             load_zero_shot("ViT-S-32-alt", file, ("a", "b"), templates)
+    for names in ((), ("a",), ("a", " "), "ab"):
+        with pytest.raises(ValueError, match="class_names: expected at least 2 names, none of them empty, got"):
+            load_zero_shot("ViT-S-32-alt", file, names, ("{}",))
     save_file({"other": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="weights: expected those of ViT-S-32-alt, got a state dict with no "):
         load_zero_shot("ViT-S-32-alt", tmp_path / "other.safetensors", ("a", "b"), ("{}",))

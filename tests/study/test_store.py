@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from fastfg.files import temporary
@@ -307,7 +308,7 @@ def test_without_locks(tmp_path, monkeypatch, alone):
     assert len(do.calls) == len(UNITS)
     assert said == [
         f"{tmp_path / 'shards' / '.lock'}: this file system has no locks (No locks available). Processes that work on "
-        "this folder at the same time may do work twice, which changes no result"
+        "this folder at the same time may do the same work twice. On a CPU, this changes no result"
     ]
     twice = Store(tmp_path, say=said.append)
     twice.write(UNITS[3], Work(("gated",), ("srg",)), rows_of(UNITS[3], Work(("gated",), ("srg",))))
@@ -336,9 +337,20 @@ def test_images_that_fail(tmp_path):
     assert not (tmp_path / "errors.parquet").exists()
 
 
-def shards_errors(folder):
-    import pyarrow.parquet as pq
+def test_images_that_failed_before_are_listed_by_their_split(tmp_path):
+    splits = {key: "test" for unit in UNITS for key in unit.keys} | {"image-1": "train"}
+    store = Store(tmp_path, failed=[Failure("image-1", "/photos/1.png", "cut off")], splits=splits)
+    run_units(store, UNITS[:3], WORK, Do(("image-2-0",)))
+    assert store.progress(UNITS[:3], WORK).failed == 1
+    for table in (store.failures(), pq.read_table(tmp_path / "errors.parquet")):
+        assert table.column_names == ["path", "key", "error", "split"]
+        assert table.select(["key", "split"]).to_pylist() == [
+            {"key": "image-1", "split": "train"},
+            {"key": "image-2-0", "split": "test"},
+        ]
 
+
+def shards_errors(folder):
     table = pq.read_table(folder / "errors.parquet")
     assert table.column_names == ["path", "key", "error"]
     return table.to_pydict()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.files import temporary
 from fastfg.study import TokenCache, cache_tokens
 from fastfg.study import token_writer as module
 from tests.tools import tiny_vit
@@ -184,7 +185,7 @@ def test_damaged_folders_are_named(model, images, tmp_path):
     cache = cache_tokens(model, parts(images), LAYERS, tmp_path)
     index, whole = tmp_path / "shards.jsonl", (tmp_path / "shards.jsonl").read_text()
     for text, said in (
-        (whole + whole.splitlines()[0] + "\n", "expected each image and each shard once"),
+        (whole + whole.splitlines()[0].replace("}", ', "more": 1}') + "\n", "expected each image and each shard once"),
         ("{}\n", "expected one shard per line"),
         ("no\n", "expected one shard per line"),
     ):
@@ -202,8 +203,10 @@ def test_damaged_folders_are_named(model, images, tmp_path):
 
 
 def test_a_run_that_was_stopped_at_its_start_goes_on(model, images, tmp_path):
-    (tmp_path / ".tokens.json").write_text("{")
-    assert len(cache_tokens(model, parts(images), LAYERS, tmp_path).keys) == 9
+    for name in ("tokens.json", "shards.jsonl", "tokens_00000.safetensors"):
+        temporary(tmp_path / name).write_text("{")
+        assert len(cache_tokens(model, parts(images), LAYERS, tmp_path).keys) == 9
+        assert not list(tmp_path.glob(".*.tmp"))  # a writer that was killed leaves nothing for ever
 
 
 def test_one_process_writes_at_a_time(model, images, tmp_path):
@@ -217,3 +220,52 @@ def test_one_process_writes_at_a_time(model, images, tmp_path):
             cache_tokens(model, [(images, None)], [1], tmp_path)
         process.kill()
     assert cache_tokens(model, [(images, None)], [1], tmp_path).n_tokens > 0
+
+
+WITHOUT_LOCKS = """
+import errno, fcntl, sys, time
+from pathlib import Path
+import torch
+from fastfg.models.timm import import_timm
+from fastfg.study import cache_tokens, token_writer
+
+import_timm()
+from tests.tools import tiny_vit
+
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.lockf, token_writer.SHARD_BYTES = refuse, 1
+folder, mine, other = map(Path, sys.argv[1:])
+images = torch.randn(4, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+
+def batches():  # the second shard is computed by both processes before one of them writes it
+    yield images[:2], ["a", "b"]
+    mine.touch()
+    while not other.exists():
+        time.sleep(0.01)
+    yield images[2:], ["c", "d"]
+
+said = []
+cache = cache_tokens(tiny_vit(torch.float32), batches(), [1], folder, say=said.append)
+assert cache.keys == list("abcd"), cache.keys
+print(*said)
+"""
+
+
+def test_two_processes_without_locks(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    command = [sys.executable, "-c", WITHOUT_LOCKS, str(tmp_path / "tokens")]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, *map(str, names)], **options) for names in ((one, other), (other, one))]
+    for process in started:
+        said, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        assert "this file system has no locks (No locks available)" in said
+        assert "Warning" not in error
+    lines = (tmp_path / "tokens/shards.jsonl").read_text().splitlines()
+    assert lines.count(lines[-1]) == 2
+    cache = TokenCache(tmp_path / "tokens")
+    assert cache.keys == list("abcd")
+    assert cache.tokens(1).shape == (4 * 24, 32)
+    assert not list((tmp_path / "tokens").glob(".*.tmp"))
