@@ -13,9 +13,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: venv
 	$(BIN)/fastfg demo --out out/demo
 
-# One process per core for the tests of a file each; then those that start processes of their own.
+# One process per core, whose threads do not spin while they wait; then the tests that start processes of their own.
 test: lint
-	$(PYTEST) -n auto --maxprocesses 8 --dist loadfile -m 'not processes'
+	OMP_WAIT_POLICY=passive $(PYTEST) -n auto --maxprocesses 8 --dist loadfile -m 'not processes'
 	$(PYTEST) -m processes
 
 lint: venv
