@@ -159,16 +159,13 @@ def _forward(
 
 
 def _per_gate(saes: Any, gate: Any) -> list[Any]:
-    """The SAEs of each gate."""
-    n = len(gate) if isinstance(gate, Sequence) else 1
-    if not isinstance(saes, Sequence):
+    """The SAEs of each gate. What is neither a list nor a tuple is for all of them."""
+    single = not isinstance(gate, Sequence)
+    n = 1 if single else len(gate)
+    if not isinstance(saes, (list, tuple)):
         return [saes] * n
-    if not isinstance(gate, Sequence) or len(saes) != n:
-        got = (
-            f"{len(saes)} for {n} gate{'s' * (n != 1)}"
-            if isinstance(gate, Sequence)
-            else f"a list of {len(saes)} for one gate"
-        )
+    if single or len(saes) != n:
+        got = f"a list of {len(saes)} for one gate" if single else f"{len(saes)} for {n} gate{'s' * (n != 1)}"
         raise ValueError(f"saes: expected {{block: SparseAutoencoder}}, or one such mapping for each gate, got {got}")
     return list(saes)
 
@@ -236,7 +233,7 @@ def _of_no_images(
 def _check(
     adapter: Adapter,
     images: Tensor,
-    saes: SAEs | Sequence[SAEs | None] | None,
+    saes: Any,
     configs: list[Gate | None],
     identity: str,
     features: int,
@@ -250,7 +247,7 @@ def _check(
     if isinstance(features, bool) or not isinstance(features, int) or features < 0:
         raise ValueError(f"features: expected a number >= 0, got {features!r}")
     need = [c.layers if c is not None and (c.needs_sae or features) else () for c in configs]
-    if isinstance(saes, Sequence):
+    if isinstance(saes, (list, tuple)):
         for i, (own, layers) in enumerate(zip(saes, need, strict=True)):
             check_saes(own, layers, parameter.device, f"saes[{i}]")
     else:

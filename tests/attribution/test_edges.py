@@ -141,6 +141,8 @@ def test_gates_that_do_not_fit(options, error, message):
 def test_saes_that_are_not_saes(model, images, gate):
     with pytest.raises(TypeError, match=r"saes\[1\]: expected a SparseAutoencoder, got str"):
         fastfg.attribute(model, images, saes={1: "path", 2: "path"}, gate=gate)
+    with pytest.raises(TypeError, match=r"saes: expected {block: SparseAutoencoder} or None, got str"):
+        fastfg.attribute(model, images, saes="path", gate=gate)
     with pytest.raises(ValueError, match=r"saes: expected {block: SparseAuto.*, got a list of 3 for one gate"):
         fastfg.attribute(model, images, saes=[random_sae(32, 100, "relu")] * 3, gate=gate)
     with pytest.raises(TypeError, match=r"saes\[0\]: expected {block: SparseAutoencoder} or None, got SparseAutoenc"):
