@@ -6,15 +6,20 @@ import errno
 import hashlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fastfg.files import remove_unfinished
+from fastfg.study.telling import Say
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"
 HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
 
 # A POSIX lock belongs to a process, and is dropped when the process closes any descriptor of the file. So a lock file
@@ -86,3 +91,26 @@ class Claims:
         if place not in _files:
             _files[place] = os.open(self.file, os.O_RDWR | os.O_CLOEXEC)
         return *place, _files[place]
+
+
+@contextmanager
+def alone(folder: Path, argument: str, say: Say | None = None) -> Iterator[None]:
+    """Hold the only lock on ``folder``, which is made. The system releases it when the process ends.
+
+    What killed processes have left of their files is removed. Without locks, several may hold the folder; ``say`` is
+    called about that.
+
+    Raises ValueError that names the ``argument`` if another process holds it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{argument}: expected a folder, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    claims = Claims(folder / LOCK, warnings.warn if say is None else say)
+    with claims("all") as held:
+        if not held:
+            raise ValueError(
+                f"{argument}: expected a folder that no other process writes to, got {folder}, which one does"
+            )
+        if claims.works:
+            remove_unfinished(folder)
+        yield

@@ -21,9 +21,9 @@ from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import Converted, preprocessing
 from fastfg.study.accuracy import COLUMNS, Accuracy
 from fastfg.study.backbone import Start, start_model
+from fastfg.study.claims import alone
 from fastfg.study.classifier_data import Counted, Features, Images, Track, check_settings, head_features
 from fastfg.study.fit import FineTuning, Source, class_weights, evaluate, fit
-from fastfg.study.token_writer import alone
 
 if TYPE_CHECKING:
     import pandas as pd

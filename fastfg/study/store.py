@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastfg.files import read_json, write_durably
-from fastfg.study.claims import Claims
+from fastfg.study.claims import LOCK, Claims
 from fastfg.study.shards import (
     KEYS,
     DamagedError,
@@ -28,7 +28,6 @@ from fastfg.study.shards import (
 )
 
 COLUMNS = {"target": "int64", "score": "float64", "error": "string"}
-LOCK = ".lock"
 RECIPE = "recipe.json"
 ERRORS = "errors.parquet"
 ERROR_COLUMNS = ("path", "key", "error")

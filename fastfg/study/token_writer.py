@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,17 @@ from torch import Tensor, nn
 
 from fastfg.attribution.residuals import residuals
 from fastfg.checks import check_layers
-from fastfg.files import naming, remove_unfinished, write_durably, write_tensors
+from fastfg.files import naming, write_durably, write_tensors
 from fastfg.models import Adapter, adapt
 from fastfg.models.fingerprint import fingerprints
 from fastfg.perturb.seeds import generator, image_keys
-from fastfg.study.claims import Claims
+from fastfg.study.claims import LOCK, alone
 from fastfg.study.telling import Say
 from fastfg.study.token_cache import FORMAT, RECIPE, SHARDS, TokenCache
 from fastfg.types import integers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARD_BYTES = 2**26
-LOCK = ".lock"
 
 
 def cache_tokens(
@@ -85,29 +82,6 @@ def cache_tokens(
         writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes, shard_bytes or SHARD_BYTES)
         _write(writer, model, batches, layers, tokens_per_image, dtype, seed, progress)
     return TokenCache(folder)
-
-
-@contextmanager
-def alone(folder: Path, argument: str, say: Say | None = None) -> Iterator[None]:
-    """Hold the only lock on ``folder``, which is made. The system releases it when the process ends.
-
-    What killed processes have left of their files is removed. Without locks, several may hold the folder; ``say`` is
-    called about that.
-
-    Raises ValueError that names the ``argument`` if another process holds it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{argument}: expected a folder, got the file {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    claims = Claims(folder / LOCK, warnings.warn if say is None else say)
-    with claims("all") as held:
-        if not held:
-            raise ValueError(
-                f"{argument}: expected a folder that no other process writes to, got {folder}, which one does"
-            )
-        if claims.works:
-            remove_unfinished(folder)
-        yield
 
 
 def _write(

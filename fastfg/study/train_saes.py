@@ -21,9 +21,9 @@ from fastfg.sae.checkpoints import load_sae
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
+from fastfg.study.claims import alone
 from fastfg.study.telling import Say
 from fastfg.study.token_cache import TokenCache
-from fastfg.study.token_writer import alone
 from fastfg.types import integers
 
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"

@@ -210,7 +210,7 @@ def test_a_run_that_was_stopped_at_its_start_goes_on(model, images, tmp_path):
 
 
 def test_one_process_writes_at_a_time(model, images, tmp_path):
-    holder = "import sys, time; from pathlib import Path; from fastfg.study.token_writer import alone\n"
+    holder = "import sys, time; from pathlib import Path; from fastfg.study.claims import alone\n"
     holder += "with alone(Path(sys.argv[1]), 'folder'): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"

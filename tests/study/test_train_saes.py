@@ -12,7 +12,7 @@ from fastfg.sae.recipe import Recipe
 from fastfg.sae.report import report
 from fastfg.sae.trainer import SAETrainer
 from fastfg.study import cache_tokens, train_saes
-from fastfg.study.token_writer import alone
+from fastfg.study.claims import alone
 from fastfg.study.train_saes import CHECKPOINT
 from tests.tools import tiny_vit
 
