@@ -258,36 +258,33 @@
     const widest = e.gates.reduce((m, w) => Math.max(m, Math.abs(Math.log(w))), 0) || 1;
     const canvas = el("canvas", { role: "img", "aria-label": `Gates of block ${view.block} over ${image.name}`, width: image.size[0], height: image.size[1] });
     const name = (t) => `row ${Math.floor(t / gw) + 1}, column ${t % gw + 1}: score ${num(e.scores[t] * e.quantum)}, gate ${num(e.gates[t])}`;
-    const buttons = order.map(() => null);
-    const grid = el("div", { class: "grid", role: "group", "aria-label": "Patches" });
+    // One control, not a button per patch: patches of a phone's picker are smaller than a finger needs
+    const grid = el("div", { class: "grid", role: "listbox", tabindex: 0, "aria-label": "Patches" });
     grid.style.gridTemplate = `repeat(${gh}, 1fr) / repeat(${gw}, 1fr)`;
-    view.choose = (t, focus) => {
-      buttons[view.patch].tabIndex = -1;
-      buttons[view.patch].setAttribute("aria-pressed", "false");
+    const patches = Array.from({ length: gh * gw }, (_, t) => el("div", { role: "option", id: `patch-${t}`, "aria-selected": "false", "aria-label": name(t), title: name(t), onclick: () => view.choose(t) }));
+    grid.append(...patches);
+    view.choose = (t) => {
+      patches[view.patch].setAttribute("aria-selected", "false");
       view.patch = t;
-      buttons[t].tabIndex = 0;
-      buttons[t].setAttribute("aria-pressed", "true");
-      if (focus) buttons[t].focus();
+      patches[t].setAttribute("aria-selected", "true");
+      grid.setAttribute("aria-activedescendant", patches[t].id);
       detail(view, e);
     };
-    for (let t = 0; t < gh * gw; t++) {
-      grid.append(buttons[t] = el("button", { type: "button", tabindex: t === view.patch ? 0 : -1, "aria-pressed": String(t === view.patch), "aria-label": name(t), title: name(t), onclick: () => view.choose(t, false) }));
-    }
     grid.addEventListener("keydown", (event) => {
       const x = view.patch % gw, y = Math.floor(view.patch / gw);
       const to = { ArrowLeft: [x - 1, y], ArrowRight: [x + 1, y], ArrowUp: [x, y - 1], ArrowDown: [x, y + 1], Home: [0, y], End: [gw - 1, y] }[event.key];
       if (!to) return;
       event.preventDefault();
-      if (to[0] >= 0 && to[0] < gw && to[1] >= 0 && to[1] < gh) view.choose(to[1] * gw + to[0], true);
+      if (to[0] >= 0 && to[0] < gw && to[1] >= 0 && to[1] < gh) view.choose(to[1] * gw + to[0]);
     });
     view.picker.replaceChildren(canvas, grid);
     paint(canvas, image, Float64Array.from(e.gates, (w) => Math.log(w) / widest), "difference", true);
     const ends = [...order.slice(0, 3), ...order.slice(3).slice(-3)];
     view.list.replaceChildren(el("h3", {}, "Highest and lowest scores"),
       el("table", { class: "fall" }, el("thead", {}, el("tr", {}, ["patch", "score", "gate"].map((text) => el("th", { scope: "col" }, text)))),
-        el("tbody", {}, ends.map((t) => el("tr", {}, el("th", { scope: "row" }, el("button", { type: "button", onclick: () => view.choose(t, false) }, `row ${Math.floor(t / gw) + 1}, column ${t % gw + 1}`)),
+        el("tbody", {}, ends.map((t) => el("tr", {}, el("th", { scope: "row" }, el("button", { type: "button", onclick: () => view.choose(t) }, `row ${Math.floor(t / gw) + 1}, column ${t % gw + 1}`)),
           el("td", { class: "number" }, num(e.scores[t] * e.quantum)), el("td", { class: "number" }, num(e.gates[t])))))));
-    detail(view, e);
+    view.choose(view.patch);
   }
 
   function detail(view, e) {

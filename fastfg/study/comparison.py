@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastfg.attribution.attribute import attribute
+from fastfg.attribution.attribute import SAEs, attribute
 from fastfg.attribution.choose_methods import methods_by_name
 from fastfg.checks import check_seed
 from fastfg.metrics import DEFAULT_METRICS, METRICS, Metric
@@ -23,7 +23,6 @@ from fastfg.models import Adapter
 from fastfg.perturb import Baseline
 from fastfg.perturb.fills import is_per_image
 from fastfg.perturb.seeds import image_keys
-from fastfg.sae.model import SparseAutoencoder
 from fastfg.study.pairs import group_entries
 from fastfg.targets import Target, TargetLike
 from fastfg.types import METHODS as OTHER_METHODS
@@ -61,7 +60,7 @@ def compare(
     *,
     gates: Mapping[str, Gate | None] = VANILLA,
     methods: Methods = (),
-    saes: Mapping[int, SparseAutoencoder] | None = None,
+    saes: SAEs | Mapping[str, SAEs] | None = None,
     target: TargetLike = None,
     keys: Iterable[str | int] | None = None,
     groups: Iterable[Any] | None = None,
@@ -81,7 +80,8 @@ def compare(
         model: a model of a known family.
         images: [B, C, H, W], or an iterable of batches: tensors, or tuples whose first entry is the tensor, as a
             DataLoader of (image, label) gives them; labels are not used.
-        gates: {name of the variant: its Gate, or None for vanilla}. saes: {block: SAE}, for all gates.
+        gates: {name of the variant: its Gate, or None for vanilla}.
+        saes: {block: SAE}, for all gates, or {name of a gate: {block: SAE}}, to compare SAEs with each other.
         methods: more variants, as in :func:`fastfg.attribute`: names such as ``random`` and ``grad_cam``, or {name of
             the variant: such a name, maps [images, gh, gw], or a callable ``(images, target) -> maps``, which is called
             for each batch}.
@@ -159,7 +159,7 @@ def compare_batch(
     *,
     gates: Mapping[str, Gate | None] = VANILLA,
     methods: Methods = (),
-    saes: Mapping[int, SparseAutoencoder] | None = None,
+    saes: SAEs | Mapping[str, SAEs] | None = None,
     target: TargetLike = None,
     keys: Sequence[str | int] | None = None,
     groups: Sequence[Any] | None = None,
@@ -178,7 +178,8 @@ def compare_batch(
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"groups: expected {len(images)} of them, one per image, got {len(groups)}")
     own = {name: options.pop(name) for name in OTHER_METHODS if name in options}
-    explained: Callable[..., Attribution] = partial(attribute, saes=saes, gate=list(gates.values()), seed=seed)
+    by_gate = _saes_by_gate(saes, gates)
+    explained: Callable[..., Attribution] = partial(attribute, saes=by_gate, gate=list(gates.values()), seed=seed)
     attribution = explained(model, images, target=target, methods=methods, keys=keys, **own)
     maps = dict(zip(gates, attribution.maps, strict=True)) | attribution.methods
     judged = [name for name in maps if scored is None or name in scored]
@@ -240,6 +241,17 @@ def _check_variants(gates: Mapping[str, Gate | None], methods: Iterable[str]) ->
     both = [name for name in methods if name in gates]
     if both:
         raise ValueError(f"methods: expected other names than those of the gates, got {both}")
+
+
+def _saes_by_gate(saes: Any, gates: Mapping[str, Gate | None]) -> Any:
+    """``saes`` as :func:`fastfg.attribute` takes them: for all gates, or a list with those of each gate."""
+    if not isinstance(saes, Mapping) or not any(isinstance(name, str) for name in saes):
+        return saes
+    if other := [name for name in saes if name not in gates]:
+        raise ValueError(f"saes: expected names of gates, {', '.join(map(repr, gates))}, got {other}")
+    if without := [name for name, gate in gates.items() if gate is not None and gate.needs_sae and not saes.get(name)]:
+        raise ValueError(f"saes: expected {{block: SparseAutoencoder}} for {', '.join(map(repr, without))}, got none")
+    return [saes.get(name) for name in gates]
 
 
 def tidy(

@@ -5,6 +5,7 @@ import torch
 
 import fastfg
 from fastfg.study import compare_batch
+from tests.tools import random_sae
 
 GATES = {"vanilla": None, "real": fastfg.Gate((1, 2)), "shuffled": fastfg.Gate((1, 2), shuffle_seed=12345)}
 COLUMNS = ["index", "image", "variant", "target", "saco", "faithfulness_correlation", "pixel_flipping"]
@@ -41,6 +42,22 @@ def test_any_number_of_images_in_one_table(model, images, saes, monkeypatch):
             torch.testing.assert_close(
                 torch.tensor(found[metric].to_numpy()), torch.tensor(whole[metric].to_numpy()), rtol=1e-9, atol=1e-12
             )
+
+
+def test_saes_of_each_gate_by_its_name(model, images, saes):
+    others = {block: random_sae(32, 100, "topk", k=9, seed=9 + block) for block in (1, 2)}
+    gates = {"vanilla": None, "trained": GATES["real"], "random": GATES["real"]}
+    found = compare_batch(model, images, gates=gates, saes={"random": others, "trained": saes})
+    for name, own in (("vanilla", None), ("trained", saes), ("random", others)):
+        alone = fastfg.attribute(model, images, saes=own, gate=gates[name])
+        torch.testing.assert_close(found.maps[name], alone.maps, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(found.maps["trained"], found.maps["random"])
+    with pytest.raises(
+        ValueError, match=r"saes: expected names of gates, 'vanilla', 'trained', 'random', got \['tained'\]"
+    ):
+        fastfg.compare(model, images, gates=gates, saes={"tained": saes, "random": others})
+    with pytest.raises(ValueError, match=r"saes: expected \{block: SparseAutoencoder\} for 'random', got none"):
+        fastfg.compare(model, images, gates=gates, saes={"trained": saes})
 
 
 def test_missing_scores_have_a_reason(model, images, saes, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 import fastfg
-from fastfg.report import Contents, ImageEntry, Variant, displayed, markdown_table, save_figure, write_report
+from fastfg.report import Claim, Contents, ImageEntry, Variant, displayed, markdown_table, save_figure, write_report
 from fastfg.report.versions import versions
 from fastfg.sae.report import SAEReport
 from fastfg.study.answer import answer
@@ -21,6 +21,8 @@ from fastfg.study.statistics import summarize
 from fastfg.targets import probabilities
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fastfg.study.demo.run import Settings
 
 CLASSES = ("functional", "defective")
@@ -68,11 +70,7 @@ def demo_contents(
     reports: dict[int, SAEReport],
 ) -> Contents:
     """What the page and the figure show."""
-    differences = paired(comparison.scores, seed=settings.seed)
-    controls, others = ([name for name, (role, _) in VARIANTS.items() if role == own] for own in ("control", "other"))
-    claim, against = answer(
-        comparison.scores, differences, METHOD, controls=controls, others=others, seed=settings.seed
-    )
+    claim, tables = judged(comparison.scores, settings)
     variance = ", ".join(f"{r.explained_variance:.3f} at block {block}" for block, r in reports.items())
     return Contents(
         title=TITLE,
@@ -82,7 +80,7 @@ def demo_contents(
         scores=comparison.scores,
         variants=[Variant(name, *VARIANTS[name]) for name in dict.fromkeys(comparison.scores["variant"])],
         summary=summarize(comparison.scores),
-        paired={"vanilla": differences} | against,
+        paired=tables,
         images=_images(model, images, comparison, paths),
         settings={"linear head, held-out accuracy": f"{accuracy:.1%}", "SAEs, explained variance": variance}
         | {text: getattr(settings, name) for name, text in READABLE.items()},
@@ -91,11 +89,20 @@ def demo_contents(
         notes=[
             "If a control does as well as the SAE gate or better, the gain does not come from the SAE.",
             f"The metrics are coarser than fastfg's defaults, to save time: {settings.n_bins} SaCo groups, "
-            f"{settings.patches_per_step} patches per step of Pixel Flipping, {settings.n_trials} trial(s) of "
-            "Faithfulness Correlation.",
+            f"{settings.patches_per_step} patches per step of Pixel Flipping, "
+            f"{settings.n_trials} trial{'s' * (settings.n_trials != 1)} of Faithfulness Correlation.",
         ],
         errors=comparison.errors,
     )
+
+
+def judged(scores: pd.DataFrame, settings: Settings) -> tuple[Claim, dict[str, pd.DataFrame]]:
+    """Whether the method beats vanilla and every control that ``settings`` ask for, and the paired comparisons."""
+    asked = [*settings.gates(), *settings.methods]
+    controls, others = ([name for name in asked if VARIANTS[name][0] == role] for role in ("control", "other"))
+    differences = paired(scores, seed=settings.seed)
+    claim, against = answer(scores, differences, METHOD, controls=controls, others=others, seed=settings.seed)
+    return claim, {"vanilla": differences} | against
 
 
 def write_results(out: Path, contents: Contents) -> Path:
