@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,33 @@ def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
 
-def read_json(file: Path) -> Any:
-    """What is in a JSON file. Raises ValueError that names it if it is damaged."""
+def read_json(file: Path, *fields: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names the file unless it has these fields."""
+    found: dict[str, Any] = _with_fields(file, _json(file), fields)
+    return found
+
+
+def read_json_list(file: Path, *fields: str) -> list[dict[str, Any]]:
+    """The objects in a JSON file, at least one. Raises ValueError that names the file unless each has these fields."""
+    found = _json(file)
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{file}: expected a list of JSON objects, got {found!r:.80}")
+    return [_with_fields(file, one, fields) for one in found]
+
+
+def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got a damaged file: {error}") from None
+
+
+def _with_fields(file: Path, found: Any, fields: Sequence[str]) -> Any:
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {found!r:.80}")
+    if missing := [name for name in fields if name not in found]:
+        raise ValueError(f"{file}: expected {', '.join(missing)} in it, got {', '.join(found) or 'nothing'}")
+    return found
 
 
 def temporary(file: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastfg.files import read_json, remove_unfinished, temporary, whole, write_durably, write_tensors
+from fastfg.files import read_json, read_json_list, remove_unfinished, temporary, whole, write_durably, write_tensors
 
 SMALL = 60_000  # bytes that a file may have
 
@@ -64,6 +64,26 @@ def test_a_damaged_json_file_is_named(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json: expected JSON, got a damaged file: \S"):
         read_json(file)
+    with pytest.raises(ValueError, match=r"a\.json: expected JSON, got a damaged file: \S"):
+        read_json_list(file)
+
+
+def test_json_without_its_fields_is_named(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"a\.json: expected b, c in it, got a$"):
+        read_json(file, "a", "b", "c")
+    for text in ("[]", '{"a": 1}', "3"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json: expected a list of JSON objects, got"):
+            read_json_list(file)
+    file.write_text('[{"a": 1}, 2]')
+    with pytest.raises(ValueError, match=r"a\.json: expected a JSON object, got 2"):
+        read_json_list(file, "a")
+    with pytest.raises(ValueError, match=r"a\.json: expected a JSON object, got \["):
+        read_json(file)
+    file.write_text('[{"a": 1}, {"a": 2}]')
+    assert [one["a"] for one in read_json_list(file, "a")] == [1, 2]
 
 
 def test_an_error_leaves_the_earlier_file(tmp_path):

@@ -15,7 +15,7 @@ from fastfg import __version__
 from fastfg.cli.console import part, say, share_or_all, tracker
 from fastfg.cli.inputs import Inputs
 from fastfg.data import Batch, path_text
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.models.fingerprint import fingerprint
 from fastfg.study.shards import Failure, Unit, Work
 from fastfg.study.store import Store
@@ -174,7 +174,7 @@ def _versions() -> dict[str, str]:
 
 def _write_config(file: Path, command: str, config: Mapping[str, Any]) -> None:
     """Write how the folder was made, by command: maps and scores may be in one folder."""
-    before = json.loads(file.read_text(encoding="ascii")) if file.exists() else {}
+    before = read_json(file) if file.exists() else {}
     write_durably(file, (json.dumps({**before, command: config}, indent=2, default=str) + "\n").encode("ascii"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -258,9 +257,10 @@ def _table(found: dict[tuple[str, int], SAEReport]) -> None:
 def _write_csv(out: Path) -> None:
     """Write ``saes.csv``: a row for each SAE in ``out``, those of earlier calls too."""
     from fastfg.cli.inputs import write_csv
+    from fastfg.files import read_json
     from fastfg.sae.recipe import KINDS
 
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/layer_*/report.json"))]
+    reports = [read_json(file, "recipe", "layer", "report") for file in sorted(out.glob("*/layer_*/report.json"))]
     reports.sort(key=lambda one: (KINDS.index(one["recipe"]["kind"]), one["layer"]))
     rows = [(one["recipe"]["kind"], one["layer"], *one["report"].values()) for one in reports]
     write_csv(out / "saes.csv", ("kind", "layer", *reports[0]["report"]), rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,11 @@ class Accuracy:
 
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Accuracy:
+        """The counts of a dict of the fields, as JSON has it."""
+        return cls(tuple(described["labels"]), tuple(map(tuple, described["confusion"])))
 
     @classmethod
     def of(cls, labels: Sequence[str], true: Sequence[int], predicted: Sequence[int]) -> Accuracy:

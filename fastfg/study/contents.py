@@ -218,12 +218,9 @@ def _settings(judging: Judging, outcome: Outcome) -> dict[str, object]:
 
 
 def _notes(judging: Judging) -> list[str]:
-    import json
+    from fastfg.study.protocol import choices_of, rules_of
 
-    from fastfg.study.protocol import CHOICE, RULES
-
-    choices = json.loads((judging.config.run.out / CHOICE).read_text(encoding="utf-8"))
-    rules = json.loads((judging.config.run.out / RULES).read_text(encoding="utf-8"))
+    choices, rules = choices_of(judging.config.run.out), rules_of(judging.config.run.out)
     found = [f"The rule of the choice, written {rules[-1]['written']}: {rules[-1]['rule']}"]
     if len(rules) > 1 and rules[-1]["rule"] == rules[-2]["rule"] and rules[-1]["scores_existed"]:
         found.append(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastfg.data.manifest import content_hash
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.models import adapt
 from fastfg.models.saved import WEIGHTS, save_classifier
 from fastfg.models.timm import Converted, preprocessing
@@ -251,14 +251,12 @@ def _write_csv(file: Path, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 def _read(out: Path, settings: Mapping[str, Any]) -> FineTuned:
     """The finished run in ``out``."""
-    described = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    described = read_json(out / REPORT, "settings", "accuracy", "history", "best_epoch", "unreadable")
     check_settings(described["settings"], settings, out / REPORT)
     if not (out / WEIGHTS).is_file():
         raise FileNotFoundError(f"out: expected {WEIGHTS} beside {REPORT} in {out}, got none")
     labels = tuple(described["settings"]["labels"])
-    accuracy = {
-        split: Accuracy(labels, tuple(map(tuple, one["confusion"]))) for split, one in described["accuracy"].items()
-    }
+    accuracy = {split: Accuracy.read({"labels": labels, **one}) for split, one in described["accuracy"].items()}
     return FineTuned(
         out / WEIGHTS, labels, accuracy, described["history"], described["best_epoch"], described["unreadable"]
     )

@@ -76,7 +76,7 @@ def make_head(
         write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
     once(Thing("model", ready, fit))
-    found = Accuracy(**read_json(folder / ACCURACY))
+    found = Accuracy.read(read_json(folder / ACCURACY, "labels", "confusion"))
     for line in found.sentences("validation, linear head"):
         say(line)
     return found

@@ -287,7 +287,7 @@ def _say_reports(config: Config, say: Say) -> None:
     for kind in config.kinds:
         for layer in config.protocol.layers:
             file = config.run.out / "saes" / kind / f"layer_{layer}" / "report.json"
-            report = read_json(file)["report"]
+            report = read_json(file, "report")["report"]
             figures = f"explained variance {report['explained_variance']:.4f}, L0 {report['l0']:.1f}"
             say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastfg.files import read_json, write_durably
+from fastfg.files import read_json_list, write_durably
 from fastfg.study.claim import GATE, VANILLA
 from fastfg.study.config import Config
 from fastfg.study.judging import Judging
@@ -156,7 +156,7 @@ def record_rule(config: Config, begun: bool, images: str) -> None:
         images: a hash of the validation and test images, to which the rule is applied.
     """
     file = config.run.out / RULES
-    before = read_json(file) if file.exists() else []
+    before = rules_of(config.run.out)
     text = rule(config)
     if not before or before[-1]["rule"] != text or before[-1].get("images", images) != images:
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -164,10 +164,22 @@ def record_rule(config: Config, begun: bool, images: str) -> None:
         write_durably(file, json.dumps([*before, new], indent=2).encode())
 
 
+def rules_of(out: Path) -> list[dict[str, Any]]:
+    """The rules that :func:`record_rule` has written, the latest last."""
+    file = out / RULES
+    return read_json_list(file, "rule", "written", "scores_existed") if file.exists() else []
+
+
+def choices_of(out: Path) -> list[dict[str, Any]]:
+    """The choices that :func:`record_choice` has written, the latest last."""
+    file = out / CHOICE
+    return read_json_list(file, *Choice._fields) if file.exists() else []
+
+
 def record_choice(out: Path, choice: Choice) -> None:
     """Write the chosen gate before the first test image is read. Another choice, after a change, is added."""
     file = out / CHOICE
     found: dict[str, Any] = json.loads(json.dumps(choice._asdict() | {"gate": asdict(choice.gate)}))
-    before = read_json(file) if file.exists() else []
+    before = choices_of(out)
     if not before or before[-1] != found:
         write_durably(file, json.dumps([*before, found], indent=2).encode())

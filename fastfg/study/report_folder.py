@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastfg.files import read_json
 from fastfg.metrics import METRICS
 from fastfg.report.contents import Array, Contents, ImageEntry, Variant
 from fastfg.report.table import differences
@@ -115,22 +115,14 @@ def _check_roles(names: Sequence[str], against: str, method: str, controls: Sequ
 
 def _written(folder: Path) -> Mapping[str, Any]:
     """What the command wrote of itself: ``command``, ``fastfg`` (the version), ``arguments`` and ``versions``."""
-    found = _json(folder / MARKER)
+    found = _object(folder / MARKER)
     arguments = found.get("settings", {})
-    return {**found, "arguments": arguments, **_json(folder / CONFIG).get("evaluate", {})}
+    return {**found, "arguments": arguments, **_object(folder / CONFIG).get("evaluate", {})}
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _object(file: Path) -> Mapping[str, Any]:
     """A JSON object, empty without the file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"folder: expected JSON in {file}, got {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"folder: expected a JSON object in {file}, got {type(found).__name__}")
-    return found
+    return read_json(file) if file.is_file() else {}
 
 
 def _errors(folder: Path) -> pd.DataFrame | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.files import read_json
 from fastfg.perturb.seeds import generator
 
 FORMAT = "fastfg tokens 1"
@@ -169,13 +170,10 @@ def on_both_sides(held_out: float, n: int) -> bool:
 
 
 def _recipe(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"folder: expected a folder with {RECIPE}, got {file.parent}") from None
-    except ValueError as error:
-        raise ValueError(f"folder: expected JSON in {file}, got {error}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not file.is_file():
+        raise FileNotFoundError(f"folder: expected a folder with {RECIPE}, got {file.parent}")
+    found = read_json(file)
+    if found.get("format") != FORMAT:
         raise ValueError(f"folder: expected {FORMAT!r} in {file}, got {found!r:.80}")
     return found
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastfg
 from fastfg.attribution.residuals import residuals
 from fastfg.data import batches
-from fastfg.files import write_tensors
+from fastfg.files import read_json, write_durably, write_tensors
 from fastfg.metrics.choose import DEFAULT_METRICS, WITHOUT_MASKS, taking
 from fastfg.models.timm import preprocessing
 from fastfg.report.contents import Contents
@@ -250,8 +250,8 @@ def _saes(
                 progress=track(f"SAE of block {block} on {len(x):,} tokens"),
             )
             sae.save(folder / f"layer_{block}")
-        file.write_text(json.dumps({block: asdict(report) for block, report in reports.items()}, indent=2))
-    stored = {int(block): SAEReport(**report) for block, report in json.loads(file.read_text()).items()}
+        write_durably(file, json.dumps({block: asdict(report) for block, report in reports.items()}, indent=2).encode())
+    stored = {int(block): SAEReport(**report) for block, report in read_json(file).items()}
     return load_saes(folder, layers=settings.layers), stored
 
 
