@@ -19,6 +19,7 @@ from fastfg.types import Features, Gate
 
 FEATURES_AT_ONCE = 4096  # for scores that need the whole dictionary
 TOKENS_AT_ONCE = 1024  # for dense codes
+FLOAT16_EXPONENT = -6  # of the largest gradient that meets a float16 SAE: room for sums above, for small ones below
 
 
 def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
@@ -59,7 +60,7 @@ class PatchScores:
         """The ``n`` features of each patch that contribute most to eq. 3, by absolute value: [B, P, n]."""
         parts = [_strongest(n, *terms) for terms in self._terms(gate)]
         indices, values = (torch.cat(part).reshape(*self.shape, n) for part in zip(*parts, strict=True))
-        return Features(indices, values)
+        return Features(indices, self.at_own_scale(values.flatten(0, 1)).reshape(values.shape))
 
     # Inputs of the scores ------------------------------------------------------------------------------------
 
@@ -74,11 +75,30 @@ class PatchScores:
 
     @cached_property
     def g_dot_x(self) -> Tensor:
-        return (self.g * self.x).sum(-1)
+        return (widened(self.g) * widened(self.x)).sum(-1)
 
     @cached_property
     def g_sae(self) -> Tensor:
-        return self.g.to(self.sae.W_dec.dtype)
+        """``g`` in the decoder's dtype, multiplied by ``g_scale``."""
+        g = self.g if self.g_scale is None else widened(self.g) * self.g_scale[:, None]
+        return g.to(self.sae.W_dec.dtype)
+
+    @cached_property
+    def g_scale(self) -> Tensor | None:
+        """Per token, the power of two that brings an image's gradients into the range of float16; None: not needed."""
+        if self.sae.W_dec.dtype != torch.float16:
+            return None
+        largest = widened(self.g).abs().reshape(len(self.g) // max(self.shape[1], 1), -1).amax(1)
+        exponent = torch.frexp(largest).exponent.clamp(min=-100)
+        usable = largest.isfinite() & (largest > 0)
+        scale = torch.ldexp(torch.ones_like(largest), torch.where(usable, FLOAT16_EXPONENT - exponent, 0))
+        return scale.repeat_interleave(self.shape[1])
+
+    def at_own_scale(self, values: Tensor) -> Tensor:
+        """What was computed from ``g_sae``, [T] or [T, n], as if from ``g``."""
+        if self.g_scale is None:
+            return values
+        return widened(values) / self.g_scale.reshape(-1, *[1] * (values.ndim - 1))
 
     @cached_property
     def codes(self) -> tuple[Tensor, Tensor]:
@@ -106,26 +126,28 @@ class PatchScores:
         return shuffled(self.sae.n_features, gate.shuffle_seed, indices.device)[indices]
 
     def _project_codes(self, gate: Gate) -> tuple[Tensor, Tensor]:
-        """Scores [T] and contributions [T, K] of a TopK SAE's codes, computed once per decoder."""
+        """Scores [T] and contributions [T, K] of a TopK SAE's codes, at the scale of ``g_sae``, once per decoder."""
         seed = gate.shuffle_seed
         if seed not in self._projected:
             self._projected[seed] = self._project(gate, self.g_sae, *self.codes)
         return self._projected[seed]
 
     def _project(self, gate: Gate, g: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and contributions, both at the scale of ``g_sae``."""
         return ops.project(g, self.sae.W_dec, values, self._decoder_rows(gate, indices), backend=self.backend)
 
     # The score kinds -----------------------------------------------------------------------------------------
 
     def _combined(self, gate: Gate) -> Tensor:
         if self.sae.fixed_k:
-            return self._project_codes(gate)[0]
+            return self.at_own_scale(self._project_codes(gate)[0])
         sae, W_dec = self.sae, self.sae.W_dec
         if gate.shuffle_seed is not None:
             W_dec = W_dec[shuffled(sae.n_features, gate.shuffle_seed, W_dec.device)]
-        return ops.encode_project(
+        scores = ops.encode_project(
             self.centred, self.g_sae, sae.W_enc, sae.b_enc, W_dec, sae.activation, backend=self.backend
         )
+        return self.at_own_scale(scores)
 
     def _activation(self, gate: Gate) -> Tensor:
         if self.sae.fixed_k:
@@ -134,18 +156,17 @@ class PatchScores:
 
     def _gradient(self, gate: Gate) -> Tensor:
         parts = self.sae.W_dec.split(FEATURES_AT_ONCE)
-        return torch.stack([(self.g_sae @ W.mT).abs().sum(-1) for W in parts]).sum(0)
+        return self.at_own_scale(torch.stack([widened(self.g_sae @ W.mT).abs().sum(-1) for W in parts]).sum(0))
 
     def _gradient_signed(self, gate: Gate) -> Tensor:
-        return self.g_sae @ self.sae.W_dec.sum(0)
+        return self.at_own_scale(widened(self.g_sae) @ widened(self.sae.W_dec).sum(0))
 
     def _gradient_x_residual(self, gate: Gate) -> Tensor:
         return self.g_dot_x
 
     def _sae_error(self, gate: Gate) -> Tensor:
-        dtype = torch.promote_types(self.x.dtype, self.sae.W_dec.dtype)
-        left_out = self.x.to(dtype) - self._reconstructed().to(dtype)
-        return (self.g.to(dtype) * left_out).sum(-1)
+        left_out = widened(self.x) - widened(self._reconstructed())
+        return (widened(self.g) * left_out).sum(-1)
 
     def _reconstructed(self) -> Tensor:
         """``x_hat`` [T, d] at the scale of the residual stream. No array [T, F] or [T, K, d] is stored."""
@@ -173,6 +194,11 @@ class PatchScores:
         for g, f in zip(self.g_sae.split(TOKENS_AT_ONCE), self._dense_codes(), strict=True):
             values, indices = topk_lowest_index(f, max(int((f > 0).sum(-1).max()), 1))
             yield self._project(gate, g, values, indices)[1], values, indices
+
+
+def widened(t: Tensor) -> Tensor:
+    """``t`` in float32 if it is of half precision, whose sums and small products lose too much."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 BY_KIND: dict[str, Callable[[PatchScores, Gate], Tensor]] = {

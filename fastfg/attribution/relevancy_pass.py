@@ -178,10 +178,11 @@ class RelevancyPass:
         if len(self.configs) == 1 and math.prod(source.shape) > PATCHES_IN_ONE_LAUNCH:
             return False
         gates = [config for config in self._gating(block) if config is not None]
-        return all(
+        plain = all(
             gate.score == "combined" and gate.shuffle_seed is None and gate.permute_seed is None and not gate.rescale
             for gate in gates
         )
+        return plain and source.g_scale is None
 
     def _gated_step(
         self, block: int, source: PatchScores, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfg.attribution.patch_scores import shuffled
 from fastfg.attribution.residuals import residuals
 from fastfg.models import Adapter
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.sae.recipe import TRAINED
-from fastfg.sae.report import SAEReport, explained_variance, report
+from fastfg.sae.recipe import CONTROLS
+from fastfg.sae.report import SAEReport, all_same, explained_variance, report
 
 LEAST = 0.5  # explained variance below which attribute warns
 SAMPLE = 64  # tokens of a batch that it looks at
@@ -62,6 +63,8 @@ def sae_report(
         raise ValueError(f"tokens: expected floating [T, {sae.d}] or [B, P, {sae.d}], got {got}")
     if tokens.shape[-1] != sae.d:
         raise ValueError(f"tokens: expected width {sae.d}, as the SAE has, got {tokens.shape[-1]}")
+    if not bool(tokens.isfinite().all()):
+        raise ValueError("tokens: expected finite numbers, got NaN or infinity")
     return report(sae, tokens.detach().reshape(-1, sae.d))
 
 
@@ -93,14 +96,16 @@ def warn_of_poor_fit(sae: SparseAutoencoder, x: Tensor, block: int) -> None:
     Controls are silent: those of :func:`fastfg.train_sae` are made to explain less.
     """
     recipe = sae.provenance.get("recipe")
-    control = isinstance(recipe, Mapping) and recipe.get("kind", TRAINED) != TRAINED
+    control = isinstance(recipe, Mapping) and recipe.get("kind") in CONTROLS
     if control or sae in _seen or _on_blank_images.get():
         return
-    _seen.add(sae)
     flat = x.detach().reshape(-1, x.shape[-1])
-    step = max(len(flat) // SAMPLE, 1)
-    found = explained_variance(sae, flat[::step][:SAMPLE])
-    if found < LEAST:
+    sample = flat[shuffled(len(flat), 0, flat.device)[:SAMPLE]]  # of all images and places
+    if all_same(sample):
+        return
+    _seen.add(sae)
+    found = explained_variance(sae, sample)
+    if not found >= LEAST:  # also NaN
         log.warning(
             "saes[%d]: it explains %.2f of the variance of this batch's residuals, less than %.1f: it may belong to "
             "another model, block or preprocessing (fastfg.sae_report says more)", block, found, LEAST,

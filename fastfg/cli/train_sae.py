@@ -61,7 +61,7 @@ Example:
 
 def add(commands: Any) -> None:
     from fastfg.cli.inputs import NO_EXPLANATION, NOTES, add_model_arguments, add_reading_arguments
-    from fastfg.sae.recipe import KINDS, TRAINED
+    from fastfg.sae.recipe import ACTIVATIONS, KINDS
 
     summary = "Train TopK SAEs on the patch tokens of images, and controls beside them."
     command = add_command(commands, "train-sae", run, summary, WRITES + NOTES)
@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
     size.add_argument("--expansion", type=at_least_one, default=64, metavar="N", help="features per dimension")
     size.add_argument("--features", type=at_least_one, metavar="F", help="features, instead of --expansion")
     add("--k", type=at_least_one, default=128, help="active features per token (batch_topk: in the mean over a batch)")
-    add("--activation", choices=TRAINED, default="topk", help="batch_topk: the K x tokens largest of each batch")
+    add("--activation", choices=ACTIVATIONS, default="topk", help="batch_topk: the K x tokens largest of each batch")
     prefixes = "Matryoshka: shares of the dictionary whose losses are added, as in 0.0625 0.125 0.25 0.5 1"
     add("--prefixes", type=float, nargs="+", default=[1.0], metavar="X", help=prefixes)
     add("--kinds", nargs="+", choices=KINDS, default=["trained"], action=EachOnce, help="SAEs, and controls of them")

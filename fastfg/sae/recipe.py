@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
-KINDS = ("trained", "frozen-decoder", "soft-frozen", "frozen-encoder", "random")
+CONTROLS = ("frozen-decoder", "soft-frozen", "frozen-encoder", "random")
+KINDS = ("trained", *CONTROLS)
 PRECISIONS = ("float32", "bfloat16")
-TRAINED = ("topk", "batch_topk")  # activations
+ACTIVATIONS = ("topk", "batch_topk")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Recipe:
             raise ValueError(f"lr: expected a number > 0, got {self.lr!r}")
         if isinstance(self.warm_up, bool) or not isinstance(self.warm_up, Real) or not 0 <= self.warm_up < 1:
             raise ValueError(f"warm_up: expected a share from 0 to below 1, got {self.warm_up!r}")
-        for name, known in (("kind", KINDS), ("precision", PRECISIONS), ("activation", TRAINED)):
+        for name, known in (("kind", KINDS), ("precision", PRECISIONS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         object.__setattr__(self, "prefixes", tuple(self.prefixes))

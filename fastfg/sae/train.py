@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.sae.recipe import TRAINED, prefix_widths
+from fastfg.sae.recipe import ACTIVATIONS, prefix_widths
 from fastfg.sae.report import TOKENS_AT_ONCE, SAEReport, all_same, report
 from fastfg.sae.topk_step import TopKStep
 
@@ -90,8 +90,8 @@ def train_sae(
     whole = {name: (value, 1.0) for name, value in positive.items()}
     whole |= {"revivals": (revivals, 0), "k_aux": (k_aux, 0), "seed": (seed, -math.inf)}
     _check_options(whole, lr, held_out)
-    if activation not in TRAINED:
-        raise ValueError(f"activation: expected one of {TRAINED}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     widths = prefix_widths(prefixes, n_features)
     x = x.detach() if isinstance(x, Tensor) else x
     n_train = _check_tokens(x, held_out, batch_size)

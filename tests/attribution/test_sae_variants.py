@@ -142,3 +142,28 @@ def test_ties_zeros_and_exact_thresholds():
 def test_wrong_variants_are_named(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         random_sae(32, 100, **options)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("kind", ["combined", "gradient", "gradient_signed", "sae_error"])
+def test_small_gradients_meet_a_float16_sae_at_its_scale(kind, activation):
+    """A target that is multiplied by a small number gives the same scores, as much smaller."""
+    k = {"k": 9} if activation == "topk" else {}
+    sae, (x, g) = random_sae(32, 100, activation, **k).half(), tokens().float()
+    g = g * torch.tensor([1.0, 1e-3])[:, None, None]  # images differ
+    gate = fastfg.Gate((0,), score=kind)
+    own = PatchScores(x.half() if kind == "sae_error" else x, g, sae).score(gate)
+    for factor in (2.0**-20, 2.0**10):  # exact in every dtype
+        scores = PatchScores(x.half() if kind == "sae_error" else x, g * factor, sae).score(gate)
+        torch.testing.assert_close(scores / factor, own, rtol=1e-5, atol=1e-7)
+    exact = PatchScores(x.double(), g.double(), sae.double()).score(gate)
+    for found, expected in zip(own.double(), exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+def test_features_of_a_float16_sae_have_the_targets_scale():
+    sae, (x, g) = random_sae(32, 100, "topk", k=9).half(), tokens().float()
+    gate = fastfg.Gate((0,))
+    own, small = (PatchScores(x, g * factor, sae).features(gate, 9).values for factor in (1.0, 2.0**-20))
+    torch.testing.assert_close(own.sum(-1), PatchScores(x, g, sae).score(gate), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(small * 2.0**20, own, rtol=1e-5, atol=1e-7)

@@ -1,11 +1,19 @@
 """A model is told by its weights."""
 
 import copy
+import dataclasses
 
+import pytest
 import torch
 from torch import nn
 
-from fastfg.models.fingerprint import fingerprint
+from fastfg import residuals
+from fastfg.models import adapt
+from fastfg.models.fingerprint import fingerprint, fingerprints
+from tests.models.families import FAMILIES, HYBRIDS
+from tests.models.test_families import setup
+
+PREFIX = ("cls_token", "class_token", "reg_token", "class_embedding", "dist_token")
 
 
 def test_every_weight_and_buffer_counts():
@@ -18,3 +26,56 @@ def test_every_weight_and_buffer_counts():
         other.state_dict()[name].add_(1)
         assert fingerprint(other) != own, name
     assert fingerprint(module.double()) != own
+
+
+@pytest.mark.parametrize("name", FAMILIES | HYBRIDS)
+def test_all_that_the_first_block_depends_on_counts_and_no_head(name):
+    model, _, images = setup(name)
+    adapter = adapt(model)
+    before, stream = fingerprints(adapter, [0, 1]), residuals(model, images, 0)[0]
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    inside = {id(tensor) for block in adapter.blocks for tensor in block.parameters()}
+    outside = [(own, tensor) for own, tensor in model.named_parameters() if id(tensor) not in inside and tensor.numel()]
+    seen = set()
+    for own, tensor in [*outside[:: len(outside) // 12 + 1], outside[-1]]:
+        kept = tensor.detach().clone()
+        tensor.data.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype))
+        matters = not torch.equal(residuals(model, images, 0)[0], stream)
+        found = fingerprints(adapter, [0, 1])
+        tensor.data.copy_(kept)
+        if matters:
+            assert all(found[block] != before[block] for block in before), own
+        elif not any(word in own for word in PREFIX):  # of the class token alone, which the patches read later
+            assert found == before, own
+        seen.add(matters)
+    assert seen == {True, False}
+    assert fingerprints(adapter, [0, 1]) == before
+    assert all(parameter.requires_grad == was for parameter, was in asked)
+    assert torch.equal(residuals(model, images, 0)[0], stream)
+
+
+def test_a_model_in_another_one_is_the_same():
+    model, _, _ = setup("timm ViT")
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes, self.body = nn.Parameter(torch.ones(3, dtype=torch.float64)), model
+
+        def forward(self, images):
+            return self.body(images)
+
+    outer, adapter = Wrapped(), adapt(model)
+    other = dataclasses.replace(adapter, model=outer, forward=outer)
+    assert fingerprints(other, [1]) == fingerprints(adapter, [1])
+
+
+def test_a_model_whose_size_is_not_found_counts_all_that_is_outside(model):
+    adapter = dataclasses.replace(adapt(model), grid=unknown)
+    own = fingerprints(adapter, [0])
+    model.head.bias.data.add_(1)
+    assert fingerprints(adapter, [0]) != own
+
+
+def unknown(size):
+    raise ValueError("images: expected another size")

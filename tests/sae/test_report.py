@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.attribution.sae_report import warn_of_poor_fit
 from tests.tools import random_sae, tiny_vit
 
 
@@ -89,12 +90,38 @@ def test_attribute_warns_once_of_an_sae_that_does_not_fit(caplog):
     assert "less than 0.5" in record.getMessage()
 
 
-def test_attribute_does_not_warn_of_a_control(caplog):
+@pytest.mark.parametrize("kind", ["random", "trained"])
+def test_attribute_does_not_warn_of_a_control(caplog, kind):
     model, images = tiny_vit(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
     control = random_sae(32, 100, "topk", k=9)
-    control.provenance["recipe"] = {"kind": "random"}
+    control.provenance["recipe"] = {"kind": kind}
     foreign = identity_sae(32)
     foreign.provenance["recipe"] = "from elsewhere"
     with caplog.at_level(logging.WARNING, logger="fastfg"):
         fastfg.attribute(model, images, saes={1: control, 2: foreign}, gate=fastfg.Gate((1, 2)))
-    assert not caplog.records
+    assert [record.getMessage()[:9] for record in caplog.records] == (["saes[1]: "] if kind == "trained" else [])
+
+
+def test_the_tokens_it_looks_at_are_of_all_images_and_places(caplog):
+    x = torch.randn(64, 16, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    corner, dims = torch.arange(16) == 0, torch.arange(32) == 31
+    x *= (corner[:, None] == dims)[None]  # the first patch of each image has a direction of its own
+    fits_the_rest, fits_the_corner = identity_sae(32), identity_sae(32)
+    fits_the_rest.W_dec[:, 31] = 0
+    fits_the_corner.W_dec[:, :31] = 0
+    with caplog.at_level(logging.WARNING, logger="fastfg"):
+        warn_of_poor_fit(fits_the_rest, x, 0)
+        assert not caplog.records
+        warn_of_poor_fit(fits_the_corner, x, 1)
+    (record,) = caplog.records
+    assert "saes[1]: it explains" in record.getMessage()
+
+
+def test_an_sae_that_overflows_does_not_fit(caplog):
+    sae = identity_sae(32).half()
+    sae.W_dec.mul_(6e4)
+    with caplog.at_level(logging.WARNING, logger="fastfg"):
+        warn_of_poor_fit(sae, torch.randn(2, 40, 32).half() * 100, 3)
+        warn_of_poor_fit(identity_sae(32), torch.zeros(2, 40, 32), 4)  # a blank batch says nothing
+    (record,) = caplog.records
+    assert "saes[3]: it explains -inf of the variance" in record.getMessage()
