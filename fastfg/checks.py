@@ -71,7 +71,7 @@ def check_gates(gates: Sequence[Gate | None], adapter: Adapter) -> None:
 def check_saes(
     saes: Mapping[int, SparseAutoencoder] | None, layers: Sequence[int], device: torch.device, name: str = "saes"
 ) -> None:
-    """Require an SAE for each of ``layers``, on the model's device. ``name``: of the argument."""
+    """Require an SAE of each block of ``layers``, on the model's device. ``name``: of the argument."""
     if saes is not None and not isinstance(saes, Mapping):
         raise TypeError(f"{name}: expected {{block: SparseAutoencoder}} or None, got {type(saes).__name__}")
     saes = saes or {}
@@ -83,6 +83,11 @@ def check_saes(
             raise TypeError(
                 f"{name}[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} "
                 "(fastfg.load_saes reads files)"
+            )
+        said = saes[layer].provenance.get("layer", layer)
+        if said != layer:
+            raise ValueError(
+                f"{name}[{layer}]: expected an SAE of this block, got one of block {said} (provenance['layer'])"
             )
         if saes[layer].W_enc.device != device:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ class SAEReport:
     revived: int = 0
     norm_ratio: float = math.nan
     explained_variance_normalized: float = math.nan
+
+    @classmethod
+    def read(cls, described: Any) -> SAEReport:
+        """The report of a dict of the fields, as JSON has it. Raises ValueError or TypeError for other fields."""
+        for name, value in cls(**described).__dict__.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name}: expected a number, got {value!r:.80}")
+        return cls(**described)
 
 
 @torch.no_grad()

@@ -132,7 +132,10 @@ class SAETrainer(TopKStep):
         wanted = {"recipe": self.recipe.as_dict(), **described}
         for name, value in wanted.items():
             if meta.get(name) != json.loads(json.dumps(value)):
-                raise ValueError(f"out: expected a checkpoint with {name} {value}, got {meta.get(name)} in {file}")
+                raise ValueError(
+                    f"out: expected a checkpoint with {name} {value}, got {meta.get(name)} in {file} (remove it to "
+                    "start again)"
+                )
         own = self._tensors()
         if state.keys() != own.keys() or any(state[name].shape != tensor.shape for name, tensor in own.items()):
             raise ValueError(f"out: expected a checkpoint of this training, got other tensors in {file}")

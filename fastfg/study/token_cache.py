@@ -6,6 +6,7 @@ shard, its images, and the tokens per image. A shard is a safetensors file with 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class TokenCache:
             raise ValueError(
                 f"folder: expected tokens {expected} in {file}, as {SHARDS} says, got {list(tokens.shape)}"
             )
+        if not bool(tokens.isfinite().all()):
+            raise ValueError(f"folder: expected finite tokens in {file}, got NaN or infinity: a damaged file")
         if keys is not None:
             tokens = tokens[[i for i, key in enumerate(shard.keys) if key in keys]]
         return tokens.to(device).flatten(0, 1).float()
@@ -95,9 +98,9 @@ class TokenCache:
     ) -> Iterator[Tensor]:
         """Full batches [batch_size, d] of one pass over the tokens, shuffled through a buffer of bounded size.
 
-        Shards come in random order. When the buffer holds ``buffer`` tokens or more, it is shuffled and all but half of
-        ``buffer`` is given out. The order depends on ``seed`` and ``epoch`` alone, so a pass can be repeated. Tokens at
-        the end that do not fill a batch are left out.
+        Shards with tokens of ``keys`` come in random order. When the buffer holds ``buffer`` tokens or more, it is
+        shuffled and all but half of ``buffer`` is given out. The order depends on ``seed`` and ``epoch`` alone, so a
+        pass can be repeated. Tokens at the end that do not fill a batch are left out.
 
         Args:
             buffer: tokens in memory beside those of one shard. keys: the images; None: all of them.
@@ -108,15 +111,27 @@ class TokenCache:
         wanted = None if keys is None else set(keys)
         random = generator(seed, f"epoch {epoch}", "tokens")
         held = torch.empty(0, self.width, dtype=torch.float32, device=device)
-        order = torch.randperm(len(self.shards), generator=random).tolist()
+        shards = self._shards_with(wanted)
+        order = torch.randperm(len(shards), generator=random).tolist()
         for number, shard in enumerate(order, 1):
-            held = torch.cat([held, self.read(layer, self.shards[shard], wanted, device)])
+            held = torch.cat([held, self.read(layer, shards[shard], wanted, device)])
             last = number == len(order)
             if last or len(held) >= buffer:
                 held = held[torch.randperm(len(held), generator=random).to(device)]
                 n = (len(held) - (0 if last else buffer // 2)) // batch_size * batch_size
                 yield from held[:n].split(batch_size) if n else ()
                 held = held[n:].clone()  # a view would keep the whole buffer in memory
+
+    def _shards_with(self, keys: Collection[str] | None) -> list[Shard]:
+        return [shard for shard in self.shards if keys is None or not set(keys).isdisjoint(shard.keys)]
+
+    def layout(self, keys: Collection[str]) -> str:
+        """A hash of how the tokens of these images are spread over shards, which the order of batches depends on."""
+        wanted = set(keys)
+        text = json.dumps(
+            [[s.name, s.tokens_per_image, [k in wanted for k in s.keys]] for s in self._shards_with(wanted)]
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def count(self, keys: Collection[str]) -> int:
         """The number of tokens per layer of the images among ``keys``."""
@@ -175,6 +190,14 @@ def _recipe(file: Path) -> dict[str, Any]:
     found = read_json(file)
     if found.get("format") != FORMAT:
         raise ValueError(f"folder: expected {FORMAT!r} in {file}, got {found!r:.80}")
+    found = read_json(file, "layers", "width", "tokens_per_image", "dtype", "seed", "weights")
+    layers, width, weights = found["layers"], found["width"], found["weights"]
+    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"folder: expected a list of blocks as layers in {file}, got {layers!r:.80}")
+    if type(width) is not int or width < 1:
+        raise ValueError(f"folder: expected a width of at least 1 in {file}, got {width!r:.80}")
+    if not isinstance(weights, dict) or any(str(layer) not in weights for layer in layers):
+        raise ValueError(f"folder: expected weights for blocks {layers} in {file}, got {weights!r:.80}")
     return found
 
 
@@ -184,8 +207,13 @@ def _shards(file: Path) -> list[Shard]:
     try:
         found = [json.loads(line) for line in dict.fromkeys(lines)]  # without locks, two processes write the same one
         shards = [Shard(one["name"], tuple(one["keys"]), one["tokens_per_image"]) for one in found]
+        wrong = [one for one in shards if not _is_sound(one)]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: expected one shard per line of {file}, got {error!r}") from None
+    if wrong:
+        raise ValueError(
+            f"folder: expected a name, keys and tokens_per_image per line of {file}, got {wrong[0]!r:.120}"
+        )
     keys = [key for shard in shards for key in shard.keys]
     if len(set(keys)) != len(keys) or len({shard.name for shard in shards}) != len(shards):
         raise ValueError(
@@ -194,4 +222,11 @@ def _shards(file: Path) -> list[Shard]:
     for shard in shards:
         if Path(shard.name).name != shard.name:
             raise ValueError(f"folder: expected the name of a file in {file}, got {shard.name!r}")
+        if not (file.parent / shard.name).is_file():
+            raise ValueError(f"folder: expected {shard.name} in {file.parent}, as {SHARDS} says, got no such file")
     return shards
+
+
+def _is_sound(shard: Shard) -> bool:
+    keys = all(isinstance(key, str) for key in shard.keys)
+    return isinstance(shard.name, str) and keys and type(shard.tokens_per_image) is int and shard.tokens_per_image > 0

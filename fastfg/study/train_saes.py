@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfg.files import write_durably
+from fastfg.files import read_json, write_durably
 from fastfg.perturb.seeds import generator
 from fastfg.sae.checkpoints import load_sae
 from fastfg.sae.recipe import KINDS, Recipe
@@ -24,6 +24,7 @@ from fastfg.sae.trainer import SAETrainer
 from fastfg.study.claims import alone
 from fastfg.study.telling import Say
 from fastfg.study.token_cache import TokenCache
+from fastfg.study.weights import sae_fingerprint
 from fastfg.types import integers
 
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
@@ -137,9 +138,10 @@ class _Run:
             return _earlier(folder, described)
         trainer = SAETrainer(recipe, self._some(layer, self.trained, FIRST))
         checkpoint = folder / CHECKPOINT
+        made_with = of | {"shards": self.cache.layout(self.trained)}
         if checkpoint.exists():
-            trainer.resume(checkpoint, **of)
-        self._steps(trainer, layer, progress, lambda: trainer.save(checkpoint, **of))
+            trainer.resume(checkpoint, **made_with)
+        self._steps(trainer, layer, progress, lambda: trainer.save(checkpoint, **made_with))
         sae = trainer.finish(site="resid_post", tokens="patches", **described)
         found = report(sae, self._some(layer, self.held_out, REPORTED), steps=trainer.steps)
         if (folder / REPORT).exists():  # without locks, another process may have been faster; its SAE may be in use
@@ -148,7 +150,8 @@ class _Run:
         sae.provenance["validation"] = asdict(found)
         sae.cpu().save(folder)
         checkpoint.unlink(missing_ok=True)  # before the report, which says that the folder is complete
-        write_durably(folder / REPORT, json.dumps(described | {"report": asdict(found)}, indent=2).encode())
+        told = described | {"report": asdict(found), "sae": sae_fingerprint(sae)}
+        write_durably(folder / REPORT, json.dumps(told, indent=2).encode())
         return found
 
     def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:
@@ -195,11 +198,13 @@ def _earlier(folder: Path, described: dict[str, Any]) -> SAEReport:
     file = folder / REPORT
     again = "remove the folder to train it again"
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        found = SAEReport(**stored["report"])
-        load_sae(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = read_json(file, "report", "sae")
+        found = SAEReport.read(stored["report"])
+        of_another = sae_fingerprint(load_sae(folder)) != stored["sae"]
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"out: expected an SAE and its report in {folder}, got {error!r} ({again})") from None
+    if of_another:
+        raise ValueError(f"out: expected the SAE that {file} reports on in {folder}, got another one ({again})")
     for name, value in described.items():
         if stored.get(name) != json.loads(json.dumps(value)):
             raise ValueError(

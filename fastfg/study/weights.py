@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 
+from fastfg.checks import check_layers
 from fastfg.models import Adapter
 from fastfg.models.fingerprint import fingerprint, fingerprints
 from fastfg.sae.model import SparseAutoencoder
@@ -19,6 +20,7 @@ def sae_fingerprint(sae: SparseAutoencoder) -> str:
 
 def check_weights(adapter: Adapter, saes: Mapping[int, SparseAutoencoder]) -> None:
     """Raise ValueError for SAEs whose provenance names other weights than the model's."""
+    check_layers("saes", list(saes), len(adapter.blocks))
     said = {block: sae.provenance["weights"] for block, sae in saes.items() if "weights" in sae.provenance}
     if not said:
         return

@@ -156,3 +156,12 @@ def test_an_sae_that_no_gate_uses(model, images):
     assert torch.equal(fastfg.attribute(model, images, saes=saes, gate=gate).maps, expected)
     with pytest.raises(ValueError, match=r"saes\[1\]: expected width 32, .* got 16"):
         fastfg.attribute(model, images, saes=saes, gate=gate, features=1)
+
+
+def test_an_sae_of_another_block_is_refused(model, images, saes):
+    gate = fastfg.Gate((1, 2))
+    saes[2].provenance["layer"] = 1
+    with pytest.raises(ValueError, match=r"saes\[2\]: expected an SAE of this block, got one of block 1"):
+        fastfg.attribute(model, images, saes=saes, gate=gate)
+    saes[2].provenance["layer"] = 2
+    fastfg.attribute(model, images, saes=saes, gate=gate)

@@ -265,7 +265,7 @@ def test_a_file_given_by_name_is_that_file_or_an_error(tmp_path):
         other = random_sae(32, 100, "relu", seed=seed)
         torch.save(weights(other), tmp_path / name)
         assert torch.equal(fastfg.sae.load_sae(tmp_path / name).W_enc, other.W_enc)
-        assert torch.equal(fastfg.load_saes({2: tmp_path / name})[2].W_enc, other.W_enc)
+        assert torch.equal(fastfg.load_saes({9: tmp_path / name})[9].W_enc, other.W_enc)
     with pytest.raises(
         ValueError, match=r"expected one SAE in .*, got \['a.pt \(Prisma\)', 'n_images_5.pt .*name the file"
     ):
@@ -372,3 +372,10 @@ def test_missing_saes_are_named(tmp_path):
         random_sae(32, 100, "topk", k=5).save(tmp_path / name)
     with pytest.raises(ValueError, match="expected one SAE per block, got .* for block 1"):
         fastfg.load_saes(tmp_path)
+
+
+def test_a_block_that_contradicts_the_files_is_refused(tmp_path):
+    random_sae(8, 16, "topk", k=4, provenance={"layer": 1}).save(tmp_path / "layer_1")
+    assert list(fastfg.load_saes({1: tmp_path / "layer_1"})) == [1]
+    with pytest.raises(ValueError, match=r"source: expected block 1 for .*layer_1, as its files say, got 4"):
+        fastfg.load_saes({4: tmp_path / "layer_1"})

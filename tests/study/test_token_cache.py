@@ -135,7 +135,8 @@ def test_half_precision_on_disk(model, images, tmp_path, dtype):
 @pytest.fixture
 def numbered(tmp_path):
     """A cache of 40 images with 5 tokens of width 1: the numbers 0 to 199."""
-    (tmp_path / "tokens.json").write_text(json.dumps({"format": "fastfg tokens 1", "width": 1, "layers": [0]}))
+    made = {"tokens_per_image": 5, "dtype": "torch.float32", "seed": 0, "weights": {"0": "abc"}}
+    (tmp_path / "tokens.json").write_text(json.dumps({"format": "fastfg tokens 1", "width": 1, "layers": [0]} | made))
     from safetensors.torch import save_file
 
     with (tmp_path / "shards.jsonl").open("w") as file:
@@ -160,6 +161,14 @@ def test_every_token_comes_once_per_pass(numbered, buffer):
     assert len(some) == 8
     with pytest.raises(ValueError, match="buffer: expected at least two batches of 9 tokens, got 16"):
         next(numbered.batches(0, 9, buffer=16))
+
+
+def test_shards_of_other_images_change_no_order(numbered):
+    keys = [key for key in numbered.keys if key[0] in "25"]
+    before, layout = list(numbered.batches(0, 4, keys=keys)), numbered.layout(keys)
+    numbered.shards = [shard for shard in numbered.shards if shard.name[0] in "257"]
+    assert all(map(torch.equal, before, numbered.batches(0, 4, keys=keys)))
+    assert numbered.layout(keys) == layout != numbered.layout(keys[:-1])
 
 
 def test_batches_mix_the_shards(numbered):
@@ -187,6 +196,11 @@ def test_damaged_folders_are_named(model, images, tmp_path):
     for text, said in (
         (whole + whole.splitlines()[0].replace("}", ', "more": 1}') + "\n", "expected each image and each shard once"),
         ("{}\n", "expected one shard per line"),
+        (
+            whole.replace('"tokens_per_image": 24', '"tokens_per_image": "24"'),
+            "expected a name, keys and tokens_per_image per line",
+        ),
+        (whole.replace('"name": "', '"name": 5, "was": "'), "expected a name, keys and tokens_per_image per line"),
         ("no\n", "expected one shard per line"),
     ):
         index.write_text(text)
@@ -197,9 +211,35 @@ def test_damaged_folders_are_named(model, images, tmp_path):
         TokenCache(tmp_path).tokens(1)
     index.write_text(whole)
     shard = tmp_path / cache.shards[0].name
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-8] + b"\xff" * 8)
+    with pytest.raises(ValueError, match="^folder: expected finite tokens in .*safetensors, got NaN or infinity"):
+        [TokenCache(tmp_path).tokens(layer) for layer in LAYERS]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"^folder: expected {shard.name} in .*, as shards.jsonl says, got no such"):
+        TokenCache(tmp_path)
+    shard.write_bytes(good)
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="^folder: expected tokens in .*safetensors, got a file that can't be read"):
         TokenCache(tmp_path).tokens(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("layers", 7, "expected a list of blocks as layers in .*, got 7"),
+        ("layers", None, "expected layers in it"),
+        ("width", "x", "expected a width of at least 1 in .*, got 'x'"),
+        ("weights", {"1": "a"}, r"expected weights for blocks \[1, 2\] in"),
+    ],
+)
+def test_wrong_fields_are_named(model, images, tmp_path, field, value, said):
+    cache_tokens(model, parts(images), LAYERS, tmp_path)
+    file = tmp_path / "tokens.json"
+    found = json.loads(file.read_text()) | {field: value}
+    file.write_text(json.dumps({name: one for name, one in found.items() if one is not None or name != field}))
+    with pytest.raises(ValueError, match=said):
+        TokenCache(tmp_path)
 
 
 def test_a_run_that_was_stopped_at_its_start_goes_on(model, images, tmp_path):

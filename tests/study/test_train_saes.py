@@ -86,6 +86,35 @@ def test_a_killed_run_goes_on_to_the_same_weights(cache, tmp_path, monkeypatch, 
     assert again == []
 
 
+def test_a_checkpoint_of_tokens_in_other_shards_is_refused(tmp_path, monkeypatch):
+    """Their order and their scale would be other ones. Tokens of other images, added meanwhile, change nothing."""
+    images = torch.randn(16, 3, 32, 48, generator=torch.Generator().manual_seed(3))
+    keys = [f"image {i}" for i in range(16)]
+    model, train = tiny_vit(torch.float32), SAETrainer.train
+
+    def stop(self, x):
+        if self.done == 3:
+            raise KeyboardInterrupt
+        return train(self, x)
+
+    def write(folder, *parts):
+        return cache_tokens(model, [(images[part], keys[part]) for part in parts], LAYERS, folder, shard_bytes=1)
+
+    first, rest = slice(0, 12), slice(12, 16)
+    cache, of = write(tmp_path / "a", first), {"keys": keys[:12], "layers": 1, **OPTIONS}
+    train_saes(cache, tmp_path / "whole", RECIPE, **of)
+    monkeypatch.setattr(SAETrainer, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(cache, tmp_path / "stopped", RECIPE, **of)
+    monkeypatch.undo()
+    others = write(tmp_path / "b", slice(0, 5), slice(5, 12))
+    with pytest.raises(ValueError, match="^out: expected a checkpoint with shards .*remove it to start again"):
+        train_saes(others, tmp_path / "stopped", RECIPE, **of)
+    train_saes(write(tmp_path / "a", first, rest), tmp_path / "stopped", RECIPE, **of)
+    expected, found = (fastfg.load_saes(tmp_path / name / "trained")[1] for name in ("whole", "stopped"))
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
 def test_another_recipe_in_the_same_folder_is_refused(cache, tmp_path):
     train_saes(cache, tmp_path, RECIPE, **OPTIONS)
     with pytest.raises(ValueError, match="^out: expected a new folder, or SAEs with recipe .*, got .*layer_1"):
@@ -160,6 +189,23 @@ def test_what_is_damaged_is_named(cache, tmp_path):
         with pytest.raises(ValueError, match=r"^out: expected an SAE and its report in .*layer_1, got .*\(remove the"):
             train_saes(cache, tmp_path, RECIPE, **OPTIONS)
         (folder / name).write_bytes(whole)
+    whole = (folder / "report.json").read_text()
+    said = json.loads(whole)
+    for wrong in (
+        [],
+        {},
+        said | {"report": said["report"] | {"more": 1}},
+        said | {"report": said["report"] | {"l0": "a"}},
+    ):
+        (folder / "report.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"^out: expected an SAE and its report in .*layer_1, got .*\(remove the"):
+            train_saes(cache, tmp_path, RECIPE, **OPTIONS)
+    (folder / "report.json").write_text(whole)
+    (folder / "sae.safetensors").write_bytes((tmp_path / "trained" / "layer_2" / "sae.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"^out: expected the SAE that .*report.json reports on in .*, got another one"
+    ):
+        train_saes(cache, tmp_path, RECIPE, **OPTIONS)
     (folder / "report.json").unlink()
     (folder / CHECKPOINT).write_bytes(b"")
     with pytest.raises(ValueError, match=f"^out: expected a checkpoint in .*{CHECKPOINT}, got .*remove it"):

@@ -29,7 +29,8 @@ def load_saes(
 
     Args:
         source: a folder with one folder per block, whose config or name contains the block (``layer_2``, ``l2``,
-            ``blocks.2.hook_resid_post``, ``2``); the folder or a file of one SAE; or a mapping ``{block: path}``.
+            ``blocks.2.hook_resid_post``, ``2``); the folder or a file of one SAE; or a mapping ``{block: path}``, whose
+            blocks are those that the files say, if they say any.
         layers: the 0-based blocks to load; None loads all. Required for a single SAE whose files do not contain its
             block.
         overrides: what the files do not say, the same for all SAEs: ``site`` (``"resid_post"``, the block's output),
@@ -57,7 +58,9 @@ def load_saes(
     saes = {}
     for block in wanted:
         saes[block] = load_sae(paths[block], **overrides)
-        saes[block].provenance.setdefault("layer", block)
+        said = saes[block].provenance.setdefault("layer", block)
+        if said != block:
+            raise ValueError(f"source: expected block {said} for {paths[block]}, as its files say, got {block}")
     return saes
 
 

@@ -251,7 +251,7 @@ def _saes(
             )
             sae.save(folder / f"layer_{block}")
         write_durably(file, json.dumps({block: asdict(report) for block, report in reports.items()}, indent=2).encode())
-    stored = {int(block): SAEReport(**report) for block, report in read_json(file).items()}
+    stored = {int(block): SAEReport.read(report) for block, report in read_json(file).items()}
     return load_saes(folder, layers=settings.layers), stored
 
 
