@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,14 @@ class Accuracy:
     confusion: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def read(cls, described: Mapping[str, Any]) -> Accuracy:
-        """The counts of a dict of the fields, as JSON has it."""
-        return cls(tuple(described["labels"]), tuple(map(tuple, described["confusion"])))
+    def read(cls, labels: Any, confusion: Any, file: Path) -> Accuracy:
+        """The counts as JSON has them. Raises ValueError that names the ``file`` for others than [n, n] counts."""
+        named = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+        rows = confusion if isinstance(confusion, list) else []
+        counts = all(isinstance(row, list) and all(type(n) is int for n in row) for row in rows)
+        if not named or not counts or {len(labels)} != {len(rows), *map(len, rows)}:
+            raise ValueError(f"{file}: expected labels and [n, n] counts, got {labels!r:.80} and {confusion!r:.80}")
+        return cls(tuple(labels), tuple(map(tuple, confusion)))
 
     @classmethod
     def of(cls, labels: Sequence[str], true: Sequence[int], predicted: Sequence[int]) -> Accuracy:

@@ -240,7 +240,7 @@ def _notes(judging: Judging) -> list[str]:
             f"{choices[-1]['mean']:.4f} and {choices[-1]['vanilla']:.4f}, on {choices[-1]['images']} images."
         )
     found += _at_the_edge(judging.config.protocol, choices[-1]["gate"])
-    found += _about_images(judging)
+    found += [*_about_saes(judging), *_about_images(judging)]
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):
         found.append(
@@ -265,6 +265,20 @@ def _at_the_edge(protocol: Protocol, gate: Mapping[str, float]) -> list[str]:
                 found.append(
                     f"{name} {end:g} was chosen, the {word} that was compared: one beyond it may score higher."
                 )
+    return found
+
+
+def _about_saes(judging: Judging) -> list[str]:
+    """That nothing is known of the images that SAEs from elsewhere were trained on, or what is."""
+    found = []
+    for kind, folder in judging.config.saes.folders.items():
+        counts = {(sae.provenance.get("data") or {}).get("images") for sae in judging.parts.saes.get(kind, {}).values()}
+        known = [n for n in counts if isinstance(n, int)]
+        images = f"{max(known)} images" if known else "images that it does not name"
+        found.append(
+            f"The SAEs {kind} are from {folder}, trained on {images}. Whether validation or test images of this study "
+            "are among them is not known."
+        )
     return found
 
 

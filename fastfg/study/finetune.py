@@ -255,8 +255,10 @@ def _read(out: Path, settings: Mapping[str, Any]) -> FineTuned:
     check_settings(described["settings"], settings, out / REPORT)
     if not (out / WEIGHTS).is_file():
         raise FileNotFoundError(f"out: expected {WEIGHTS} beside {REPORT} in {out}, got none")
-    labels = tuple(described["settings"]["labels"])
-    accuracy = {split: Accuracy.read({"labels": labels, **one}) for split, one in described["accuracy"].items()}
+    labels = described["settings"]["labels"]
+    accuracy = {
+        split: Accuracy.read(labels, one["confusion"], out / REPORT) for split, one in described["accuracy"].items()
+    }
     return FineTuned(
-        out / WEIGHTS, labels, accuracy, described["history"], described["best_epoch"], described["unreadable"]
+        out / WEIGHTS, tuple(labels), accuracy, described["history"], described["best_epoch"], described["unreadable"]
     )

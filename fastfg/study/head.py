@@ -76,7 +76,8 @@ def make_head(
         write_durably(folder / ACCURACY, json.dumps(reached).encode())
 
     once(Thing("model", ready, fit))
-    found = Accuracy.read(read_json(folder / ACCURACY, "labels", "confusion"))
+    stored = read_json(folder / ACCURACY, "labels", "confusion")
+    found = Accuracy.read(stored["labels"], stored["confusion"], folder / ACCURACY)
     for line in found.sentences("validation, linear head"):
         say(line)
     return found

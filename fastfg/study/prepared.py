@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from fastfg.study.config import Config
 if TYPE_CHECKING:
     import pandas as pd
 
-PREPARED = "prepared.json"
+PREPARED, SAES = "prepared.json", "saes.json"
 WAIT = 1.0  # seconds between looks at what another process makes
 BATCH = 16
 
@@ -103,6 +103,30 @@ def check_prepared(config: Config, train: pd.DataFrame, validation: pd.DataFrame
         found |= {f"saes.train.{name}": value for name, value in how.model_dump().items()}
     file = config.run.out / PREPARED
     once(Thing("prepared", lambda: _recorded(file) == found, lambda: _record(file, found)))
+
+
+def check_saes(out: Path, identities: Mapping[str, Mapping[int, str]], once: Once) -> None:
+    """Record the SAEs that the study in ``out`` uses, or refuse others than those that its scores were made with.
+
+    Those of more kinds or blocks are added.
+
+    Args:
+        identities: {kind: {block: a hash of the SAE}}.
+    """
+    file = out / SAES
+    found = {f"{kind}, block {block}": one for kind, of_kind in identities.items() for block, one in of_kind.items()}
+
+    def record() -> None:
+        before = _recorded(file) or {}
+        other = [name for name, one in found.items() if before.get(name, one) != one]
+        if other and any(out.glob(MADE["the scores"])):
+            raise ValueError(
+                f"saes: expected the SAEs that the scores in {out} were made with, got another one for "
+                f"{'; '.join(other)} (other SAEs need another folder)"
+            )
+        write_durably(file, json.dumps(before | found, indent=2).encode())
+
+    once(Thing("the record of SAEs", lambda: found.items() <= (_recorded(file) or {}).items(), record))
 
 
 def _recorded(file: Path) -> dict[str, Any] | None:

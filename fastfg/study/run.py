@@ -118,15 +118,15 @@ def helpers(n: int, arguments: list[str], logs: Path) -> Iterator[list[subproces
 
 def _recipe(config: Config, parts: Parts, device: torch.device) -> dict[str, Any]:
     """What the scores depend on beside images, variants and measures. Another one needs another folder."""
-    on_cpu = {"threads": config.run.threads} if device.type == "cpu" else {}
+    on_cpu = {"run.threads": config.run.threads} if device.type == "cpu" else {}
     return {
         "fastfg": fastfg.__version__,
         "weights": fingerprint(parts.model.model),
         "transform": _does(parts.transform),
-        "target": config.model.target,
-        "seed": config.run.seed,
-        "unit": config.run.unit,
-        "device": device.type,
+        "model.target": config.model.target,
+        "run.seed": config.run.seed,
+        "run.unit": config.run.unit,
+        "run.device": device.type,
     } | on_cpu
 
 

@@ -1,10 +1,18 @@
 """Accuracy by class, on counts worked out by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from fastfg.study.accuracy import Accuracy
+
+
+@pytest.mark.parametrize("confusion", [[[1]], [], 3, [[1, 2], [3]], [[0.5, 1], [1, 2]], [["a", 1], [1, 2]]])
+def test_stored_counts_that_do_not_fit_are_named(confusion):
+    with pytest.raises(ValueError, match=r"a\.json: expected labels and \[n, n\] counts, got"):
+        Accuracy.read(["a", "b"], confusion, Path("a.json"))
+    assert Accuracy.read(["a", "b"], [[1, 2], [3, 4]], Path("a.json")).confusion == ((1, 2), (3, 4))
 
 
 def test_unequal_classes_by_hand():

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from fastfg.study.config import read_config
-from fastfg.study.prepared import Once, check_prepared
+from fastfg.study.prepared import Once, check_prepared, check_saes
 from fastfg.study.protocol import CHOICE, RULES, record_choice, record_rule
 from fastfg.study.selection import Choice
 from fastfg.types import Gate
@@ -97,6 +97,35 @@ def test_a_damaged_record_is_named(check, tmp_path):
         record_rule(config, False, "")
     with pytest.raises(ValueError, match=r"out/choice\.json: expected JSON, got a damaged file"):
         record_choice(config.run.out, Choice(Gate((1,)), 0.0, 0.0, 1))
+
+
+def test_a_record_with_wrong_fields_is_named_and_kept(check, tmp_path):
+    check()
+    make(tmp_path, "model/accuracy.json")
+    config = read_config(tmp_path / "study.toml")
+    record = tmp_path / "out/prepared.json"
+    record.write_text("[]")
+    with pytest.raises(ValueError, match=r"out/prepared\.json: expected a JSON object, got \[\]"):
+        check(("k = 8", "k = 9"))
+    assert record.read_text() == "[]"
+    for text in ("{}", "[{}]", "[]"):
+        (tmp_path / "out" / RULES).write_text(text)
+        with pytest.raises(ValueError, match=r"out/rules\.json: expected "):
+            record_rule(config, False, "")
+        (tmp_path / "out" / CHOICE).write_text(text)
+        with pytest.raises(ValueError, match=r"out/choice\.json: expected "):
+            record_choice(config.run.out, Choice(Gate((1,)), 0.0, 0.0, 1))
+
+
+def test_saes_that_scores_were_made_with_are_not_exchanged(tmp_path):
+    once = Once(tmp_path / "out", silent)
+    check_saes(tmp_path / "out", {"trained": {1: "a"}}, once)
+    check_saes(tmp_path / "out", {"trained": {1: "b"}, "random": {1: "c"}}, once)  # no scores yet
+    make(tmp_path, "scores/shards/test-0.parquet")
+    check_saes(tmp_path / "out", {"trained": {1: "b", 2: "d"}}, once)  # one more
+    with pytest.raises(ValueError, match="^saes: expected the SAEs that the scores in .* got another one for random, "):
+        check_saes(tmp_path / "out", {"trained": {1: "b"}, "random": {1: "e"}}, once)
+    check_saes(tmp_path / "out", {"trained": {1: "b", 2: "d"}, "random": {1: "c"}}, once)
 
 
 def test_other_images_are_said_in_words(check, tmp_path):
