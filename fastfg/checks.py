@@ -96,7 +96,20 @@ def check_saes(
             )
 
 
-def check_width(sae: SparseAutoencoder, x: Tensor, block: int) -> None:
-    """Require that the SAE of ``block`` has the width of the model's residual stream."""
+def check_widths(saes: Any, gates: Sequence[Gate | None], features: int, x: Tensor, block: int) -> None:
+    """Require the width of the residual stream ``x`` of the SAEs that gates of ``block`` read.
+
+    ``saes``, ``features``: as in :func:`fastfg.attribute`, already checked.
+    """
+    for i, gate in enumerate(gates):
+        if gate is not None and block in gate.layers and (gate.needs_sae or features):
+            if isinstance(saes, (list, tuple)):
+                check_width(saes[i][block], x, block, f"saes[{i}]")
+            else:
+                check_width(saes[block], x, block)
+
+
+def check_width(sae: SparseAutoencoder, x: Tensor, block: int, name: str = "saes") -> None:
+    """Require that the SAE of ``block`` has the width of the model's residual stream. ``name``: of its mapping."""
     if sae.d != x.shape[-1]:
-        raise ValueError(f"saes[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")
+        raise ValueError(f"{name}[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")

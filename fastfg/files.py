@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,12 +67,15 @@ def write_durably(file: Path, content: bytes) -> None:
 def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file as :func:`whole` does it.
 
-    Raises OSError with the file's name, as for other files; safetensors' own error has no name.
+    It has the mode of any new file; that of safetensors' own temporary file is 0600. Raises OSError with the file's
+    name, as for other files; safetensors' own error has no name.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole(file) as hidden:
+        hidden.touch()
+        mode = stat.S_IMODE(hidden.stat().st_mode)  # by the umask, which can't be asked for without changing it
         try:
             save_file(dict(tensors), hidden, None if metadata is None else dict(metadata))
         except SafetensorError as error:
@@ -79,6 +83,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
             if found is None:
                 raise
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+        if stat.S_IMODE(hidden.stat().st_mode) != mode:
+            with suppress(OSError):  # a file system without modes
+                hidden.chmod(mode)
 
 
 def read_json(file: Path, *fields: str) -> dict[str, Any]:

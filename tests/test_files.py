@@ -95,6 +95,17 @@ def test_an_error_leaves_the_earlier_file(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
+    """In a process of its own, as the umask is the whole process's. An earlier file's mode is not kept."""
+    (tmp_path / "a.safetensors").touch(mode=0o400)
+    program = "import os, torch; from fastfg.files import write_tensors; from pathlib import Path\n"
+    program += f"os.umask({umask}); write_tensors(Path('a.safetensors'), {{'a': torch.ones(1)}}); Path('b').touch()"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {"a.safetensors": mode, "b": mode}
+
+
 def test_tensors_that_safetensors_refuses_keep_its_reason(tmp_path):
     shared = torch.zeros(4)
     with pytest.raises(RuntimeError, match="share memory"):

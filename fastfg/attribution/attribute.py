@@ -20,7 +20,7 @@ from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods,
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.attribution.sae_report import on_blank_images
-from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target
+from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target, check_widths
 from fastfg.models import Adapter, adapt
 from fastfg.models.first_rows import FirstRows, first_rows
 from fastfg.models.hold import hold
@@ -108,6 +108,7 @@ def attribute(
     layers = {*relevancy.layers, *others.layers}
 
     def on_residual(block: int, x: Tensor, g: Tensor) -> None:
+        check_widths(saes, configs, features, x, block)
         relevancy.on_residual(block, x, g)
         others.on_residual(block, x, g)
 

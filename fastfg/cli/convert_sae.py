@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         NOTES,
     )
     command.add_argument("source", metavar="IN", type=file_or_folder, help="the file or folder of one SAE")
-    command.add_argument("out", metavar="OUT", type=file_or_folder, help="the folder to write; it must not have an SAE")
+    command.add_argument("out", metavar="OUT", type=file_or_folder, help="the folder to write: new or empty")
     command.add_argument("--layer", type=int, help="the 0-based block, if the files do not say it")
     add_overrides(command)
 
@@ -51,11 +51,8 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     from fastfg.sae.checkpoints import load_sae, load_saes
-    from fastfg.sae.formats.own import CONFIG, WEIGHTS
 
-    existing = [name for name in (CONFIG, WEIGHTS) if (arguments.out / name).exists()]
-    if existing:
-        raise ValueError(f"out: expected a folder without an SAE, got {arguments.out}, which has {existing}")
+    _check_out(arguments.out)
     given = overrides(arguments)
     if arguments.layer is None:
         sae = load_sae(arguments.source, **given)
@@ -65,6 +62,15 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{sae.provenance.get('format', 'fastfg')}: {arguments.source} -> {arguments.out}")
     for line in describe(sae):
         say(line)
+
+
+def _check_out(out: Path) -> None:
+    """Require a new or an empty folder: two SAEs in one folder can't be told apart."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, got {out}, which is a file")
+    if out.exists() and (names := sorted(path.name for path in out.iterdir())):
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise ValueError(f"out: expected a new or an empty folder, got {out}, which has {', '.join(names[:8])}{more}")
 
 
 def describe(sae: Any) -> list[str]:

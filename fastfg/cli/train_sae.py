@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fastfg.sae.report import SAEReport
     from fastfg.study import TokenCache
 
+EXPANSION, EPOCHS = 64, 1  # defaults; argparse would not see that its own default was given beside what excludes it
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number on disk
 COLUMNS = {  # of the table: {title: (attribute of the report, format)}
     "explained variance": ("explained_variance", ".4f"),
     "L0": ("l0", ".1f"),
@@ -42,7 +44,8 @@ WRITES = """Writes to --out:
                     fastfg attribute --saes OUT/trained, and report.json
   KIND/layer_L      the same for each control of --kinds
   saes.csv          one row per SAE: explained variance on held-out images, L0,
-                    share of dead features, ...
+                    share of dead features, ...; of soft-frozen also the share
+                    of dictionary rows at the limit (0: it is no control)
   tokens            the residual stream at the patches, which the SAEs are
                     trained on (or --tokens); remove it when you are done
   errors.csv, windows.csv, fastfg.json: see below
@@ -71,16 +74,18 @@ def add(commands: Any) -> None:
     layers: dict[str, Any] = {"dest": "blocks", "type": _blocks, "nargs": "+", "required": True, "metavar": "L"}
     add("--layers", **layers, help="0-based blocks, as in 4 6 8 or 2-10")
     size = command.add_mutually_exclusive_group()
-    size.add_argument("--expansion", type=at_least_one, default=64, metavar="N", help="features per dimension")
+    expansion = f"features per dimension (default: {EXPANSION})"
+    size.add_argument("--expansion", type=at_least_one, metavar="N", help=expansion)
     size.add_argument("--features", type=at_least_one, metavar="F", help="features, instead of --expansion")
     add("--k", type=at_least_one, default=128, help="active features per token (batch_topk: in the mean over a batch)")
     add("--activation", choices=ACTIVATIONS, default="topk", help="batch_topk: the K x tokens largest of each batch")
     prefixes = "Matryoshka: shares of the dictionary whose losses are added, as in 0.0625 0.125 0.25 0.5 1"
     add("--prefixes", type=float, nargs="+", default=[1.0], metavar="X", help=prefixes)
     add("--kinds", nargs="+", choices=KINDS, default=["trained"], action=EachOnce, help="SAEs, and controls of them")
-    add = command.add_argument_group("training").add_argument
-    add("--epochs", type=at_least_one, default=1, metavar="N", help="passes over the tokens")
-    add("--steps", type=at_least_one, metavar="N", help="training steps, instead of --epochs")
+    training = command.add_argument_group("training")
+    length, add = training.add_mutually_exclusive_group(), training.add_argument
+    length.add_argument("--epochs", type=at_least_one, metavar="N", help=f"passes over the tokens (default: {EPOCHS})")
+    length.add_argument("--steps", type=at_least_one, metavar="N", help="training steps, instead of --epochs")
     add("--batch-tokens", type=at_least_one, default=4096, metavar="N", help="tokens per step")
     add("--lr", type=float, default=1e-3, metavar="X", help="highest learning rate of Adam")
     add("--warm-up", type=float, default=0.05, metavar="X", help="share of the steps in which it rises")
@@ -96,7 +101,7 @@ def add(commands: Any) -> None:
     add = command.add_argument_group("tokens on disk").add_argument
     add("--tokens", type=file_or_folder, metavar="DIR", help="folder of the tokens; default: OUT/tokens")
     add("--tokens-per-image", type=at_least_one, metavar="N", help="patches per image, drawn at random; default: all")
-    add("--tokens-dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="of the tokens on disk")
+    add("--tokens-dtype", choices=tuple(BYTES), default="float16", help="of the tokens on disk")
     add("--max-gigabytes", type=above_zero, metavar="X", help="the most that the tokens may take on disk")
     add("--buffer", type=at_least_one, default=2**18, metavar="N", help="tokens in memory that are shuffled")
     add_reading_arguments(command)
@@ -115,11 +120,17 @@ def run(arguments: argparse.Namespace) -> None:
     from fastfg.study.train_saes import train_saes
 
     arguments.blocks = list(dict.fromkeys(block for part in arguments.blocks for block in part))
-    _recipe(arguments, 2**20, 1, "cpu")  # what is wrong is told before the tokens are computed
+    if arguments.features is None:
+        arguments.expansion = arguments.expansion or EXPANSION
+    if arguments.steps is None:
+        arguments.epochs = arguments.epochs or EPOCHS
     if arguments.buffer < 2 * arguments.batch_tokens:
         raise ValueError(f"buffer: expected at least two batches, {2 * arguments.batch_tokens}, got {arguments.buffer}")
-    with Inputs(arguments) as inputs, tracker() as track:
-        cache, keys, groups = _tokens(arguments, inputs, track)
+    inputs = Inputs(arguments)
+    of_path = _groups(arguments, inputs)
+    _check(arguments, inputs, of_path)
+    with inputs, tracker() as track:
+        cache, keys, groups = _tokens(arguments, inputs, of_path, track)
         trained, held_out = cache.split(arguments.held_out, groups=groups, seed=arguments.seed, keys=keys)
         n = cache.count(trained)
         say(f"{n:,} tokens of {count(len(trained), 'image')} to train on, {count(len(held_out), 'image')} held out")
@@ -145,22 +156,71 @@ def run(arguments: argparse.Namespace) -> None:
             say=say,
         )
     _table(found)
+    _say_limits(arguments.out, found)
     _write_csv(arguments.out)
 
 
+def _groups(arguments: argparse.Namespace, inputs: Inputs) -> dict[Path, str] | None:
+    """{image: its group}, of --groups or the manifests; None: there are none."""
+    from fastfg.cli.annotations import read_groups
+
+    if arguments.groups is not None:
+        return read_groups(arguments.groups, inputs.paths)
+    return inputs.listed.groups_of(inputs.paths)
+
+
+def _check(arguments: argparse.Namespace, inputs: Inputs, of_path: dict[Path, str] | None) -> None:
+    """Refuse what can't be trained with this model and this number of images, before anything is written.
+
+    Images may turn out to be unreadable or equal. So what is checked here is checked again with the tokens.
+    """
+    from fastfg.study.token_cache import on_both_sides
+
+    n, share, per_image = len(inputs.paths), arguments.held_out, arguments.tokens_per_image
+    if not n:
+        return  # Inputs says why
+    n_units = n if of_path is None else len(set(of_path.values()))
+    if not on_both_sides(share, n_units):
+        what = "images" if of_path is None else "groups"
+        raise ValueError(f"held-out: expected a share that leaves some of {n_units} {what} on both sides, got {share}")
+    patches, width = _sizes(inputs, arguments.blocks)
+    if per_image is not None and per_image > patches:
+        raise ValueError(f"tokens-per-image: expected at most {patches}, the patches per image, got {per_image}")
+    per_image = per_image or patches
+    most = (n - round(share * n_units)) * per_image
+    if most < arguments.batch_tokens:
+        raise ValueError(f"batch-tokens: expected at most {most}, the tokens to train on, got {arguments.batch_tokens}")
+    _recipe(arguments, width, most // arguments.batch_tokens, inputs.device.type)
+    gigabytes = n * per_image * width * len(arguments.blocks) * BYTES[arguments.tokens_dtype] / 1e9
+    if arguments.max_gigabytes is not None and gigabytes > arguments.max_gigabytes:
+        given = f"more than --max-gigabytes {arguments.max_gigabytes:g}"
+        say(f"The tokens of {count(n, 'image')} may take {gigabytes:.3g} GB, {given}")
+
+
+def _sizes(inputs: Inputs, blocks: list[int]) -> tuple[int, int]:
+    """The patches of an image, and the width of the residual stream."""
+    from PIL import Image
+
+    from fastfg.attribution.residuals import residuals
+    from fastfg.models.timm import preprocessing
+
+    image = preprocessing(inputs.model)(Image.new("RGB", (256, 256)))[None].to(inputs.device)
+    _, patches, width = residuals(inputs.model, image, blocks)[blocks[0]].shape
+    return patches, width
+
+
 def _tokens(
-    arguments: argparse.Namespace, inputs: Inputs, track: Callable[[str], Callable[[int, int], None]]
+    arguments: argparse.Namespace,
+    inputs: Inputs,
+    of_path: dict[Path, str] | None,
+    track: Callable[[str], Callable[[int, int], None]],
 ) -> tuple[TokenCache, list[str], dict[str, str] | None]:
     """The tokens on disk, the keys of the images that were read now, and the group of each by its key."""
     import torch
 
-    from fastfg.cli.annotations import read_groups
     from fastfg.perturb import image_key
     from fastfg.study import cache_tokens
 
-    of_path = inputs.listed.groups_of(inputs.paths)
-    if arguments.groups is not None:
-        of_path = read_groups(arguments.groups, inputs.paths)
     groups: dict[str, str] = {}
     known: list[str] = []
 
@@ -254,13 +314,32 @@ def _table(found: dict[tuple[str, int], SAEReport]) -> None:
     say(f"To use them: fastfg attribute IMAGES ... --saes OUT/{first} --layers {layers}")
 
 
+def _say_limits(out: Path, found: dict[tuple[str, int], SAEReport]) -> None:
+    """Say of each soft-frozen SAE whether its limit acted: if not, it was trained like ``trained``."""
+    from fastfg.files import read_json
+    from fastfg.sae.controls import COSINE
+    from fastfg.study.train_saes import REPORT, ROWS_AT_LIMIT
+
+    limit = f"at the limit, a cosine of {COSINE:g} with"
+    for kind, layer in found:
+        share = read_json(out / kind / f"layer_{layer}" / REPORT).get(ROWS_AT_LIMIT)
+        if share == 0:
+            say(
+                f"{kind}, block {layer}: no dictionary row is {limit} its start. The limit never acted: this SAE was "
+                "trained like trained, and as a control it says nothing (train for longer, or compare frozen-decoder)"
+            )
+        elif share is not None:
+            say(f"{kind}, block {layer}: {share:.1%} of the dictionary rows are {limit} their start")
+
+
 def _write_csv(out: Path) -> None:
     """Write ``saes.csv``: a row for each SAE in ``out``, those of earlier calls too."""
     from fastfg.cli.inputs import write_csv
     from fastfg.files import read_json
     from fastfg.sae.recipe import KINDS
+    from fastfg.study.train_saes import ROWS_AT_LIMIT
 
     reports = [read_json(file, "recipe", "layer", "report") for file in sorted(out.glob("*/layer_*/report.json"))]
     reports.sort(key=lambda one: (KINDS.index(one["recipe"]["kind"]), one["layer"]))
-    rows = [(one["recipe"]["kind"], one["layer"], *one["report"].values()) for one in reports]
-    write_csv(out / "saes.csv", ("kind", "layer", *reports[0]["report"]), rows)
+    rows = [(one["recipe"]["kind"], one["layer"], *one["report"].values(), one.get(ROWS_AT_LIMIT)) for one in reports]
+    write_csv(out / "saes.csv", ("kind", "layer", *reports[0]["report"], ROWS_AT_LIMIT), rows)

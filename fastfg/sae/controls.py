@@ -15,6 +15,7 @@ from torch import Tensor
 from fastfg.sae.topk_step import TopKStep
 
 COSINE = 0.8  # of a soft-frozen row with its start, at least
+ROUNDING = 1e-5  # of that cosine
 
 
 def after_step(kind: str, step: TopKStep) -> Callable[[], None]:
@@ -51,6 +52,11 @@ def keep_rows_near(W: Tensor, start: Tensor) -> None:
     across = F.normalize(W - along * start, dim=1)
     nearest = COSINE * start + (1 - COSINE**2) ** 0.5 * across
     W.copy_(torch.where(along < COSINE, nearest, W))
+
+
+def at_limit(W: Tensor, start: Tensor) -> float:
+    """The share of rows of ``W`` that :func:`keep_rows_near` holds. If it is 0, the limit made no difference."""
+    return float(((W * start).sum(1) <= COSINE + ROUNDING).double().mean())
 
 
 def fit_scale(step: TopKStep, x: Tensor, batch_size: int) -> None:

@@ -57,7 +57,8 @@ def cache_tokens(
         say: called with a line if the file system has no locks; None: :func:`warnings.warn`.
 
     Raises ValueError or TypeError that names the argument: for a folder with tokens of another model, other layers or
-    another seed; where ``dtype`` can't hold a value; and before ``max_bytes`` would be passed. Complete shards stay.
+    another seed; where ``dtype`` can't hold a value; and for the first image that has no room in ``max_bytes``. What
+    was written stays.
 
     >>> import tempfile, timm, torch, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -164,13 +165,17 @@ class _Writer:
             write_durably(index, text[: text.rfind("\n") + 1].encode())
 
     def add(self, tokens: dict[int, Tensor], keys: list[str]) -> None:
-        """Add the tokens [B, n, d] per layer of images that are new."""
+        """Add the tokens [B, n, d] per layer of images that are new. ValueError for those that have no room."""
         first = next(iter(tokens.values()))
         size = sum(x.numel() * x.element_size() for x in tokens.values())
-        if self.max_bytes is not None and self.bytes + self.pending_bytes + size > self.max_bytes:
+        one = size // len(keys)
+        room = len(keys) if self.max_bytes is None else (self.max_bytes - self.bytes - self.pending_bytes) // one
+        if room < len(keys):
+            if room > 0:
+                self.add({block: x[:room] for block, x in tokens.items()}, keys[:room])
             raise ValueError(
                 f"max_bytes: expected room for more than {len(self.known)} images, got {self.max_bytes} bytes; one "
-                f"image takes {size // len(keys)}"
+                f"image takes {one}"
             )
         if self.pending and next(iter(self.pending[0][0].values())).shape[1] != first.shape[1]:
             self.flush()  # images of another size

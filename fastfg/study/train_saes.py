@@ -18,6 +18,7 @@ from torch import Tensor
 from fastfg.files import read_json, write_durably
 from fastfg.perturb.seeds import generator
 from fastfg.sae.checkpoints import load_sae
+from fastfg.sae.controls import at_limit
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
@@ -30,6 +31,7 @@ from fastfg.types import integers
 CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
 FIRST = 2**15  # tokens that the scale and the geometric median are computed from
 REPORTED = 2**15  # held-out tokens that the report is measured on, at most
+ROWS_AT_LIMIT = "rows_at_limit"  # in the report of a soft-frozen SAE: the share of dictionary rows that are held back
 EVERY = 20  # steps from one call of progress to the next
 
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, figures
@@ -72,7 +74,9 @@ def train_saes(
             ``explained_variance``, ``l0``, ``dead_share`` of the batch and ``tokens_per_second``.
         say: called with a line if the file system has no locks; None: :func:`warnings.warn`.
 
-    Returns {(kind, layer): report}; the explained variance of a report is that of held-out tokens. Raises ValueError
+    Returns {(kind, layer): report}; the explained variance of a report is that of held-out tokens. ``report.json`` of a
+    ``soft-frozen`` SAE also has the share of dictionary rows at the limit: where it is 0, the limit never acted, and
+    the SAE is no control. Raises ValueError
     that names the argument, also where ``out`` holds SAEs of another recipe, model or data.
     """
     layers = cache.layers if layers is None else integers("layers", layers)
@@ -86,6 +90,8 @@ def train_saes(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected at least 1, got {checkpoint_every}")
     sides = cache.split(held_out, groups=groups, seed=recipe.seed, keys=keys)
+    if set(kinds) != {"random"}:
+        _check_batches(cache.count(sides[0]), recipe.batch_size, buffer)
     run = _Run(cache, Path(out), *sides, groups is not None, buffer, torch.device(device), checkpoint_every)
     found = {}
     for kind in kinds:
@@ -94,6 +100,14 @@ def train_saes(
             with alone(run.folder(kind, layer), "out", say):
                 found[kind, layer] = run.train(replace(recipe, kind=kind), layer, progress)
     return found
+
+
+def _check_batches(n: int, batch_size: int, buffer: int) -> None:
+    """Require that ``n`` tokens fill a batch, and that the buffer can be shuffled."""
+    if n < batch_size:
+        raise ValueError(f"batch_size: expected at most the {n} tokens to train on, got {batch_size}")
+    if buffer < 2 * batch_size:
+        raise ValueError(f"buffer: expected at least two batches of {batch_size} tokens, got {buffer}")
 
 
 def _silent(done: int, total: int, figures: dict[str, float]) -> None:
@@ -137,6 +151,7 @@ class _Run:
         if (folder / REPORT).exists():
             return _earlier(folder, described)
         trainer = SAETrainer(recipe, self._some(layer, self.trained, FIRST))
+        start = trainer.W_dec.to("cpu", copy=True) if recipe.kind == "soft-frozen" else None
         checkpoint = folder / CHECKPOINT
         made_with = of | {"shards": self.cache.layout(self.trained)}
         if checkpoint.exists():
@@ -151,6 +166,8 @@ class _Run:
         sae.cpu().save(folder)
         checkpoint.unlink(missing_ok=True)  # before the report, which says that the folder is complete
         told = described | {"report": asdict(found), "sae": sae_fingerprint(sae)}
+        if start is not None:
+            told[ROWS_AT_LIMIT] = at_limit(sae.W_dec, start)
         write_durably(folder / REPORT, json.dumps(told, indent=2).encode())
         return found
 
@@ -178,10 +195,7 @@ class _Run:
 
     def _per_epoch(self, recipe: Recipe) -> int:
         """The number of full batches in one pass over the tokens to train on."""
-        n = self.cache.count(self.trained)
-        if n < recipe.batch_size:
-            raise ValueError(f"batch_size: expected at most the {n} tokens to train on, got {recipe.batch_size}")
-        return n // recipe.batch_size
+        return self.cache.count(self.trained) // recipe.batch_size
 
     def _some(self, layer: int, keys: set[str], n: int) -> Tensor:
         """About ``n`` tokens of the images among ``keys``, drawn at random, or all if there are fewer."""

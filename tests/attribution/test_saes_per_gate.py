@@ -80,3 +80,10 @@ def test_errors_name_the_gate(model, images, saes):
         fastfg.attribute(model, images, saes=[saes | {2: "b"}], gate=[GATE])
     with pytest.raises(TypeError, match=r"saes\[0\]: expected \{block: SparseAutoencoder\} or None, got int"):
         fastfg.attribute(model, images, saes=[3], gate=[GATE])
+    narrow = {1: saes[1], 2: random_sae(16, 50, "relu")}
+    with pytest.raises(ValueError, match=r"^saes\[1\]\[2\]: expected width 32, as the model's .*, got 16"):
+        fastfg.attribute(model, images, saes=[saes, narrow], gate=[GATE, GATE])
+    with pytest.raises(ValueError, match=r"^saes\[2\]: expected width 32, as the model's .*, got 16"):
+        fastfg.attribute(model, images, saes=narrow, gate=[GATE, GATE])
+    without = [None, replace(GATE, score="gradient_x_residual"), replace(GATE, layers=(1,))]  # no gate reads it
+    fastfg.attribute(model, images, saes=[narrow] * 3, gate=without)

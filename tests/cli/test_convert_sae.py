@@ -28,7 +28,26 @@ def test_convert_and_show(tmp_path, capsys):
     assert "norms of W_dec rows: " in shown
     assert "given: site" in shown
     assert main(["convert-sae", str(tmp_path / "in"), str(out), "--site", "resid_post"]) == 1
-    assert "out: expected a folder without an SAE" in capsys.readouterr().err
+    assert "out: expected a new or an empty folder, got" in capsys.readouterr().err
+
+
+def test_out_must_be_new_or_empty(tmp_path, capsys):
+    """An SAE of another library in the same folder could not be told apart from the one that is written."""
+    source = tmp_path / "sl" / "layer_1"
+    save_saev(source, HEADER, weights())
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+    wanted = ["--site", "resid_post", "--layer", "1"]
+    assert main(["convert-sae", str(source), str(source), *wanted]) == 1
+    error = capsys.readouterr().err
+    assert f"out: expected a new or an empty folder, got {source}, which has {', '.join(sorted(before))}" in error
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+    file = tmp_path / "a.txt"
+    file.touch()
+    assert main(["convert-sae", str(source), str(file), *wanted]) == 1
+    assert f"out: expected a folder, got {file}, which is a file" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main(["convert-sae", str(source), str(empty), *wanted]) == 0
 
 
 def test_show_several_and_thresholds(tmp_path, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 import fastfg
 from fastfg.cli import main
 from fastfg.models.timm import import_timm
+from fastfg.study import TokenCache
 
 MODEL = "vit_tiny_patch16_224"
 
@@ -121,13 +122,104 @@ def test_groups_stay_on_one_side(folder, tmp_path):
     assert (data["images"], data["held_out_images"], data["grouped"]) == (4, 2, True)
 
 
+@pytest.mark.parametrize("acts", [False, True])
+def test_a_limit_that_never_acted_is_said(folder, tmp_path, capsys, acts):
+    options = ["--steps", "80", "--lr", "0.03"] if acts else ["--steps", "2"]
+    assert main(command(folder, tmp_path / "out", "--kinds", "trained", "soft-frozen", *options, layers=["1"])) == 0
+    printed = capsys.readouterr().out.replace("\n", " ")
+    none = (
+        "soft-frozen, block 1: no dictionary row is at the limit, a cosine of 0.8 with its start. The limit never acted"
+    )
+    assert (none in printed) != acts
+    assert ("% of the dictionary rows are at the limit, a cosine of 0.8 with their start" in printed) == acts
+    assert "trained, block 1: no dictionary row" not in printed
+    trained, soft = csv.DictReader((tmp_path / "out" / "saes.csv").open())
+    assert trained["rows_at_limit"] == ""
+    assert (float(soft["rows_at_limit"]) > 0) == acts
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--held-out", "0.01"], "held-out: expected a share that leaves some of 6 images on both sides, got 0.01"),
+        (
+            ["--held-out", "0.5", "--groups", "GROUPS"],
+            "held-out: expected a share that leaves some of 1 groups on both sides",
+        ),
+        (
+            ["--batch-tokens", "785", "--buffer", "1570"],
+            "batch-tokens: expected at most 784, the tokens to train on, got 785",
+        ),
+        (
+            ["--tokens-per-image", "4", "--batch-tokens", "17"],
+            "batch-tokens: expected at most 16, the tokens to train on, got 17",
+        ),
+        (["--tokens-per-image", "197"], "tokens-per-image: expected at most 196, the patches per image, got 197"),
+        (["--k", "193"], "k: expected 1 to n_features=192, got 193"),
+        (["--prefixes", "0.001", "1"], "prefixes: expected increasing shares of the 192 features"),
+        (["--groups", "none.csv"], "none.csv"),
+    ],
+)
+def test_what_is_known_before_is_told_before_tokens_are_written(folder, tmp_path, capsys, more, message):
+    groups = tmp_path / "groups.csv"
+    groups.write_text("image,group\n" + "".join(f"{i}.png,same\n" for i in range(6)))
+    more = [str(groups) if one == "GROUPS" else one for one in more]
+    assert main(command(folder, tmp_path / "out", *more, layers=["1"])) == 1
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_can_not_be_read_are_counted_later(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        content = (folder / "images" / f"{i}.png").read_bytes()
+        (images / f"{i}.png").write_bytes(content if i < 1 else content[:100])
+    arguments = command(folder, tmp_path / "out", layers=["1"])
+    arguments[1] = str(images)
+    assert main(arguments) == 1
+    assert "held_out: expected a share that leaves some of 1 on both sides, got 0.3" in capsys.readouterr().err
+    assert (tmp_path / "out" / "errors.csv").exists()
+
+
+def test_the_tokens_fill_what_they_may_take(folder, tmp_path, capsys):
+    size = 196 * 192 * 2  # bytes of an image
+    limit = ["--max-gigabytes", str(4.5 * size / 1e9)]
+    assert main(command(folder, tmp_path / "out", *limit, layers=["1"])) == 1
+    done = capsys.readouterr()
+    said = f"max_bytes: expected room for more than 4 images, got {round(4.5 * size)} bytes; one image takes {size}"
+    assert said in done.err.replace("\n", " ")
+    assert f"The tokens of 6 images may take {6 * size / 1e9:.3g} GB" in done.out.replace("\n", " ")
+    assert len(TokenCache(tmp_path / "out" / "tokens").keys) == 4
+    assert main(command(folder, tmp_path / "out", layers=["1"])) == 0  # without the limit, the run goes on
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--epochs", "5", "--steps", "60"], "argument --steps: not allowed with argument --epochs"),
+        (["--epochs", "1", "--steps", "60"], "argument --steps: not allowed with argument --epochs"),
+        (["--features", "100", "--expansion", "1"], "argument --expansion: not allowed with argument --features"),
+        (["--features", "100", "--expansion", "64"], "argument --expansion: not allowed with argument --features"),
+    ],
+)
+def test_options_that_exclude_each_other(folder, tmp_path, capsys, more, message):
+    arguments = command(folder, tmp_path / "out")
+    at = arguments.index("--expansion")
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments[:at], *arguments[at + 2 :], *more])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "layers", "code", "message"),
     [
         ([], ["3-1"], 2, "argument --layers: expected a block or a range of blocks, such as 4 or 2-10, got '3-1'"),
         ([], ["7"], 1, "layers: expected blocks from 0 to 2"),
         (["--kinds", "frozen"], ["1"], 2, "argument --kinds: invalid choice: 'frozen'"),
-        (["--prefixes", "0.5"], ["1"], 1, "prefixes: expected increasing shares of the 1048576 features"),
+        (["--prefixes", "0.5"], ["1"], 1, "prefixes: expected increasing shares of the 192 features"),
         (["--activation", "relu"], ["1"], 2, "argument --activation: invalid choice: 'relu'"),
         (["--k", "500"], ["1"], 1, "k: expected 1 to n_features=192, got 500"),
         (

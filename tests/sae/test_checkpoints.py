@@ -174,6 +174,40 @@ def test_own_configs_that_do_not_fit(tmp_path, config, message):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"provenance": 3}, "expected provenance in {} to be an object, got 3"),
+        ({"provenance": {"folded": 3}}, "expected provenance.folded in {} to be a list of strings, got 3"),
+        ({"provenance": {"given": [3]}}, r"expected provenance.given in {} to be a list of strings, got \[3\]"),
+        ({"provenance": {"recipe": "x"}}, "expected provenance.recipe in {} to be an object, got 'x'"),
+        ({"provenance": {"weights": [1]}}, r"expected provenance.weights in {} to be a string, got \[1\]"),
+        ({"provenance": {"site": 3}}, "expected provenance.site in {} to be a string, got 3"),
+        ({"provenance": {"layer": -1}}, "expected provenance.layer in {} to be a 0-based block, got -1"),
+        ({"provenance": {"layer": True}}, "expected provenance.layer in {} to be a 0-based block, got True"),
+        ({"layer": -1}, "expected layer in {} to be a 0-based block, got -1"),
+        ({"layer": "2"}, "expected layer in {} to be a 0-based block, got '2'"),
+    ],
+)
+def test_where_an_own_sae_comes_from_has_its_form(tmp_path, config, message):
+    own(tmp_path / "layer_2", **config)
+    message = message.replace("{}", f"{tmp_path}/layer_2/config.json")
+    for path, load in ((tmp_path / "layer_2", fastfg.sae.load_sae), (tmp_path, fastfg.load_saes)):
+        with pytest.raises(ValueError, match=f"^path: {message}"):
+            load(path)
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path):
+    sae = random_sae(32, 100, "relu")
+    sae.provenance |= {"folded": ("a", "b"), "model": None, "mine": {"any": [3]}, "layer": 2}
+    sae.save(tmp_path / "layer_2")
+    assert fastfg.load_saes(tmp_path)[2].provenance == sae.provenance | {"folded": ["a", "b"]}
+    sae.provenance["folded"] = 3
+    with pytest.raises(ValueError, match=r"expected provenance.folded in .*config.json to be a list of strings, got 3"):
+        sae.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_own_tensors_that_do_not_fit(tmp_path):
     own(tmp_path)
     file = tmp_path / "sae.safetensors"

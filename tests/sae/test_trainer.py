@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastfg.sae.controls import COSINE, keep_rows_near
+from fastfg.sae.controls import COSINE, at_limit, keep_rows_near
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import report
 from fastfg.sae.trainer import SAETrainer, geometric_median
@@ -86,6 +86,18 @@ def test_rows_are_moved_to_the_nearest_that_is_allowed():
     keep_rows_near(W, start)
     assert torch.equal(W[0], near)
     torch.testing.assert_close(W[1:], torch.tensor([[0.8, 0.6, 0], [0.8, 0.6, 0]]))
+    assert at_limit(W, start) == pytest.approx(2 / 3)
+    assert at_limit(start, start) == 0
+
+
+def test_a_limit_that_no_row_reaches_changes_nothing(tokens):
+    """So a short run of soft-frozen is no control."""
+    start = SAETrainer(RECIPE, tokens).W_dec
+    for steps, acts in ((12, False), (400, True)):
+        recipe = dataclasses.replace(RECIPE, steps=steps, lr=2e-2 if acts else 3e-3)
+        plain, soft = (trained(tokens, dataclasses.replace(recipe, kind=kind)) for kind in ("trained", "soft-frozen"))
+        assert torch.equal(plain.W_dec, soft.W_dec) != acts
+        assert (at_limit(soft.W_dec, start) > 0) == acts
 
 
 def test_random_codes_are_fitted_by_least_squares(tokens):

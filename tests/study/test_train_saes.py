@@ -152,7 +152,38 @@ def test_wrong_arguments_are_named(cache, tmp_path, given, message):
 def test_too_few_tokens_for_a_batch(cache, tmp_path):
     recipe = dataclasses.replace(RECIPE, batch_size=10**6)
     with pytest.raises(ValueError, match="^batch_size: expected at most the 288 tokens to train on, got 1000000"):
-        train_saes(cache, tmp_path, recipe, held_out=0.25)
+        train_saes(cache, tmp_path / "out", recipe, held_out=0.25)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="^buffer: expected at least two batches of 64 tokens, got 65"):
+        train_saes(cache, tmp_path / "out", RECIPE, held_out=0.25, buffer=65)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("steps", "acts"), [(9, False), (100, True)])
+def test_the_rows_at_the_limit_of_soft_frozen_are_reported(cache, tmp_path, monkeypatch, steps, acts):
+    recipe = dataclasses.replace(RECIPE, steps=steps, lr=2e-2)
+    options = {"layers": 1, **OPTIONS, "checkpoint_every": 4}
+    kinds = ("trained", "soft-frozen")
+    train_saes(cache, tmp_path / "out", recipe, kinds=kinds, **options)
+    stored = {kind: json.loads((tmp_path / "out" / kind / "layer_1" / "report.json").read_text()) for kind in kinds}
+    assert "rows_at_limit" not in stored["trained"]
+    assert 0 <= stored["soft-frozen"]["rows_at_limit"] <= 1
+    assert (stored["soft-frozen"]["rows_at_limit"] > 0) == acts
+    train, steps_done = SAETrainer.train, []
+
+    def dies(self, x):
+        if len(steps_done) == 6:
+            raise KeyboardInterrupt
+        steps_done.append(self.done)
+        return train(self, x)
+
+    monkeypatch.setattr(SAETrainer, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(cache, tmp_path / "killed", recipe, kinds="soft-frozen", **options)
+    monkeypatch.setattr(SAETrainer, "train", train)
+    train_saes(cache, tmp_path / "killed", recipe, kinds="soft-frozen", **options)
+    again = json.loads((tmp_path / "killed" / "soft-frozen" / "layer_1" / "report.json").read_text())
+    assert again == stored["soft-frozen"]  # a run that was stopped compares with the start, too
 
 
 def test_the_reported_tokens_are_drawn_from_the_whole_grid(monkeypatch, tmp_path):
