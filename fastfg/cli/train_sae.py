@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -337,9 +338,13 @@ def _write_csv(out: Path) -> None:
     from fastfg.cli.inputs import write_csv
     from fastfg.files import read_json
     from fastfg.sae.recipe import KINDS
-    from fastfg.study.train_saes import ROWS_AT_LIMIT
+    from fastfg.sae.report import SAEReport
+    from fastfg.study.train_saes import REPORT, ROWS_AT_LIMIT
 
-    reports = [read_json(file, "recipe", "layer", "report") for file in sorted(out.glob("*/layer_*/report.json"))]
-    reports.sort(key=lambda one: (KINDS.index(one["recipe"]["kind"]), one["layer"]))
-    rows = [(one["recipe"]["kind"], one["layer"], *one["report"].values(), one.get(ROWS_AT_LIMIT)) for one in reports]
-    write_csv(out / "saes.csv", ("kind", "layer", *reports[0]["report"], ROWS_AT_LIMIT), rows)
+    rows = []
+    for kind in KINDS:
+        files = (out / kind).glob(f"layer_*/{REPORT}")
+        found = [(int(file.parent.name.removeprefix("layer_")), read_json(file, "report")) for file in files]
+        for layer, one in sorted(found, key=lambda item: item[0]):
+            rows.append((kind, layer, *asdict(SAEReport.read(one["report"])).values(), one.get(ROWS_AT_LIMIT)))
+    write_csv(out / "saes.csv", ("kind", "layer", *(field.name for field in fields(SAEReport)), ROWS_AT_LIMIT), rows)
