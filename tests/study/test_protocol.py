@@ -202,7 +202,11 @@ def test_the_claim_is_made_of_the_test(done):
         ),
         ("img_size = 64", "img_size = 32", "model.img_size: expected 64, which the head and the scores"),
         ('out = "out"', 'out = "out"\nseed = 1', "run.seed: expected 0"),
-        ('trained = "saes/trained"', 'trained = "saes/frozen"', "frozen-decoder SAE.*expected other maps than 'gate'"),
+        (
+            'trained = "saes/trained"',
+            'trained = "saes/frozen"',
+            "saes: expected the SAEs that the scores .*trained, block 1",
+        ),
     ],
 )
 def test_a_folder_of_another_study_is_refused(done, old, new, message):
@@ -211,6 +215,14 @@ def test_a_folder_of_another_study_is_refused(done, old, new, message):
     file.write_text((folder / "study.toml").read_text().replace(old, new))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_protocol(open_study(file), silent)
+
+
+def test_the_same_saes_for_two_kinds_are_refused(done):
+    _, judging, outcome = done
+    same = {**judging.parts.identities, "trained": judging.parts.identities["frozen-decoder"]}
+    own = dataclasses.replace(judging, parts=dataclasses.replace(judging.parts, identities=same))
+    with pytest.raises(ValueError, match="frozen-decoder SAE.*expected other maps than 'gate'"):
+        own.scores("Test", "test", outcome.variants, [])
 
 
 def test_an_image_without_a_group_is_one_by_itself(done):
