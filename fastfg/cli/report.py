@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "--maps", type=file_or_folder, metavar="DIR", help="a folder of fastfg attribute, for the pictures"
     )
     command.add_argument(
-        "--method", default="gated", metavar="VARIANT", help="what the answer is about (default: %(default)s)"
+        "--method", metavar="VARIANT", help="what the answer is about (default: gated, if it is there)"
     )
     command.add_argument(
         "--controls",

@@ -103,13 +103,19 @@ def _read(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def create(name: str, pretrained: bool, **options: Any) -> Any:
-    """Create timm's model. Errors name the argument."""
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that timm does not know; one with a ``/`` is that of a hub."""
     timm = import_timm()
     if "/" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(pretrained=False), n=3)
         hint = f" (close: {', '.join(close)})" if close else ""
         raise ValueError(f"model: expected the name of a timm model, got {name!r}{hint}")
+
+
+def create(name: str, pretrained: bool, **options: Any) -> Any:
+    """Create timm's model. Errors name the argument."""
+    check_name(name)
+    timm = import_timm()
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # the network, the hub and timm's own checks

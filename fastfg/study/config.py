@@ -21,6 +21,7 @@ try:
 except ModuleNotFoundError as error:  # an extra
     raise ModuleNotFoundError(f"fastfg.study.config needs {error.name}: pip install 'fastfg[study]'") from None
 
+LEAST_IMAGES = 2  # of a split on which variants are compared
 CONTROLS = (
     "gradient_x_residual",
     "sae_error",

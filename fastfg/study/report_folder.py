@@ -15,7 +15,7 @@ from fastfg.report.table import differences
 from fastfg.report.versions import versions
 from fastfg.study.answer import answer, undecided
 from fastfg.study.paired import paired
-from fastfg.study.statistics import summarize
+from fastfg.study.statistics import metric_columns, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,14 +30,14 @@ ABOUT = {
     "centre": "A Gaussian in the middle of the image.",
     "edges": "The magnitude of the picture's edges.",
 }
-METHOD, CONTROLS = "gated", ("random", "centre", "edges")
+VANILLA, METHOD, CONTROLS = "vanilla", "gated", ("random", "centre", "edges")
 
 
 def folder_contents(
     folder: str | Path,
     *,
     maps: str | Path | None = None,
-    method: str = METHOD,
+    method: str | None = None,
     controls: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Contents:
@@ -48,41 +48,36 @@ def folder_contents(
             ``fastfg.compare(...).to_parquet(...)``.
         maps: a folder of ``fastfg attribute`` for the same files, whose overlays the gallery shows; None: ``folder``
             itself, if it has some.
-        method: the variant that the answer is about. It is compared with ``vanilla``.
+        method: the variant that the answer is about. It is compared with ``vanilla``. None: ``gated``, if both are
+            there; without them, the answer is about no method.
         controls: variants that the method must beat, too; None: those of ``random``, ``centre`` and ``edges`` that are
             there. Of all others, the answer says which are better than the method.
         seed: of the tests.
 
+    Images whose ``group`` is empty are groups of their own.
+
     Raises FileNotFoundError without ``scores.parquet``, and ValueError if it can't be read as scores, for a method or
     control that is not there, and for the folder of a demo, whose own page says more.
     """
-    import pandas as pd
-
     folder = Path(folder)
-    file, written = folder / SCORES, _written(folder)
+    written = _written(folder)
     if written.get("command") == "demo":
         raise ValueError(f"folder: expected one of fastfg evaluate, got that of a demo, {folder}, which has its page")
-    if not file.is_file():
-        raise FileNotFoundError(f"folder: expected a folder with {SCORES}, as fastfg evaluate writes it, got {folder}")
-    try:
-        scores = pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"folder: expected a table in {file}, got {error}") from None
-    if "variant" not in scores or not {"image", "key"} & set(scores):
-        raise ValueError(f"folder: expected the columns variant and key in {file}, got {list(scores.columns)}")
+    scores = _scores(folder / SCORES)
     names = list(dict.fromkeys(scores["variant"]))
-    against = "vanilla" if "vanilla" in names else str(names[0])
+    _check_roles(names, method, controls)
+    about = method or (METHOD if {METHOD, VANILLA} <= set(names) else None)
+    against = VANILLA if VANILLA in names else names[0]
     if controls is None:
-        controls = [name for name in CONTROLS if name in names and name not in (against, method)]
-    _check_roles(names, against, method, controls)
-    roles = dict.fromkeys(controls, "control") | {method: "method", against: "baseline"}
+        controls = [name for name in CONTROLS if name in names and name not in (against, about)]
+    roles = dict.fromkeys(controls, "control") | {about: "method", against: "baseline"}
     variants = [Variant(name, roles.get(name, "other"), ABOUT.get(name, "")) for name in names]
     tables = {against: paired(scores, against, seed=seed)} if len(names) > 1 else {}
     more: dict[str, pd.DataFrame] = {}
     claim = undecided(scores, differences(tables[against], against) if tables else [])
-    if method in names and against == "vanilla":
+    if about is not None:
         others = [one.name for one in variants if one.role == "other"]
-        claim, more = answer(scores, tables[against], method, controls=controls, others=others, seed=seed)
+        claim, more = answer(scores, tables[against], about, controls=controls, others=others, seed=seed)
     images = _images(folder if maps is None else Path(maps), scores)
     return Contents(
         title=f"Scores of {scores['path' if 'path' in scores else 'image'].nunique()} images",
@@ -102,22 +97,63 @@ def folder_contents(
     )
 
 
-def _check_roles(names: Sequence[str], against: str, method: str, controls: Sequence[str]) -> None:
-    if method not in names and method != METHOD:
-        raise ValueError(f"method: expected a variant, one of {names}, got {method!r}")
-    for name in controls:
-        if name not in names or name in (against, method):
-            known = [one for one in names if one not in (against, method)]
-            raise ValueError(f"controls: expected variants among {known}, got {name!r}")
-    if len(set(controls)) < len(controls):
+def _scores(file: Path) -> pd.DataFrame:
+    """The table of scores. Raises ValueError for one without rows, variants, images or metrics."""
+    import pandas as pd
+
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"folder: expected a folder with {SCORES}, as fastfg evaluate writes it, got {file.parent}"
+        )
+    try:
+        scores = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"folder: expected a table in {file}, got {error}") from None
+    if "variant" not in scores or not {"image", "key"} & set(scores):
+        raise ValueError(f"folder: expected the columns variant and key in {file}, got {list(scores.columns)}")
+    if not len(scores):
+        raise ValueError(f"folder: expected scores in {file}, got a table without rows")
+    if wrong := [name for name in scores["variant"].unique() if not isinstance(name, str)]:
+        raise ValueError(f"folder: expected names of variants in {file}, got {wrong[0]!r}")
+    if not metric_columns(scores):
+        raise ValueError(f"folder: expected a column of a metric in {file}, got {list(scores.columns)}")
+    return scores
+
+
+def _check_roles(names: Sequence[str], method: str | None, controls: Sequence[str] | None) -> None:
+    """Refuse a method or controls that the answer can't be about."""
+    if method is None and controls is None:
+        return
+    if VANILLA not in names:
+        which = "method" if method is not None else "controls"
+        raise ValueError(f"{which}: expected a table with {VANILLA!r}, which a method is compared with, got {names}")
+    known = [name for name in names if name != VANILLA]
+    if method is None and METHOD not in names:
+        raise ValueError(f"controls: expected a method that must beat them, one of {known}, got none")
+    if method is not None and method not in known:
+        raise ValueError(f"method: expected a variant, one of {known}, got {method!r}")
+    possible = [name for name in known if name != (method or METHOD)]
+    for name in controls or ():
+        if name not in possible:
+            raise ValueError(f"controls: expected variants among {possible}, got {name!r}")
+    if controls and len(set(controls)) < len(controls):
         raise ValueError(f"controls: expected different variants, got {list(controls)}")
 
 
 def _written(folder: Path) -> Mapping[str, Any]:
     """What the command wrote of itself: ``command``, ``fastfg`` (the version), ``arguments`` and ``versions``."""
-    found = _object(folder / MARKER)
-    arguments = found.get("settings", {})
-    return {**found, "arguments": arguments, **_object(folder / CONFIG).get("evaluate", {})}
+    found, more = _object(folder / MARKER), _object(folder / CONFIG)
+    _check_objects(folder / MARKER, found, "settings", "versions")
+    _check_objects(folder / CONFIG, more, "evaluate")
+    evaluated = more.get("evaluate", {})
+    _check_objects(folder / CONFIG, evaluated, "arguments", "versions")
+    return {**found, "arguments": found.get("settings", {}), **evaluated}
+
+
+def _check_objects(file: Path, found: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if not isinstance(found.get(name, {}), Mapping):
+            raise ValueError(f"{file}: expected a JSON object as {name}, got {found[name]!r:.80}")
 
 
 def _object(file: Path) -> Mapping[str, Any]:
@@ -128,7 +164,12 @@ def _object(file: Path) -> Mapping[str, Any]:
 def _errors(folder: Path) -> pd.DataFrame | None:
     import pandas as pd
 
-    tables = [pd.read_csv(folder / name) for name in ERRORS if (folder / name).is_file()]
+    tables = []
+    for file in (folder / name for name in ERRORS):
+        try:
+            tables += [pd.read_csv(file)] if file.is_file() else []
+        except ValueError as error:
+            raise ValueError(f"folder: expected a table in {file}, got {error}") from None
     return pd.concat(tables, ignore_index=True).astype(object) if tables else None
 
 

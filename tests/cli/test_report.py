@@ -82,7 +82,9 @@ def test_the_method_may_have_any_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "min"], "method: expected a variant, one of ['vanilla', 'gated', 'random'], got 'min'"),
+        (["--method", "min"], "method: expected a variant, one of ['gated', 'random'], got 'min'"),
+        (["--method", "vanilla"], "method: expected a variant, one of ['gated', 'random'], got 'vanilla'"),
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
         (["--controls", "rondom"], "controls: expected variants among ['random'], got 'rondom'"),
         (["--controls", "gated"], "controls: expected variants among ['random'], got 'gated'"),
         (["--controls", "random", "random"], "controls: expected different variants, got ['random', 'random']"),
@@ -93,6 +95,59 @@ def test_variants_that_are_not_there(tmp_path, capsys, options, message):
     assert main(["report", str(folder), *options]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("variants", "options", "message"),
+    [
+        (
+            ("gated", "random"),
+            {"method": "random"},
+            "method: expected a table with 'vanilla', which a method is compared",
+        ),
+        (("gated", "random"), {"controls": ["random"]}, "controls: expected a table with 'vanilla', which a method is"),
+        (
+            ("vanilla", "random"),
+            {"controls": ["random"]},
+            r"controls: expected a method .* one of \['random'\], got none",
+        ),
+        (("vanilla", "random"), {"method": "gated"}, r"method: expected a variant, one of \['random'\], got 'gated'"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(tmp_path, variants, options, message):
+    with pytest.raises(ValueError, match=message):
+        folder_contents(evaluated(tmp_path / "scores", variants), **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("fastfg.json", {"settings": 3}, "fastfg.json: expected a JSON object as settings, got 3"),
+        ("fastfg.json", {"versions": [1]}, "fastfg.json: expected a JSON object as versions, got [1]"),
+        ("fastfg.json", [], "fastfg.json: expected a JSON object, got []"),
+        ("config.json", {"evaluate": 4}, "config.json: expected a JSON object as evaluate, got 4"),
+        ("config.json", {"evaluate": {"arguments": 4}}, "config.json: expected a JSON object as arguments, got 4"),
+        ("errors.csv", None, "errors.csv, got No columns"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path, capsys, file, content, message):
+    folder = evaluated(tmp_path / "scores")
+    (folder / file).write_text("" if content is None else json.dumps(content))
+    assert main(["report", str(folder)]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_image_whose_group_is_empty_is_one_by_itself(tmp_path, empty):
+    folder = evaluated(tmp_path / "scores")
+    table = pd.read_parquet(folder / "scores.parquet")
+    before = folder_contents(folder).paired["vanilla"]
+    table["group"] = pd.Series([empty] * len(table), dtype=object)
+    table.to_parquet(folder / "scores.parquet")
+    pd.testing.assert_frame_equal(folder_contents(folder).paired["vanilla"], before)
+    table.loc[table["key"] < "image-003", "group"] = "patient"
+    table.to_parquet(folder / "scores.parquet")
+    assert set(folder_contents(folder).paired["vanilla"]["groups"]) == {6}  # of 8 images, three of one patient
 
 
 def test_a_demo_keeps_its_page(tmp_path, capsys):
@@ -144,6 +199,12 @@ def test_pictures_of_attribute(tmp_path, capsys):
         (None, "folder: expected a folder with scores.parquet, as fastfg evaluate writes it, got"),
         (b"not a table", "folder: expected a table in"),
         (pd.DataFrame({"a": [1]}), "folder: expected the columns variant and key in"),
+        (pd.DataFrame({"variant": [], "key": [], "srg": []}), "scores.parquet, got a table without rows"),
+        (pd.DataFrame({"variant": ["a"], "key": ["b"]}), "folder: expected a column of a metric in"),
+        (
+            pd.DataFrame({"variant": ["a", None], "key": ["b", "b"], "srg": [1.0, 2.0]}),
+            "folder: expected names of variants in",
+        ),
     ],
 )
 def test_what_is_no_folder_of_scores(tmp_path, capsys, content, message):

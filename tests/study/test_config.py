@@ -136,3 +136,23 @@ def test_init_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected none for elpv"):
         init("elpv", tmp_path / "x.toml", model="vit_tiny_patch16_224")
     assert [path.name for path in tmp_path.iterdir()] == ["there.toml"]
+
+
+def test_init_refuses_images_and_models_with_which_no_study_runs(tmp_path):
+    photographs(tmp_path / "photos", 30)
+    said = (str(tmp_path / "photos"), tmp_path / "x.toml")
+    with pytest.raises(ValueError, match=r"model: expected the name of a timm model, got 'vit_tny.*close: vit_tiny"):
+        init(*said, model="vit_tny_patch16_224")
+    (tmp_path / "photos/dark").rename(tmp_path / "dark")
+    with pytest.raises(ValueError, match=r"STUDY: expected images of at least 2 classes, .* got \['bright'\]"):
+        init(*said, model="vit_tiny_patch16_224")
+    (tmp_path / "photos/dark").mkdir()
+    for image in list((tmp_path / "photos/bright").iterdir())[3:]:
+        image.unlink()
+    for image in list((tmp_path / "dark").iterdir())[:3]:
+        image.rename(tmp_path / "photos/dark" / image.name)
+    with pytest.raises(
+        ValueError, match=r"STUDY: expected images to train on, and at least 2 each to .*, got \d+ train"
+    ):
+        init(*said, model="vit_tiny_patch16_224")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dark", "photos"]
