@@ -14,7 +14,6 @@ from torch import Tensor
 from fastfg import ops
 from fastfg.attribution.patch_scores import PatchScores, shuffled
 from fastfg.attribution.sae_report import warn_of_poor_fit
-from fastfg.checks import check_width
 from fastfg.models import Adapter
 from fastfg.reference.relevancy import pooling_row
 from fastfg.sae.model import SparseAutoencoder
@@ -74,7 +73,6 @@ class RelevancyPass:
             needed = self.n_features or any(gate.needs_sae for gate in gates)
             sae = self._saes[which][block] if needed else None
             if sae is not None:
-                check_width(sae, x, block)
                 warn_of_poor_fit(sae, x[:, first:], block)
             sources[which] = PatchScores(x[:, first:], g[:, first:], sae, self.backend)
 
