@@ -67,7 +67,8 @@ part targets bash -c "suites bench -k 'bfloat16 and ($targets)'"
 # the cost of an evaluation relative to the model alone; 3 variants of 512 images, to extrapolate to 10,000 images
 part engine-32 bash -c 'engine --model vit_base_patch32_224 --images 512 --gates 1 3'
 part engine-16 bash -c 'engine --images 64 --gates 1 3 10'
-part removed bash -c 'engine --images 16 --removed 5'
+# a removed curve needs many images: only masks of one length share a batch
+part removed bash -c 'engine --images 256 --removed 2'
 part train-sae "$python" -m bench.train_sae --device cuda --d 768 --F 49152 --k_aux 512 --rounds 20 --precision bfloat16 \
   --losses 200 --results "$out"
 part engine-loop bash -c 'engine --loop'
