@@ -84,8 +84,8 @@ def check_saes(
                 f"{name}[{layer}]: expected a SparseAutoencoder, got {type(saes[layer]).__name__} "
                 "(fastfg.load_saes reads files)"
             )
-        said = saes[layer].provenance.get("layer", layer)
-        if said != layer:
+        said = saes[layer].provenance.get("layer")
+        if said not in (None, layer):
             raise ValueError(
                 f"{name}[{layer}]: expected an SAE of this block, got one of block {said} (provenance['layer'])"
             )

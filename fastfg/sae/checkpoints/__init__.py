@@ -58,9 +58,10 @@ def load_saes(
     saes = {}
     for block in wanted:
         saes[block] = load_sae(paths[block], **overrides)
-        said = saes[block].provenance.setdefault("layer", block)
-        if said != block:
+        said = saes[block].provenance.get("layer")
+        if said not in (None, block):
             raise ValueError(f"source: expected block {said} for {paths[block]}, as its files say, got {block}")
+        saes[block].provenance["layer"] = block
     return saes
 
 
