@@ -175,7 +175,9 @@ def _check(arguments: argparse.Namespace, inputs: Inputs, of_path: dict[Path, st
 
     Images may turn out to be unreadable or equal. So what is checked here is checked again with the tokens.
     """
+    from fastfg.models.timm import preprocessing
     from fastfg.study.token_cache import on_both_sides
+    from fastfg.study.token_writer import shape_of_tokens
 
     n, share, per_image = len(inputs.paths), arguments.held_out, arguments.tokens_per_image
     if not n:
@@ -184,7 +186,7 @@ def _check(arguments: argparse.Namespace, inputs: Inputs, of_path: dict[Path, st
     if not on_both_sides(share, n_units):
         what = "images" if of_path is None else "groups"
         raise ValueError(f"held-out: expected a share that leaves some of {n_units} {what} on both sides, got {share}")
-    patches, width = _sizes(inputs, arguments.blocks)
+    patches, width = shape_of_tokens(inputs.adapter, preprocessing(inputs.model), arguments.blocks)
     if per_image is not None and per_image > patches:
         raise ValueError(f"tokens-per-image: expected at most {patches}, the patches per image, got {per_image}")
     per_image = per_image or patches
@@ -196,18 +198,6 @@ def _check(arguments: argparse.Namespace, inputs: Inputs, of_path: dict[Path, st
     if arguments.max_gigabytes is not None and gigabytes > arguments.max_gigabytes:
         given = f"more than --max-gigabytes {arguments.max_gigabytes:g}"
         say(f"The tokens of {count(n, 'image')} may take {gigabytes:.3g} GB, {given}")
-
-
-def _sizes(inputs: Inputs, blocks: list[int]) -> tuple[int, int]:
-    """The patches of an image, and the width of the residual stream."""
-    from PIL import Image
-
-    from fastfg.attribution.residuals import residuals
-    from fastfg.models.timm import preprocessing
-
-    image = preprocessing(inputs.model)(Image.new("RGB", (256, 256)))[None].to(inputs.device)
-    _, patches, width = residuals(inputs.model, image, blocks)[blocks[0]].shape
-    return patches, width
 
 
 def _tokens(

@@ -27,7 +27,8 @@ from fastfg.study.prepared import Once, Thing, check_prepared, check_saes, read_
 from fastfg.study.presets import preset
 from fastfg.study.shards import Failure
 from fastfg.study.telling import Say, Track
-from fastfg.study.token_cache import TokenCache, on_both_sides
+from fastfg.study.token_cache import on_both_sides
+from fastfg.study.token_writer import shape_of_tokens
 from fastfg.study.train_saes import Progress, train_saes
 from fastfg.study.unread import unread_images
 from fastfg.study.weights import check_weights, sae_fingerprint
@@ -240,6 +241,14 @@ def _train(
     if not wanted:
         return
 
+    patches, width = shape_of_tokens(model, transform, layers)
+    per_image = how.tokens_per_image or patches
+    if per_image > patches:
+        raise ValueError(
+            f"saes.train.tokens_per_image: expected at most {patches}, the patches per image, got {per_image}"
+        )
+    _recipe(config, how, width, len(chosen) * per_image, device)  # again below, where unreadable images are known
+
     def images() -> Iterator[tuple[torch.Tensor, list[str]]]:
         verify_content(chosen)
         for batch, keys in read_images(chosen, transform, config.data.max_failures, say):
@@ -268,7 +277,9 @@ def _train(
     )
     grouped = _groups(chosen)
     _check_held_out(caches[wanted[0]].keys, grouped)  # some images may be unreadable
-    recipe = _recipe(config, how, caches[wanted[0]], grouped, device)
+    cache = caches[wanted[0]]
+    trained, _ = cache.split(HELD_OUT, groups=grouped, seed=config.run.seed)
+    recipe = _recipe(config, how, cache.width, cache.count(trained), device)
 
     def sae(kind: str, layer: int) -> None:
         options: dict[str, Any] = {"layers": layer, "kinds": kind, "groups": grouped, "held_out": HELD_OUT}
@@ -295,18 +306,15 @@ def _say_reports(config: Config, say: Say) -> None:
             say(f"SAE {kind}, block {layer}: {figures}, dead {report['dead_share']:.1%} on held-out tokens")
 
 
-def _recipe(
-    config: Config, how: Train, cache: TokenCache, groups: Mapping[str, str] | None, device: torch.device
-) -> Recipe:
-    """The recipe of the SAEs. Raises ValueError that names the setting which does not fit the tokens."""
-    trained, _ = cache.split(HELD_OUT, groups=groups, seed=config.run.seed)
-    if (n := cache.count(trained)) < how.batch_tokens:
+def _recipe(config: Config, how: Train, width: int, n: int, device: torch.device) -> Recipe:
+    """The recipe for ``n`` tokens to train on. Raises ValueError that names the setting that does not fit them."""
+    if n < how.batch_tokens:
         raise ValueError(
             f"saes.train.batch_tokens: expected at most {n}, the tokens to train on, got {how.batch_tokens}"
         )
     try:
         return Recipe(
-            n_features=how.expansion * cache.width,
+            n_features=how.expansion * width,
             k=how.k,
             steps=how.steps,
             batch_size=how.batch_tokens,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastfg.attribution.residuals import residuals
@@ -83,6 +84,13 @@ def cache_tokens(
         writer = _Writer(Path(folder), recipe | {"weights": weights}, max_bytes, shard_bytes or SHARD_BYTES)
         _write(writer, model, batches, layers, tokens_per_image, dtype, seed, progress)
     return TokenCache(folder)
+
+
+def shape_of_tokens(model: Adapter, transform: Callable[[Any], Tensor], layers: Sequence[int]) -> tuple[int, int]:
+    """The patches of an image, and the width of the residual stream, by one blank image."""
+    image = transform(Image.new("RGB", (256, 256)))[None].to(model.parameter.device)
+    _, patches, width = residuals(model, image, layers)[layers[0]].shape
+    return patches, width
 
 
 def _write(

@@ -7,12 +7,10 @@ from safetensors.torch import save_file
 
 from fastfg.data.manifest import read_manifest, write_manifest
 from fastfg.models.timm import import_timm
-from fastfg.study import cache_tokens
 from fastfg.study import prepare as module
 from fastfg.study.config import read_config
-from fastfg.study.prepare import _recipe, check_training, load_classifier, prepare
+from fastfg.study.prepare import check_training, load_classifier, prepare
 from tests.study.studies import TOML, make_study
-from tests.tools import tiny_vit
 
 NAME = "vit_tiny_patch16_224"
 
@@ -70,18 +68,23 @@ def test_training_images_to_hold_out(file):
         check_training(config, one_without)
 
 
-def test_settings_that_do_not_fit_the_tokens(file, tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("k = 193", r"^saes\.train\.k: expected .*, got 193$"),
+        ("batch_tokens = 4096", r"^saes\.train\.batch_tokens: expected at most \d+, the tokens to train on, got 4096$"),
+        ("tokens_per_image = 17", r"^saes\.train\.tokens_per_image: expected at most 16, the patches per .*, got 17$"),
+    ],
+)
+def test_settings_that_do_not_fit_are_said_before_tokens_are_written(tmp_path, setting, message):
     start, end = TOML.index("[saes.folders]"), TOML.index("[protocol]")
-    file.write_text(TOML[:start] + "[saes.train]\nexpansion = 1\nk = 33\nbatch_tokens = 130\n" + TOML[end:])
-    config = read_config(file)
-    how, images = config.saes.train, torch.zeros(6, 3, 32, 48)
-    cache = cache_tokens(
-        tiny_vit(torch.float32), [(images, list("abcdef"))], 1, tmp_path / "tokens"
-    )  # 24 each, 32 wide
-    with pytest.raises(ValueError, match=r"^saes\.train\.k: expected .*, got 33$"):
-        _recipe(config, how.model_copy(update={"batch_tokens": 8}), cache, None, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"^saes\.train\.batch_tokens: expected at most 120, the tokens .*, got 130$"):
-        _recipe(config, how, cache, None, torch.device("cpu"))
+    train = {"expansion": "expansion = 1", "k": "k = 8", "batch_tokens": "batch_tokens = 64"}
+    train[setting.split(" ")[0]] = setting
+    file = make_study(tmp_path)
+    file.write_text(TOML[:start] + "\n".join(["[saes.train]", *train.values()]) + "\n" + TOML[end:])
+    with pytest.raises(ValueError, match=message):
+        prepare(read_config(file), torch.device("cpu"), lambda text: None, lambda title: lambda *at: None)
+    assert not (tmp_path / "out/tokens").exists()
 
 
 def test_labels_are_checked_before_anything_is_trained(tmp_path, monkeypatch):
