@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Sequence
 
 from fastfg import __version__
@@ -48,11 +46,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("interrupted; finished work is kept")
         return 130
     return 0
-
-
-def entry() -> None:
-    """The ``fastfg`` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
-    sys.exit(main())

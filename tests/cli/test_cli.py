@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fastfg
 from fastfg import study
+from fastfg.__main__ import entry
 from fastfg.cli import main
 from fastfg.cli.model import load_model
 from fastfg.data import find_images, path_text
@@ -552,3 +553,14 @@ def test_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"fastfg {fastfg.__version__}\n"
+
+
+def test_an_interrupt_while_the_command_line_is_built(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastfg.cli.main", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        entry()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted before anything was begun\n"
