@@ -57,7 +57,7 @@ def paired(
         against: the variant to compare with.
         groups: a column of ``scores``, or one entry per image, in the order in which the images first appear. None:
             the column ``group`` if there is one, as ``compare(groups=)`` makes it. In a column, an image whose entry is
-            empty (``""`` or missing) is a group by itself.
+            empty (``""`` or missing) is a group by itself; of the entries, none may be empty.
         metrics: the metrics to test; None: all. A smaller family needs less correction. It is needed where the table
             has other columns with numbers.
         family: the comparisons that Holm's correction counts together: ``all`` of the call (the probability of a wrong
@@ -103,7 +103,7 @@ def paired(
     check_seed(seed)
     if seed < 0:
         raise ValueError(f"seed: expected at least 0, got {seed}")
-    if groups is None and "group" in scores.columns and not scores["group"].map(is_empty).all():
+    if groups is None and "group" in scores.columns and not all(map(is_empty, scores["group"].unique())):
         groups = "group"
     chosen = metric_columns(scores, metrics, groups, higher_is_better or ())
     found = pairs(scores, chosen, against, groups)

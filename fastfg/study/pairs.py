@@ -174,15 +174,18 @@ def _group_numbers(
         given = group_entries(groups)
         if len(given) != len(images):
             raise ValueError(f"groups: expected {len(images)} entries, one per image, got {len(given)}")
+        for name, entry in zip(images, given, strict=True):
+            if is_empty(entry):
+                raise ValueError(f"groups: expected a group for each image, got none for {name}")
     numbers, _ = pd.factorize(pd.Series(given, dtype=object))
-    if (numbers < 0).any():
-        raise ValueError(f"groups: expected a group for each image, got none for {images[int(numbers.argmin())]}")
     return np.asarray(numbers)
 
 
 def is_empty(group: Any) -> bool:
-    """Whether an entry of a table says that an image has no group: such an image is a group by itself."""
-    return group is None or group == "" or group != group  # NaN
+    """Whether an entry of a table (``""`` or missing) says that an image has no group: it is a group by itself."""
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(group) and (pd.isna(group) or group == ""))  # pd.NA can't be compared
 
 
 def direction_of(metric: str, own: Mapping[str, bool] | None) -> bool | None:

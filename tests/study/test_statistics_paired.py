@@ -309,6 +309,18 @@ def test_groups_by_column_and_by_sequence_are_the_same():
     assert set(summarize(table.assign(group="a"))["metric"]) == {"saco"}
 
 
+@pytest.mark.parametrize("empty", ["", None, np.nan, pd.NA])
+@pytest.mark.parametrize("dtype", [object, "string", "category"])
+def test_an_image_with_an_empty_group_is_a_group_by_itself(empty, dtype):
+    table = scores(vanilla=[0.1, 0.2, 0.3, 0.5], gated=[0.2, 0.4, 0.1, 0.7])
+    for names, groups in (([empty] * 4, 4), (["a", empty, "a", empty], 3), (["a", empty, "b", "b"], 3)):
+        column = table.assign(group=pd.Series(names * 2, dtype=object).astype(dtype))
+        assert one(column)["groups"] == groups
+        assert one(column, groups="group")["groups"] == groups
+    numbers = table.assign(group=pd.array([1, None, 1, None] * 2, "Int64"))
+    assert one(numbers)["groups"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -318,6 +330,7 @@ def test_groups_by_column_and_by_sequence_are_the_same():
         ({"groups": "patient"}, "groups: expected a column of scores, .* got 'patient'"),
         ({"groups": ["a"]}, "groups: expected 3 entries, one per image, got 1"),
         ({"groups": ["a", None, "b"]}, "groups: expected a group for each image, got none for 1"),
+        ({"groups": ["a", "", "b"]}, "groups: expected a group for each image, got none for 1"),
         ({"groups": "image"}, None),
         ({"groups": "target"}, "groups: expected one target per image, got several for 2"),
         ({"n_resamples": 0}, "n_resamples: expected at least 1, got 0"),
