@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES, MAPS, MARKER, CONFIG = "scores.parquet", "attributions.csv", "fastfg.json", "config.json"
+TEXTS = ("path", "key", "overlay")  # columns of MAPS
 ERRORS = ("score_errors.csv", "errors.csv")
 PICTURES = "Pictures: the map that fastfg attribute wrote, over the image as the model sees it."
 ABOUT = {
@@ -30,6 +31,7 @@ ABOUT = {
     "centre": "A Gaussian in the middle of the image.",
     "edges": "The magnitude of the picture's edges.",
 }
+TITLE = ("path", "image", "index")  # the first of these columns that is there says how many images there are
 VANILLA, METHOD, CONTROLS = "vanilla", "gated", ("random", "centre", "edges")
 
 
@@ -46,18 +48,18 @@ def folder_contents(
     Args:
         folder: with ``scores.parquet``, one row per image and variant, as ``fastfg evaluate`` writes it, or
             ``fastfg.compare(...).to_parquet(...)``.
-        maps: a folder of ``fastfg attribute`` for the same files, whose overlays the gallery shows; None: ``folder``
-            itself, if it has some.
+        maps: a folder of ``fastfg attribute`` for the same files, with ``attributions.csv``, whose overlays the gallery
+            shows; None: ``folder`` itself, if it has some.
         method: the variant that the answer is about. It is compared with ``vanilla``. None: ``gated``, if both are
             there; without them, the answer is about no method.
         controls: variants that the method must beat, too; None: those of ``random``, ``centre`` and ``edges`` that are
             there. Of all others, the answer says which are better than the method.
         seed: of the tests.
 
-    Images whose ``group`` is empty are groups of their own.
+    An image whose entry in the column ``group`` is empty (``""`` or missing) is a group by itself.
 
-    Raises FileNotFoundError without ``scores.parquet``, and ValueError if it can't be read as scores, for a method or
-    control that is not there, and for the folder of a demo, whose own page says more.
+    Raises FileNotFoundError without ``scores.parquet``, and for ``maps`` without maps; ValueError for tables that can't
+    be read, for a method or control that is not there, and for the folder of a demo, whose own page says more.
     """
     folder = Path(folder)
     written = _written(folder)
@@ -66,6 +68,8 @@ def folder_contents(
     scores = _scores(folder / SCORES)
     names = list(dict.fromkeys(scores["variant"]))
     _check_roles(names, method, controls)
+    if maps is not None and not (Path(maps) / MAPS).is_file():
+        raise FileNotFoundError(f"maps: expected a folder with {MAPS}, as fastfg attribute writes it, got {maps}")
     about = method or (METHOD if {METHOD, VANILLA} <= set(names) else None)
     against = VANILLA if VANILLA in names else names[0]
     if controls is None:
@@ -80,7 +84,7 @@ def folder_contents(
         claim, more = answer(scores, tables[against], about, controls=controls, others=others, seed=seed)
     images = _images(folder if maps is None else Path(maps), scores)
     return Contents(
-        title=f"Scores of {scores['path' if 'path' in scores else 'image'].nunique()} images",
+        title=f"Scores of {scores[next(name for name in TITLE if name in scores)].nunique()} images",
         subtitle=f"fastfg {written.get('fastfg', '')}: {folder.resolve().name}".replace("fastfg : ", ""),
         claims=[claim],
         scores=scores,
@@ -109,13 +113,19 @@ def _scores(file: Path) -> pd.DataFrame:
         scores = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"folder: expected a table in {file}, got {error}") from None
-    if "variant" not in scores or not {"image", "key"} & set(scores):
-        raise ValueError(f"folder: expected the columns variant and key in {file}, got {list(scores.columns)}")
+    if "variant" not in scores or not {"image", "key"} & set(scores) or not set(TITLE) & set(scores):
+        raise ValueError(
+            f"folder: expected the columns variant, and key and path (or image), in {file}, got {list(scores.columns)}"
+        )
     if not len(scores):
         raise ValueError(f"folder: expected scores in {file}, got a table without rows")
     if wrong := [name for name in scores["variant"].unique() if not isinstance(name, str)]:
         raise ValueError(f"folder: expected names of variants in {file}, got {wrong[0]!r}")
-    if not metric_columns(scores):
+    try:
+        metrics = metric_columns(scores)
+    except ValueError as error:
+        raise ValueError(f"folder: expected columns of metrics alone in {file} ({error})") from None
+    if not metrics:
         raise ValueError(f"folder: expected a column of a metric in {file}, got {list(scores.columns)}")
     return scores
 
@@ -164,38 +174,55 @@ def _object(file: Path) -> Mapping[str, Any]:
 def _errors(folder: Path) -> pd.DataFrame | None:
     import pandas as pd
 
-    tables = []
-    for file in (folder / name for name in ERRORS):
-        try:
-            tables += [pd.read_csv(file)] if file.is_file() else []
-        except ValueError as error:
-            raise ValueError(f"folder: expected a table in {file}, got {error}") from None
+    tables = [_table("folder: expected a table", folder / name) for name in ERRORS if (folder / name).is_file()]
     return pd.concat(tables, ignore_index=True).astype(object) if tables else None
+
+
+def _table(expected: str, file: Path, **options: Any) -> pd.DataFrame:
+    """A CSV file. ``expected``: how the message starts if it is none."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(file, **options)
+    except ValueError as error:
+        raise ValueError(f"{expected} in {file}, got {error}") from None
 
 
 def _images(folder: Path, scores: pd.DataFrame) -> list[ImageEntry]:
     """The images whose overlays ``fastfg attribute`` wrote to ``folder``, in the order of the scores."""
-    import pandas as pd
-
     file = folder / MAPS
     if not file.is_file():
         return []
-    table = pd.read_csv(file, dtype={"key": str, "path": str, "overlay": str})
-    missing = [name for name in ("path", "key", "overlay", "target", "predicted", "probability") if name not in table]
+    table = _table("maps: expected a table of fastfg attribute", file, dtype=dict.fromkeys(TEXTS, str))
+    missing = [name for name in (*TEXTS, "target", "predicted", "probability") if name not in table]
     if missing:
         raise ValueError(f"maps: expected a table of fastfg attribute in {file}, got one without {missing}")
     there = table[table["overlay"].notna()].drop_duplicates("key")
     rows = {row["key"]: row for row in there.to_dict("records")}
     keys = dict.fromkeys(map(str, scores["key" if "key" in scores else "image"]))
-    return [_entry(folder, rows[key]) for key in keys if key in rows]
+    return [_entry(file, rows[key]) for key in keys if key in rows]
 
 
-def _entry(folder: Path, row: Mapping[Any, Any]) -> ImageEntry:
-    from PIL import Image
-
-    with Image.open(folder / Path(row["overlay"]).name) as overlay:  # a table can't name files elsewhere
-        picture: Array = np.asarray(overlay.convert("RGB"), dtype=np.uint8)
-    explained = f"class {row['target']} with probability {float(row['probability']):.3g}"
+def _entry(file: Path, row: Mapping[Any, Any]) -> ImageEntry:
+    """What the page shows of one ``row`` of the table ``file``."""
+    try:
+        probability = float(row["probability"])
+    except ValueError:
+        raise ValueError(f"maps: expected probabilities in {file}, got {row['probability']!r}") from None
+    picture = _picture(file.parent / Path(row["overlay"]).name, file)  # a table can't name files elsewhere
+    explained = f"class {row['target']} with probability {probability:.3g}"
     return ImageEntry(
         row["key"], picture, {}, predicted=f"class {row['predicted']}", explained=explained, path=row["path"]
     )
+
+
+def _picture(overlay: Path, file: Path) -> Array:
+    from PIL import Image
+
+    if not overlay.is_file():
+        raise FileNotFoundError(f"maps: expected the picture {overlay}, as {file} says, got no such file")
+    try:
+        with Image.open(overlay) as opened:
+            return np.asarray(opened.convert("RGB"), dtype=np.uint8)
+    except (OSError, ValueError) as error:  # PIL's own is an OSError
+        raise ValueError(f"maps: expected a picture in {overlay}, got {error}") from None

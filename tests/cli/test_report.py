@@ -128,6 +128,8 @@ def test_what_cannot_be_answered_is_said(tmp_path, variants, options, message):
         ("config.json", {"evaluate": 4}, "config.json: expected a JSON object as evaluate, got 4"),
         ("config.json", {"evaluate": {"arguments": 4}}, "config.json: expected a JSON object as arguments, got 4"),
         ("errors.csv", None, "errors.csv, got No columns"),
+        ("attributions.csv", None, "maps: expected a table of fastfg attribute in"),
+        ("attributions.csv", None, "attributions.csv, got No columns"),
     ],
 )
 def test_what_is_damaged_is_named(tmp_path, capsys, file, content, message):
@@ -148,6 +150,14 @@ def test_an_image_whose_group_is_empty_is_one_by_itself(tmp_path, empty):
     table.loc[table["key"] < "image-003", "group"] = "patient"
     table.to_parquet(folder / "scores.parquet")
     assert set(folder_contents(folder).paired["vanilla"]["groups"]) == {6}  # of 8 images, three of one patient
+
+
+@pytest.mark.parametrize("columns", [["path"], ["path", "index"], ["index"]])
+def test_what_tells_images_apart(tmp_path, columns):
+    folder = evaluated(tmp_path / "scores", ("vanilla",))
+    table = pd.read_parquet(folder / "scores.parquet").assign(index=range(8))
+    table[[*columns, "key", "variant", "srg"]].to_parquet(folder / "scores.parquet")
+    assert folder_contents(folder).title == "Scores of 8 images"
 
 
 def test_a_demo_keeps_its_page(tmp_path, capsys):
@@ -193,16 +203,47 @@ def test_pictures_of_attribute(tmp_path, capsys):
     assert not (folder / "report.html").exists()
 
 
+def test_maps_that_are_no_maps(tmp_path):
+    folder, maps = evaluated(tmp_path / "scores"), tmp_path / "maps"
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"maps: expected a folder with attributions\.csv, .* got .*maps$"):
+            folder_contents(folder, maps=maps)
+        maps.mkdir(exist_ok=True)
+    Image.new("RGB", (3, 2)).save(maps / "0.png")
+    row = {"path": "p", "key": "image-000", "overlay": "0.png", "target": 1, "predicted": 1, "probability": "high"}
+    pd.DataFrame([row]).to_csv(maps / "attributions.csv", index=False)
+    with pytest.raises(ValueError, match=r"maps: expected probabilities in .*attributions\.csv, got 'high'"):
+        folder_contents(folder, maps=maps)
+    pd.DataFrame([row | {"overlay": "1.png", "probability": 0.5}]).to_csv(maps / "attributions.csv", index=False)
+    with pytest.raises(FileNotFoundError, match=r"maps: expected the picture .*1\.png, as .*attributions\.csv says"):
+        folder_contents(folder, maps=maps)
+    (maps / "1.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"maps: expected a picture in .*1\.png"):
+        folder_contents(folder, maps=maps)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "folder: expected a folder with scores.parquet, as fastfg evaluate writes it, got"),
         (b"not a table", "folder: expected a table in"),
-        (pd.DataFrame({"a": [1]}), "folder: expected the columns variant and key in"),
-        (pd.DataFrame({"variant": [], "key": [], "srg": []}), "scores.parquet, got a table without rows"),
-        (pd.DataFrame({"variant": ["a"], "key": ["b"]}), "folder: expected a column of a metric in"),
+        (pd.DataFrame({"a": [1]}), "folder: expected the columns variant, and key and path (or image), in"),
         (
-            pd.DataFrame({"variant": ["a", None], "key": ["b", "b"], "srg": [1.0, 2.0]}),
+            pd.DataFrame({"variant": ["a"], "key": ["b"], "srg": [1.0]}),
+            "folder: expected the columns variant, and key and path (or image), in",
+        ),
+        (
+            pd.DataFrame({"variant": ["a"], "image": ["b"], "srg": [1.0], "mine": [1.0]}),
+            "folder: expected columns of metrics alone in",
+        ),
+        (
+            pd.DataFrame({"variant": ["a"], "image": ["b"], "srg": ["x"]}),
+            "folder: expected columns of metrics alone in",
+        ),
+        (pd.DataFrame({"variant": [], "image": [], "srg": []}), "scores.parquet, got a table without rows"),
+        (pd.DataFrame({"variant": ["a"], "image": ["b"]}), "folder: expected a column of a metric in"),
+        (
+            pd.DataFrame({"variant": ["a", None], "image": ["b", "b"], "srg": [1.0, 2.0]}),
             "folder: expected names of variants in",
         ),
     ],
