@@ -241,13 +241,7 @@ def _train(
     if not wanted:
         return
 
-    patches, width = shape_of_tokens(model, transform, layers)
-    per_image = how.tokens_per_image or patches
-    if per_image > patches:
-        raise ValueError(
-            f"saes.train.tokens_per_image: expected at most {patches}, the patches per image, got {per_image}"
-        )
-    _recipe(config, how, width, len(chosen) * per_image, device)  # again below, where unreadable images are known
+    _check_tokens(config, how, model, transform, len(chosen))
 
     def images() -> Iterator[tuple[torch.Tensor, list[str]]]:
         verify_content(chosen)
@@ -294,6 +288,17 @@ def _train(
         )
     )
     _say_reports(config, say)
+
+
+def _check_tokens(config: Config, how: Train, model: Adapter, transform: Any, n_images: int) -> None:
+    """Refuse settings that do not fit the tokens of ``n_images``, before one is written. Fewer may be readable."""
+    patches, width = shape_of_tokens(model, transform, config.protocol.layers)
+    per_image = how.tokens_per_image or patches
+    if per_image > patches:
+        raise ValueError(
+            f"saes.train.tokens_per_image: expected at most {patches}, the patches per image, got {per_image}"
+        )
+    _recipe(config, how, width, n_images * per_image, model.parameter.device)
 
 
 def _say_reports(config: Config, say: Say) -> None:
