@@ -81,7 +81,7 @@ def stand_ins(tmp_path_factory):
     """What the examples name: photographs in two classes, weights, and an SAE. ``train-sae`` makes the other SAEs."""
     folder = tmp_path_factory.mktemp("stand-ins")
     random = np.random.default_rng(0)
-    for i in range(6):
+    for i in range(14):  # of which two are to validate and two to test with
         file = folder / "photographs" / ("cats", "dogs")[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
