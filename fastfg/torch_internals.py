@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TRIED_ON = ("2.11", "2.13")  # the torch versions that fastfg was tested with: 2.11 on a GPU, 2.13 on a CPU
 
@@ -28,6 +31,20 @@ def parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
 def buffers_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """The buffers of these modules, without those of their parts."""
     return (buffer for m in modules for buffer in m._buffers.values() if buffer is not None)
+
+
+@contextmanager
+def tensors_used() -> Iterator[set[int]]:
+    """Context that collects the ids of all tensors that this thread's ops get, views and lists included."""
+    used: set[int] = set()
+
+    class Collect(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            used.update(id(one) for one in tree_leaves((args, kwargs or {})) if isinstance(one, Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Collect():
+        yield used
 
 
 def uncompiled(model: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, product
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfg.models.adapter import Adapter, resid_post
+from fastfg.models.adapter import Adapter
 from fastfg.models.hold import hold
+from fastfg.models.hooks import in_this_thread
+from fastfg.torch_internals import tensors_used
 
 SQUARES = [(side, side) for side in (224, *range(8, 1025))]  # tried as the size of the image that shows what is used
 LONGEST = 64  # patches per side of other images
@@ -42,36 +43,23 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _before_blocks(adapter: Adapter) -> list[Tensor]:
-    """The weights outside the blocks that the first block's output depends on, such as the patch embedding.
+    """The weights outside the blocks that are used until the first block has run, such as the patch embedding.
 
-    If that can't be found out, as for a model made in inference mode: all weights outside the blocks.
+    If no image is found that the model takes: all weights outside the blocks.
     """
     inside = {id(tensor) for block in adapter.blocks for tensor in _tensors(block)}
     outside = [tensor for tensor in _tensors(adapter.model) if id(tensor) not in inside]
     size = next(filter(partial(_takes, adapter), chain(SQUARES, _oblongs(adapter))), None)
     if size is None:
         return outside
-    without = {id(tensor) for _, statistics in _statistics(adapter.model) for tensor in statistics}
-    asked = [tensor for tensor in outside if tensor.is_floating_point() and id(tensor) not in without]
-    if any(tensor.is_inference() for tensor in asked):
-        return outside
-    with hold(adapter.model, adapter.flags), torch.enable_grad(), _with_gradients(asked):
-        gradients = torch.autograd.grad(_first_output(adapter, size).sum(), asked, allow_unused=True)
-    used = {id(leaf) for leaf, gradient in zip(asked, gradients, strict=True) if gradient is not None}
-    for weight, statistics in _statistics(adapter.model):
-        used |= set(map(id, statistics)) if weight is None or id(weight) in used else set()
-    return [tensor for tensor in outside if id(tensor) in used] or outside
+    with hold(adapter.model, adapter.flags), torch.no_grad(), tensors_used() as used:
+        _run_first_block(adapter, size)
+    return [tensor for tensor in outside if id(tensor) in used]
 
 
 def _oblongs(adapter: Adapter) -> Iterator[tuple[int, int]]:
     ph, pw = adapter.patch_size or (1, 1)
     return ((gh * ph, gw * pw) for gh, gw in product(range(1, LONGEST + 1), repeat=2))
-
-
-def _statistics(model: nn.Module) -> list[tuple[Tensor | None, list[Tensor]]]:
-    """The weight and the running statistics of each batch norm. Torch has no gradient for the statistics."""
-    norms = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
-    return [(getattr(norm, "weight", None), list(norm.buffers(recurse=False))) for norm in norms]
 
 
 def _takes(adapter: Adapter, size: tuple[int, int]) -> bool:
@@ -85,38 +73,22 @@ def _takes(adapter: Adapter, size: tuple[int, int]) -> bool:
 class _Stop(Exception):  # noqa: N818  not an error
     """Ends a forward pass after the first block."""
 
-    def __init__(self, stream: Tensor) -> None:
-        self.stream = stream
 
+def _run_first_block(adapter: Adapter, size: tuple[int, int]) -> None:
+    """Run the model on one blank image, up to its first block."""
 
-def _first_output(adapter: Adapter, size: tuple[int, int]) -> Tensor:
-    """The first block's output for one blank image, with the graph that it comes from."""
-
-    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Stop(resid_post(output))
+    def stop(*_: Any) -> None:
+        raise _Stop
 
     like = adapter.parameter
-    hook = adapter.blocks[0].register_forward_hook(stop)
+    hook = adapter.blocks[0].register_forward_hook(in_this_thread(stop))
     try:
         adapter.forward(torch.zeros(1, adapter.in_chans, *size, dtype=like.dtype, device=like.device))
-    except _Stop as stopped:
-        return stopped.stream
+    except _Stop:
+        return
     finally:
         hook.remove()
     raise RuntimeError(f"model: expected {type(adapter.model).__qualname__} to call its first block, which it did not")
-
-
-@contextmanager
-def _with_gradients(tensors: list[Tensor]) -> Iterator[None]:
-    """Context in which ``tensors`` ask for a gradient."""
-    before = [tensor.requires_grad for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for tensor, asked in zip(tensors, before, strict=True):
-            tensor.requires_grad_(asked)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,3 +80,12 @@ def test_a_model_whose_size_is_not_found_counts_all_that_is_outside(model):
 
 def unknown(size):
     raise ValueError("images: expected another size")
+
+
+def test_threads_share_a_model():
+    model, _, _ = setup("timm ViT")
+    adapter = adapt(model)
+    own = fingerprints(adapter, [1])
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == own for found in pool.map(lambda _: fingerprints(adapter, [1]), range(12)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
