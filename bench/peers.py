@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfg.models.timm import import_timm
+
 LR, DEAD_BIAS, LONG = 1e-4, -2.0, 10**9
 
 
@@ -110,6 +112,7 @@ PEERS: dict[str, Any] = {
 
 def imported(peer: Any) -> Any:
     try:
+        import_timm()  # some import torchvision, which can't be imported first beside a torch for CPUs
         return importlib.import_module(peer.MODULE)
     except ImportError as error:
         raise SystemExit(
