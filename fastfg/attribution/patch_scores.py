@@ -85,14 +85,13 @@ class PatchScores:
 
     @cached_property
     def g_scale(self) -> Tensor | None:
-        """Per token, the power of two that brings an image's gradients into the range of float16; None: not needed."""
+        """Per token, the power of two that brings its gradient into the range of float16; None: not needed."""
         if self.sae.W_dec.dtype != torch.float16:
             return None
-        largest = widened(self.g).abs().reshape(len(self.g) // max(self.shape[1], 1), -1).amax(1)
+        largest = widened(self.g).abs().amax(1)
         exponent = torch.frexp(largest).exponent.clamp(min=-100)
         usable = largest.isfinite() & (largest > 0)
-        scale = torch.ldexp(torch.ones_like(largest), torch.where(usable, FLOAT16_EXPONENT - exponent, 0))
-        return scale.repeat_interleave(self.shape[1])
+        return torch.ldexp(torch.ones_like(largest), torch.where(usable, FLOAT16_EXPONENT - exponent, 0))
 
     def at_own_scale(self, values: Tensor) -> Tensor:
         """What was computed from ``g_sae``, [T] or [T, n], as if from ``g``."""

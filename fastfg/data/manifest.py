@@ -213,17 +213,17 @@ def with_own_groups(groups: Mapping[str, str]) -> dict[str, str] | None:
     return {image: group or f"image {image}" for image, group in groups.items()}
 
 
-def draw(table: pd.DataFrame, split: str, n: int | None, seed: int = 0) -> pd.DataFrame:
+def draw(table: pd.DataFrame, split: str, n: int | None, seed: int = 0, argument: str | None = None) -> pd.DataFrame:
     """The manifest with ``n`` images of ``split``, and the others unchanged. None keeps all.
 
     Those with the smallest hash of seed and key are kept, so that the same images are drawn whatever the order of the
-    table. Raises ValueError if there are fewer.
+    table. Raises ValueError if there are fewer, which names the ``argument`` (None: the split).
     """
     if n is None:
         return table
     there = int((table["split"] == split).sum())
     if not 0 <= n <= there:
-        raise ValueError(f"{split}: expected 0 to {there} images, as the split has, got {n}")
+        raise ValueError(f"{argument or split}: expected 0 to {there} images, as the split has, got {n}")
     order = hash_order(table.loc[table["split"] == split, "key"], seed)
     return table[(table["split"] != split) | table["key"].isin(order[:n])].reset_index(drop=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain, product
 from typing import Any
@@ -21,14 +22,15 @@ LONGEST = 64  # patches per side of other images
 
 
 def fingerprints(adapter: Adapter, layers: Collection[int]) -> dict[int, str]:
-    """{block: a hash of all weights that its output depends on: of the blocks up to it, and of what is before them}.
+    """{block: a hash of all weights that its output depends on: of the blocks up to it, and of others used until then}.
 
-    A new head does not change it.
+    Others are the patch embedding, or prompts that are added between blocks. A new head does not change it.
     """
-    digest, found = hashlib.sha256(), {}
-    for tensor in _before_blocks(adapter):
-        _add(digest, "before", tensor)  # without its name, which changes where a model is a part of another one
-    for number, block in enumerate(adapter.blocks[: max(layers) + 1]):
+    last, digest, found = max(layers), hashlib.sha256(), {}
+    outside = _used_outside(adapter, last)
+    for number, block in enumerate(adapter.blocks[: last + 1]):
+        for tensor in outside[number]:
+            _add(digest, "outside", tensor)  # without its name, which changes where a model is a part of another one
         _add_all(digest, block, f"{number} ")
         if number in layers:
             found[number] = digest.hexdigest()
@@ -42,19 +44,24 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _before_blocks(adapter: Adapter) -> list[Tensor]:
-    """The weights outside the blocks that are used until the first block has run, such as the patch embedding.
+def _used_outside(adapter: Adapter, last: int) -> list[list[Tensor]]:
+    """Per block up to ``last``: the weights outside the blocks so far that are used first until it has run.
 
-    If no image is found that the model takes: all weights outside the blocks.
+    If no image is found that the model takes, all weights outside the blocks count with the first one.
     """
-    inside = {id(tensor) for block in adapter.blocks for tensor in _tensors(block)}
-    outside = [tensor for tensor in _tensors(adapter.model) if id(tensor) not in inside]
+    tensors = list(_tensors(adapter.model))
+    own = [{id(tensor) for tensor in _tensors(block)} for block in adapter.blocks]
     size = next(filter(partial(_takes, adapter), chain(SQUARES, _oblongs(adapter))), None)
     if size is None:
-        return outside
-    with hold(adapter.model, adapter.flags), torch.no_grad(), tensors_used() as used:
-        _run_first_block(adapter, size)
-    return [tensor for tensor in outside if id(tensor) in used]
+        inside = set().union(*own)
+        return [[tensor for tensor in tensors if id(tensor) not in inside], *[[]] * last]
+    counted: set[int] = set()
+    found = []
+    for number, used in enumerate(_used_until(adapter, size, last)):
+        counted |= own[number]
+        found.append([tensor for tensor in tensors if id(tensor) in used - counted])
+        counted |= used
+    return found
 
 
 def _oblongs(adapter: Adapter) -> Iterator[tuple[int, int]]:
@@ -71,24 +78,29 @@ def _takes(adapter: Adapter, size: tuple[int, int]) -> bool:
 
 
 class _Stop(Exception):  # noqa: N818  not an error
-    """Ends a forward pass after the first block."""
+    """Ends a forward pass after the last block that is asked for."""
 
 
-def _run_first_block(adapter: Adapter, size: tuple[int, int]) -> None:
-    """Run the model on one blank image, up to its first block."""
-
-    def stop(*_: Any) -> None:
-        raise _Stop
-
+def _used_until(adapter: Adapter, size: tuple[int, int], last: int) -> list[set[int]]:
+    """The ids of all tensors used until block 0 has run on a blank image, until block 1 has run, ... up to ``last``."""
+    found: list[set[int]] = []
     like = adapter.parameter
-    hook = adapter.blocks[0].register_forward_hook(in_this_thread(stop))
-    try:
-        adapter.forward(torch.zeros(1, adapter.in_chans, *size, dtype=like.dtype, device=like.device))
-    except _Stop:
-        return
-    finally:
-        hook.remove()
-    raise RuntimeError(f"model: expected {type(adapter.model).__qualname__} to call its first block, which it did not")
+    image = torch.zeros(1, adapter.in_chans, *size, dtype=like.dtype, device=like.device)
+    with hold(adapter.model, adapter.flags), torch.no_grad(), tensors_used() as used, ExitStack() as hooks:
+
+        def ran(*_: Any) -> None:
+            found.append(set(used))
+            if len(found) > last:
+                raise _Stop
+
+        for block in adapter.blocks[: last + 1]:
+            hooks.callback(block.register_forward_hook(in_this_thread(ran)).remove)
+        with suppress(_Stop):
+            adapter.forward(image)
+    if len(found) <= last:
+        name = type(adapter.model).__qualname__
+        raise RuntimeError(f"model: expected {name} to call its blocks as modules, block(x), got {len(found)} calls")
+    return found
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

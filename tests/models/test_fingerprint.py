@@ -89,3 +89,39 @@ def test_threads_share_a_model():
     with ThreadPoolExecutor(4) as pool:
         assert all(found == own for found in pool.map(lambda _: fingerprints(adapter, [1]), range(12)))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Prompted(nn.Module):
+    """A ViT that adds a prompt before each block, and whose last block holds the first prompt too."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.deep = model, nn.ParameterList([torch.randn(1, dtype=torch.float64) for _ in range(2)])
+        self.body.blocks[1].first = self.deep[0]
+
+    def forward(self, images):
+        handles = [
+            block.register_forward_pre_hook(lambda _, given, own=prompt: (given[0] + own, *given[1:]))
+            for block, prompt in zip(self.body.blocks, self.deep, strict=False)
+        ]
+        try:
+            return self.body(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def test_weights_that_are_used_between_blocks_count():
+    model, _, images = setup("timm ViT")
+    outer, adapter = Prompted(model), adapt(model)
+    adapter = dataclasses.replace(adapter, model=outer, forward=outer)
+    before, whole = fingerprints(adapter, [0, 1]), residuals(adapter, images, [0, 1])
+    for number, changed in ((0, [0, 1]), (1, [1])):
+        kept = outer.deep[number].data.clone()
+        outer.deep[number].data.add_(1)
+        found, now = fingerprints(adapter, [0, 1]), residuals(adapter, images, [0, 1])
+        assert [block for block in before if found[block] != before[block]] == changed
+        assert [block for block in before if not torch.equal(now[block], whole[block])] == changed
+        outer.deep[number].data.copy_(kept)
+    assert fingerprints(adapter, [0, 1]) == before
+    assert fingerprints(adapter, [1]) == {1: before[1]}

@@ -174,3 +174,14 @@ def test_init_checks_names_of_models_only_with_timm(tmp_path, monkeypatch):
     photographs(tmp_path / "photos", 30)
     monkeypatch.setitem(sys.modules, "timm", None)
     assert init(str(tmp_path / "photos"), tmp_path / "x.toml", model="vit_tny_patch16_224", say=[].append).exists()
+
+
+def test_init_of_few_images_writes_what_can_run(tmp_path):
+    photographs(tmp_path / "photos", 30)
+    said = []
+    file = init(str(tmp_path / "photos"), tmp_path / "a.toml", model="vit_tiny_patch16_224", say=said.append)
+    train = read_config(file).saes.train
+    assert (train.images, train.tokens_per_image) == (None, None)
+    assert "Before it runs, set weights in [model]: the file with those of vit_tiny_patch16_224" in said
+    with pytest.raises(FileNotFoundError, match=r"weights: expected a file, got .*nofile"):
+        init(str(tmp_path / "photos"), tmp_path / "b.toml", model="vit_tiny_patch16_224", weights=tmp_path / "nofile")

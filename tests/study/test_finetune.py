@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastfg
 from fastfg.data import from_folder, split
+from fastfg.data.manifest import content_hash
 from fastfg.study import finetune as module
 from fastfg.study.backbone import start_model, trained_labels
 from fastfg.study.classifier_data import Features, order, seeded
@@ -158,7 +159,9 @@ def test_early_stopping(tmp_path):
 
 def test_other_settings_in_the_same_folder_are_refused(table, weights, tmp_path):
     run(table, weights, tmp_path)
-    with pytest.raises(ValueError, match="out: expected the settings of the run in .*, or a new folder, got recipe"):
+    with pytest.raises(
+        ValueError, match="out: expected the settings of the run in .*, or a new folder, got batch_size 32"
+    ):
         run(table, weights, tmp_path, FineTuning(epochs=2, lr=1e-3))
     with pytest.raises(ValueError, match="got images"):
         run(table.iloc[1:], weights, tmp_path)
@@ -170,6 +173,9 @@ def test_unreadable_images_are_named_or_stop_it(table, weights, tmp_path):
     victim = table.index[table["split"] == "train"][0]
     broken = table.copy()
     broken.loc[victim, "path"] = str(bad)
+    with pytest.raises(ValueError, match="sha256: expected the content that the manifest was made of, got .*bad.png"):
+        run(broken, weights, tmp_path / "a")
+    broken.loc[victim, "sha256"] = content_hash(bad)
     with pytest.raises(ValueError, match="max_failures: expected at most 0.00% of 48 .*, got 1, .*bad.png"):
         run(broken, weights, tmp_path / "a")
     done = run(broken, weights, tmp_path / "b", max_failures=0.1)
