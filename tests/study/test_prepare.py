@@ -105,3 +105,13 @@ def test_labels_are_checked_before_anything_is_trained(tmp_path, monkeypatch):
         file.write_text(text if probe else text.replace("probe = true", ""))
         with pytest.raises(ValueError, match=r"^model\.classes: expected the labels of the .* none for \['grey'\]"):
             prepare(read_config(file), torch.device("cpu"), print, lambda _: print)
+
+
+def test_missing_folders_of_saes_are_said_before_anything_is_made(tmp_path):
+    file = make_study(tmp_path)
+    file.write_text(TOML.replace("saes/trained", "saes/nope"))
+    with pytest.raises(
+        FileNotFoundError, match=r"saes\.folders\.trained: expected SAEs, got .*nope, which does not exist"
+    ):
+        prepare(read_config(file), torch.device("cpu"), lambda text: None, lambda title: lambda *at: None)
+    assert not (tmp_path / "out").exists()
