@@ -58,9 +58,9 @@ def _used_outside(adapter: Adapter, last: int) -> list[list[Tensor]]:
     counted: set[int] = set()
     found = []
     for number, used in enumerate(_used_until(adapter, size, last)):
-        counted |= own[number]
-        found.append([tensor for tensor in tensors if id(tensor) in used - counted])
-        counted |= used
+        new = used - counted - own[number]
+        found.append([tensor for tensor in tensors if id(tensor) in new])
+        counted |= used | own[number]
     return found
 
 

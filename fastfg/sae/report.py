@@ -42,10 +42,11 @@ class SAEReport:
     @classmethod
     def read(cls, described: Any) -> SAEReport:
         """The report of a dict of the fields, as JSON has it. Raises ValueError or TypeError for other fields."""
-        for name, value in cls(**described).__dict__.items():
+        found = cls(**described)
+        for name, value in vars(found).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}: expected a number, got {value!r:.80}")
-        return cls(**described)
+        return found
 
 
 @torch.no_grad()

@@ -240,8 +240,9 @@ def check_settings(earlier: Mapping[str, Any], now: Mapping[str, Any], where: Pa
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with those of a group, such as the recipe, on their own."""
+    """The settings, with those of a group on their own, such as ``recipe.epochs``."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= value if isinstance(value, dict) else {name: value}
+        group = isinstance(value, dict) and value
+        found |= {f"{name}.{one}": value[one] for one in value} if group else {name: value}
     return found

@@ -122,8 +122,8 @@ class TokenCache:
                 yield from held[:n].split(batch_size) if n else ()
                 held = held[n:].clone()  # a view would keep the whole buffer in memory
 
-    def _shards_with(self, keys: Collection[str] | None) -> list[Shard]:
-        return [shard for shard in self.shards if keys is None or not set(keys).isdisjoint(shard.keys)]
+    def _shards_with(self, keys: set[str] | None) -> list[Shard]:
+        return [shard for shard in self.shards if keys is None or not keys.isdisjoint(shard.keys)]
 
     def layout(self, keys: Collection[str]) -> str:
         """A hash of how the tokens of these images are spread over shards, which the order of batches depends on."""
