@@ -30,6 +30,7 @@ class AOPC(CurveMetric):
     value_range: ClassVar[str] = "-1 to 1"
     cost: ClassVar[str] = "the curve of deletion"
     source: ClassVar[str] = "Samek et al. 2017"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "As deletion: where all steps are of one size, both order the maps of an image in the same way."
     )

@@ -28,6 +28,7 @@ class Deletion(AreaMetric):
     value_range: ClassVar[str] = "0 to 1"
     cost: ClassVar[str] = "one curve"
     source: ClassVar[str] = "Petsiuk et al. 2018"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "The fill is out of the training distribution: a curve can fall because the image looks strange. An unsure "
         "model has a low area under any map."

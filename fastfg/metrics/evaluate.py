@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from fastfg.checks import check_images, check_seed, check_target
 from fastfg.metrics.choose import DEFAULT_METRICS, choose_metrics
 from fastfg.metrics.explanations import Explain, Explanations, explaining
-from fastfg.metrics.judge import Images, Unperturbed, Verdict, judge, missing_value
+from fastfg.metrics.judge import judge
 from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.outcomes import Verdict, missing_value
 from fastfg.metrics.row_by_row import check_row_by_row
+from fastfg.metrics.subjects import Images, Unperturbed
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys

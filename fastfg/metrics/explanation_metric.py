@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastfg.metrics.faithfulness_correlation import KINDS, correlation
-from fastfg.metrics.judge import unusable
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.planning import unusable
 
 
 class Change(NamedTuple):
@@ -79,7 +79,7 @@ class ExplanationMetric(Metric):
         """Per map, why its score has no meaning, or None."""
         reasons: list[str | None] = []
         for rows in again:
-            found = ((unusable(one), change) for one, change in zip(rows, changes, strict=True))
+            found = zip(unusable(rows), changes, strict=True)
             reasons.append(next((f"{why} {under(change, subject)}" for why, change in found if why is not None), None))
         return reasons
 

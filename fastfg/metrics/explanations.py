@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fastfg.metrics.choose import METRICS
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject
-from fastfg.metrics.judge import Images, Outcome, Unperturbed, Verdict, checked_scores, no_outcome, outcome_of, unusable
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.outcomes import Outcome, Verdict, checked_scores, no_outcome, outcome_of
+from fastfg.metrics.planning import unusable
+from fastfg.metrics.subjects import Images, Unperturbed
 from fastfg.models.redraw import copy_model, find_parts, read_model, redraw
 from fastfg.perturb import Batches, generator
 from fastfg.targets import Target, TargetLike, as_given
@@ -131,7 +133,7 @@ class Explanations:
             self.states = States(self.model, self.subjects.images[:1], self._read_first, self.subjects.seed)
         outcomes, asked = [], []
         for image in range(rows.start, rows.stop):
-            reasons = [unusable(one) for one in self.maps[:, image]]
+            reasons = unusable(self.maps[:, image])
             mine = [self._ask(metric, image) for metric in metrics] if None in reasons else []
             outcomes.append((image, reasons, mine))
             asked += [(image, one) for one in mine]
@@ -244,8 +246,9 @@ class Explanations:
 
     def _check_same(self, image: int, found: Tensor, missing: set[int]) -> None:
         """Raise ValueError unless ``explain`` made the given maps."""
+        why = unusable(self.maps[:, image])
         for c, (given, made) in enumerate(zip(self.maps[:, image], found, strict=True)):
-            if unusable(given) is not None or c in missing:
+            if why[c] is not None or c in missing:
                 continue
             error = float((made - given).abs().max() / given.abs().max())
             if not error <= max(SAME, SAME_IN_EPS * torch.finfo(self.subjects.images.dtype).eps):

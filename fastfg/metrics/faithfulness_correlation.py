@@ -86,6 +86,7 @@ class FaithfulnessCorrelation(SubsetMetric):
     value_range: ClassVar[str] = "-1 to 1, about 0 for a random map"
     cost: ClassVar[str] = "60, shared by all maps of an image"
     source: ClassVar[str] = "Bhatt et al. 2020"
+    together: ClassVar[tuple[str, ...]] = ("score",)
     failings: ClassVar[str] = (
         "Noisy: 20 subsets of 20 patches say little about one image. Its values differ much with the subset's size."
     )

@@ -36,6 +36,7 @@ class Infidelity(SubsetMetric):
     value_range: ClassVar[str] = "0 and above, in squared logits"
     cost: ClassVar[str] = "0 beside faithfulness_correlation, else 60, shared by all maps of an image"
     source: ClassVar[str] = "Yeh et al. 2019"
+    together: ClassVar[tuple[str, ...]] = ("score",)
     failings: ClassVar[str] = (
         "Depends on the scale of the map: it does not compare relevancy maps unless they are scaled (see the details)."
     )

@@ -31,6 +31,7 @@ class Insertion(AreaMetric):
     value_range: ClassVar[str] = "0 to 1"
     cost: ClassVar[str] = "one curve"
     source: ClassVar[str] = "Petsiuk et al. 2018"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "Depends on what the image starts from: a blurred image already shows much. A confident model has a high area "
         "under any map."

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject, under
-from fastfg.metrics.judge import NOT_FINITE_MAP
 from fastfg.metrics.metric import as_float64, check_integer, check_positive
+from fastfg.metrics.planning import NOT_FINITE_MAP
 
 
 def relative_change(maps: Any, again: Any) -> Tensor:

@@ -55,6 +55,9 @@ class Metric:
     source: ClassVar[str] = ""
     failings: ClassVar[str] = ""  # what is known to mislead
     depends_on_scale: ClassVar[bool] = False  # True: a map in other units has another score
+    # "plan" and "score", if one call may get the maps of many images: it treats each map by itself (and ``plan`` draws
+    # nothing). It counts only for the class that states it: a subclass may define another ``plan`` or ``score``.
+    together: ClassVar[tuple[str, ...]] = ()
     perturbs: ClassVar[bool] = True  # False: no plan has masks, and the model is not run on perturbed images
 
     baseline: Baseline | None = None

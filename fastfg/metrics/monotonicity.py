@@ -32,6 +32,7 @@ class Monotonicity(CurveMetric):
     value_range: ClassVar[str] = "0 to 1"
     cost: ClassVar[str] = "the curve of insertion"
     source: ClassVar[str] = "Arya et al. 2019"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "Counts steps and not their size: a map whose best patches come last can do as well as a good one. Saturated "
         "readings count as not lowered."

@@ -43,6 +43,7 @@ class PixelFlipping(CurveMetric):
     value_range: ClassVar[str] = "0 to the number of steps"
     cost: ClassVar[str] = "the curve of deletion"
     source: ClassVar[str] = "Bach et al. 2015"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "As deletion. Not divided by the number of steps: models with other grids, or other steps, do not compare."
     )

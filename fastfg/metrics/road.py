@@ -39,6 +39,7 @@ class ROAD(Metric):
     value_range: ClassVar[str] = "-1 to 1, about 0 for a random map"
     cost: ClassVar[str] = "18, each with a sparse linear system of the removed pixels"
     source: ClassVar[str] = "Rong et al. 2022"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "The imputation is smooth: large removed regions still look unlike photographs, and can leave the object's "
         "outline. Slow, and always run from the pixels."

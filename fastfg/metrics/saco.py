@@ -58,6 +58,7 @@ class SaCo(Metric):
     value_range: ClassVar[str] = "-1 to 1, about 0 for a random map"
     cost: ClassVar[str] = "one per group, ceil(P / 4)"
     source: ClassVar[str] = "Wu et al. 2024"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "Each group alone has a small impact on a sure model, so the order of impacts is noisy. Weights come from the "
         "map itself: a monotone transform of the map changes the score."
@@ -90,10 +91,10 @@ class SaCo(Metric):
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
         reasons = super().says_nothing(maps, plan, readings, eps)
         attribution, impact = plan.details["group_attribution"], self._impact(readings)
-        for c, reason in enumerate(reasons):
-            if reason is None and bool((attribution[c] == attribution[c, 0]).all()):
+        for c, (same_attribution, same_impact) in enumerate(zip(_same(attribution), _same(impact), strict=True)):
+            if reasons[c] is None and same_attribution:
                 reasons[c] = "all groups of patches have the same attribution"
-            elif reason is None and bool((impact[c] == impact[c, 0]).all()):
+            elif reasons[c] is None and same_impact:
                 reasons[c] = "all groups of patches have the same impact"
         return reasons
 
@@ -105,6 +106,12 @@ class SaCo(Metric):
     def _impact(self, readings: Readings) -> Tensor:
         values = self.reading(readings)
         return values[:, :1] - values[:, 1:]
+
+
+def _same(values: Tensor) -> list[bool]:
+    """Per row of ``values`` [C, n], whether all are equal."""
+    found: list[bool] = (values == values[:, :1]).all(1).tolist()
+    return found
 
 
 def group_of_rank(n_patches: int, n_bins: int) -> Tensor:

@@ -37,6 +37,7 @@ class SensitivityN(SubsetMetric):
     value_range: ClassVar[str] = "-1 to 1, about 0 for a random map"
     cost: ClassVar[str] = "0 beside faithfulness_correlation for the same n, else 60 per n, shared by all maps"
     source: ClassVar[str] = "Ancona et al. 2018"
+    together: ClassVar[tuple[str, ...]] = ("score",)
     failings: ClassVar[str] = "As faithfulness_correlation. Asks for linearity, which no map has for a nonlinear model."
 
     n: int | Sequence[int] | None = None

@@ -31,6 +31,7 @@ class SRG(CurveMetric):
     value_range: ClassVar[str] = "-1 to 1, about 0 for a random map"
     cost: ClassVar[str] = "the curves of deletion and insertion"
     source: ClassVar[str] = "Bluecher et al. 2024"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "Large where the model is sure and the image easy: compare maps on the same images only. Says nothing about "
         "the order among patches that do not matter."

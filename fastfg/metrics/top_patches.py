@@ -57,6 +57,7 @@ class Comprehensiveness(TopPatches):
     value_range: ClassVar[str] = "-1 to 1"
     cost: ClassVar[str] = "5, or 0 beside deletion in steps of 1"
     source: ClassVar[str] = "DeYoung et al. 2020"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = "Redundant evidence: if two regions each suffice, removing one changes little."
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
@@ -78,6 +79,7 @@ class Sufficiency(TopPatches):
     value_range: ClassVar[str] = "-1 to 1"
     cost: ClassVar[str] = "5, or 0 beside insertion in steps of 1"
     source: ClassVar[str] = "DeYoung et al. 2020"
+    together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = "Most of the image is filled, so the readings are the furthest from real images."
 
     def plan(self, maps: Tensor, grid: PatchGrid, random: torch.Generator) -> Plan:
