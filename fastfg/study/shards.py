@@ -76,28 +76,40 @@ def schema(columns: Mapping[str, str]) -> Any:
     return pa.schema([pa.field(name, pa.type_for_alias(kind)) for name, kind in types.items()])
 
 
-def read_shard(file: Path, columns: Mapping[str, str]) -> tuple[Shard, Any]:
-    """The shard in ``file`` and its pyarrow table.
+def look_into_shard(file: Path, columns: Mapping[str, str]) -> Shard:
+    """What is in the shard ``file``. The checksum is of all its bytes, so its table is not read.
 
     Raises DamagedError if the file is not what was written, and OSError if it cannot be read at all.
     """
+    return _look_into(file, file.read_bytes(), columns)
+
+
+def read_shard(file: Path, columns: Mapping[str, str]) -> tuple[Shard, Any]:
+    """The shard in ``file`` and its pyarrow table. Raises as :func:`look_into_shard` does."""
     import pyarrow.parquet as pq
 
     content = file.read_bytes()
+    shard = _look_into(file, content, columns)
+    table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    return shard, table.replace_schema_metadata(None)
+
+
+def _look_into(file: Path, content: bytes, columns: Mapping[str, str]) -> Shard:
+    import pyarrow.parquet as pq
+
     place = content.rfind(CHECKSUM) + len(CHECKSUM)
     if place < len(CHECKSUM) or content[place : place + 64] != _checksum(content, place):
         raise DamagedError(f"{file}: damaged: its bytes do not match its checksum")
-    table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-    found = json.loads(table.schema.metadata[ENTRY])
+    written = pq.read_schema(io.BytesIO(content))
+    found = json.loads(written.metadata[ENTRY])
     failures = tuple(Failure(*failure) for failure in found["failures"])
     images, variants, measures = (tuple(found[name]) for name in ("images", "variants", "measures"))
     shard = Shard(found["unit"], images, variants, measures, failures)
     if found["format"] != FORMAT or file.name != shard.file_name:
         raise DamagedError(f"{file}: damaged: it is {shard.file_name} by its content")
-    table = table.replace_schema_metadata(None)
-    if table.schema != schema(columns):
-        raise ValueError(f"{file}: expected the columns {dict(columns)}, got {table.schema.names} (another program's)")
-    return shard, table
+    if written.remove_metadata() != schema(columns):
+        raise ValueError(f"{file}: expected the columns {dict(columns)}, got {written.names} (another program's)")
+    return shard
 
 
 def write_shard(folder: Path, shard: Shard, table: Any) -> Path:

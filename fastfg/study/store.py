@@ -21,6 +21,7 @@ from fastfg.study.shards import (
     Unit,
     Work,
     check_rows,
+    look_into_shard,
     measures_of,
     read_shard,
     schema,
@@ -92,6 +93,8 @@ class Store:
         self.say = say or (lambda text: warnings.warn(text, stacklevel=3))
         self._claims = Claims(self.shards / LOCK, self.say)
         self._known: dict[str, Shard | None] = {}  # {file name: what is in it, None if it is damaged}
+        self._damaged: set[str] = set()  # the names of damaged files
+        self._by_unit: dict[str, dict[str, Shard]] = {}  # {unit: {file name: what is in it}}, those of the sound files
         self._made = False
         self._recipe = None if recipe is None else json.loads(json.dumps(recipe))
         self._check_recipe()
@@ -101,15 +104,14 @@ class Store:
         """Claim a unit, without waiting. Yields whether this process has it now. A process that dies frees its own."""
         self._make()
         with self._claims(name) as held:
-            if held:
-                self._remove_hidden(file for file in self.shards.glob(".*.tmp") if _unit_of(file.name[1:]) == name)
             yield held
 
     def remove_leftovers(self) -> None:
         """Remove the hidden files that processes have left that died while they wrote."""
-        for name in {_unit_of(file.name[1:]) for file in self.shards.glob(".*-*.tmp")}:
-            with self.claim(name):
-                pass
+        for file in self.shards.glob(".*-*.tmp"):
+            with self.claim(_unit_of(file.name[1:])) as held:
+                if held:
+                    self._remove_hidden([file])
 
     @property
     def locks(self) -> bool:
@@ -126,11 +128,27 @@ class Store:
         """
         if refresh:
             self.refresh()
-        return self._missing(unit, Work(tuple(variants), tuple(measures)), self._by_unit().get(unit.name, []))
+        return self._missing(unit, Work(tuple(variants), tuple(measures)))
+
+    def look_for(self, unit: Unit, work: Work) -> list[Work]:
+        """What is missing of ``work`` for a unit that this process has claimed.
+
+        Other processes that do the same work write files of the same names. Only these are looked for, as to list a
+        folder takes longer the more is in it.
+        """
+        while True:
+            missing = self._missing(unit, work)
+            names = [Shard(unit.name, unit.keys, *part).file_name for part in missing]
+            new = [name for name in names if name not in self._known and (self.shards / name).exists()]
+            if not new:
+                return missing
+            for name in new:
+                self._look(name)
 
     def failed(self, unit: Unit) -> dict[str, Failure]:
         """{key: failure} of the images of ``unit`` that failed before. They are not tried again."""
-        return {failure.key: failure for shard in self._by_unit().get(unit.name, []) for failure in shard.failures}
+        shards = self._by_unit.get(unit.name, {}).values()
+        return {failure.key: failure for shard in shards for failure in shard.failures}
 
     def write(self, unit: Unit, work: Work, rows: Any, failures: Iterable[Failure] = ()) -> Path:
         """Write the results of ``work`` for all images of ``unit``. Returns the file.
@@ -153,7 +171,9 @@ class Store:
         shard = Shard(unit.name, unit.keys, work.variants, work.measures, listed)
         check_rows(shard, table)
         self._make()
-        return write_shard(self.shards, shard, table)
+        file = write_shard(self.shards, shard, table)
+        self._know(file.name, shard)
+        return file
 
     def read(
         self,
@@ -242,9 +262,8 @@ class Store:
     def progress(self, units: Sequence[Unit], work: Work) -> Progress:
         """How much of ``work`` is complete in the folder, whoever did it, in images."""
         self.refresh()
-        found = self._by_unit()
-        done = sum(len(unit.keys) for unit in units if not self._missing(unit, work, found.get(unit.name, [])))
-        failed = sum(len({f.key for s in found.get(unit.name, []) for f in s.failures}) for unit in units)
+        done = sum(len(unit.keys) for unit in units if not self._missing(unit, work))
+        failed = sum(len(self.failed(unit)) for unit in units)
         return Progress(done, sum(len(unit.keys) for unit in units), failed)
 
     def refresh(self) -> None:
@@ -254,17 +273,16 @@ class Store:
             with os.scandir(self.shards) as entries:
                 found = {e.name: e for e in entries if e.name.endswith(".parquet") and not e.name.startswith(".")}
         for gone in self._known.keys() - found.keys():
-            del self._known[gone]
+            self._forget(gone)
         for name in sorted(found):
             if self._known.get(name) is None:  # a damaged file may have been replaced; a sound one does not change
                 self._look(name)
 
     def remove_damaged(self, unit: str) -> None:
         """Remove the damaged files of a unit that this process has claimed, so that they are written again."""
-        self.refresh()
-        for name in [name for name, shard in self._known.items() if shard is None and _unit_of(name) == unit]:
+        for name in [name for name in self._damaged if _unit_of(name) == unit]:
             (self.shards / name).unlink(missing_ok=True)
-            del self._known[name]
+            self._forget(name)
 
     def _remove(self, units: Collection[str]) -> int:
         for name, shard in self._known.items():
@@ -274,24 +292,32 @@ class Store:
 
     def _look(self, name: str) -> None:
         try:
-            self._known[name] = read_shard(self.shards / name, self.columns)[0]
+            self._know(name, look_into_shard(self.shards / name, self.columns))
         except FileNotFoundError:  # removed since
-            self._known.pop(name, None)
+            self._forget(name)
         except DamagedError as error:
             if name not in self._known:
                 self.say(f"{error}. Its images are computed again")
-            self._known[name] = None
+            self._know(name, None)
 
-    def _by_unit(self) -> dict[str, list[Shard]]:
-        found: dict[str, list[Shard]] = {}
-        for shard in self._known.values():
-            if shard is not None:
-                found.setdefault(shard.unit, []).append(shard)
-        return found
+    def _know(self, name: str, shard: Shard | None) -> None:
+        """Note what is in a file."""
+        self._forget(name)
+        self._known[name] = shard
+        if shard is None:
+            self._damaged.add(name)
+        else:
+            self._by_unit.setdefault(shard.unit, {})[name] = shard
 
-    def _missing(self, unit: Unit, work: Work, shards: Sequence[Shard]) -> list[Work]:
+    def _forget(self, name: str) -> None:
+        shard = self._known.pop(name, None)
+        self._damaged.discard(name)
+        if shard is not None:
+            del self._by_unit[shard.unit][name]
+
+    def _missing(self, unit: Unit, work: Work) -> list[Work]:
         done: set[tuple[str, str]] = set()
-        for shard in shards:
+        for shard in self._by_unit.get(unit.name, {}).values():
             if shard.images != unit.keys:
                 raise ValueError(
                     f"unit {unit.name}: expected results of its {len(unit.keys)} images in {self.folder}, got those of "

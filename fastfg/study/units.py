@@ -33,7 +33,8 @@ def run_units(
     Args:
         do: called with a unit, less the images that failed before, and the work to do. Returns the rows and the images
             that failed, see :meth:`Store.write`.
-        progress: called with what is complete, whichever process did it: at the start and after each unit.
+        progress: called with what is complete, whichever process did it: at the start and after each unit. What others
+            have done is looked up about once a second, and less often in a folder that takes long to list.
         max_failures: the largest share of all images that may fail.
         wait: seconds between looks at the units that other processes hold.
 
@@ -43,20 +44,63 @@ def run_units(
     store.remove_leftovers()
     try:
         while True:
-            store.refresh()
-            _tell(store, units, work, progress, max_failures)
+            tally = _Tally(store, units, work)
+            _tell(store, units, tally.progress, progress, max_failures)
             advanced = False
             for unit in _in_turn(store, units):
-                if store.missing(unit, *work, refresh=False) and _do_unit(store, unit, work, do):
-                    _tell(store, units, work, progress, max_failures)
-                    advanced = True
-            found = store.progress(units, work)
-            if found.done == found.total:
+                if unit.name not in tally.missing or not _do_unit(store, unit, work, do):
+                    continue
+                advanced = True
+                tally.count(unit)
+                if tally.is_old:
+                    tally = _Tally(store, units, work)
+                _tell(store, units, tally.progress, progress, max_failures)
+            if store.progress(units, work).done == tally.total:
+                store.remove_leftovers()  # of processes that died meanwhile
                 return
             if not advanced:
                 time.sleep(wait)
     finally:
         store.write_failures()
+
+
+class _Tally:
+    """How much of ``work`` is complete, whichever process did it.
+
+    To list the folder and count all units takes longer the more is in it. So it is done from time to time, and in
+    between only this process's own units are counted.
+
+    Attributes:
+        missing: {name of a unit: how many of its images have failed so far}, for units that are not complete.
+    """
+
+    def __init__(self, store: Store, units: Sequence[Unit], work: Work) -> None:
+        start = time.monotonic()
+        self.store, self.work = store, work
+        self.done, self.failed, self.total = 0, 0, sum(len(unit.keys) for unit in units)
+        self.missing = dict.fromkeys((unit.name for unit in units), 0)
+        store.refresh()
+        for unit in units:
+            self.count(unit)
+        self._next = time.monotonic() + max(1.0, 50 * (time.monotonic() - start))
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the work of others should be looked at again."""
+        return time.monotonic() > self._next
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.done, self.total, self.failed)
+
+    def count(self, unit: Unit) -> None:
+        """Count what is there of a unit that is not complete yet."""
+        failed = len(self.store.failed(unit))
+        self.failed += failed - self.missing[unit.name]
+        self.missing[unit.name] = failed
+        if not self.store.missing(unit, *self.work, refresh=False):
+            self.done += len(unit.keys)
+            del self.missing[unit.name]
 
 
 def _do_unit(store: Store, unit: Unit, work: Work, do: Callable[[Unit, Work], tuple[Any, Iterable[Failure]]]) -> bool:
@@ -65,7 +109,7 @@ def _do_unit(store: Store, unit: Unit, work: Work, do: Callable[[Unit, Work], tu
         if not held:
             return False
         store.remove_damaged(unit.name)
-        missing = store.missing(unit, *work)
+        missing = store.look_for(unit, work)
         for part in missing:
             failed = store.failed(unit)
             keys = tuple(key for key in unit.keys if key not in failed)
@@ -77,12 +121,11 @@ def _do_unit(store: Store, unit: Unit, work: Work, do: Callable[[Unit, Work], tu
 def _tell(
     store: Store,
     units: Sequence[Unit],
-    work: Work,
+    found: Progress,
     progress: Callable[[Progress], None] | None,
     max_failures: float,
 ) -> None:
     """Report what is complete, and stop if too many images have failed."""
-    found = store.progress(units, work)
     if progress is not None:
         progress(found)
     if found.failed > max_failures * found.total:

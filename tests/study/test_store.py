@@ -286,7 +286,32 @@ def test_what_dead_processes_left_is_removed(tmp_path):
         one.write_bytes(b"half")
     with Store(tmp_path).claim("test-00007"):  # a living process writes this one
         store.remove_leftovers()
-        assert [one.exists() for one in left] == [False, False]  # the claim itself removed the second
+        assert [one.exists() for one in left] == [False, True]
+    store.remove_leftovers()
+    assert [one.exists() for one in left] == [False, False]
+
+
+def test_the_folder_is_not_listed_for_each_unit(tmp_path, monkeypatch):
+    units, listed = [Unit(f"test-{n:05d}", (f"image-{n}",)) for n in range(60)], []
+    scandir = os.scandir
+    monkeypatch.setattr("fastfg.study.store.os.scandir", lambda path: listed.append(path) or scandir(path))
+    run_units(Store(tmp_path), units, WORK, Do())
+    run_units(Store(tmp_path), units, WORK, stop)
+    assert len(listed) < 30
+
+
+def test_what_another_process_has_just_done_is_not_done_again(tmp_path):
+    do, done = Do(), []
+
+    def slowly(unit, work):
+        if not done:  # before this process looks at the folder again, another one does the third unit
+            other = Store(tmp_path)
+            other.write(UNITS[2], WORK, rows_of(UNITS[2], WORK))
+        done.append(unit)
+        return do(unit, work)
+
+    run_units(Store(tmp_path), UNITS[:3], WORK, slowly)
+    assert done == UNITS[:2]
 
 
 def test_the_hidden_file_of_a_living_process_is_left(tmp_path):
