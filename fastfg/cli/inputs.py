@@ -19,6 +19,7 @@ from fastfg.data import Batch, batches, path_text
 from fastfg.data.image import MAX_ASPECT, MAX_PIXELS, check_limits
 from fastfg.data.manifest import SPLITS
 from fastfg.data.output import claim
+from fastfg.data.threads import n_readers
 from fastfg.files import write_durably
 from fastfg.models import adapt
 from fastfg.models.timm import preprocessing
@@ -56,6 +57,7 @@ join the tables of different commands. errors.csv has `path` and `error`.
 Exit codes: 0 done; 1 an error in the input, or no image could be read; 2 a
 wrong command line; 130 interrupted (finished work is kept)."""
 
+ON_CPU, ON_GPU = 16, 64  # images per batch
 NO_EXPLANATION = {"target": None, "layers": None, "saes": None}
 LABEL = "label"  # a value of --target
 GATE_OPTIONS = ("kappa", "c_max", "score")  # fields of Gate; each is an error without --layers
@@ -83,7 +85,8 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
     add("--weights", type=file_or_folder, metavar="FILE", help="state dict of the model: .safetensors, .pt or .pth")
     add("--pretrained", action="store_true", help="let timm fetch its own weights over the network")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the model")
-    add("--batch-size", type=at_least_one, default=16, metavar="N", help="images per batch")
+    sizes = f"images per batch (default: {ON_CPU}, on a GPU {ON_GPU})"
+    add("--batch-size", type=at_least_one, default=argparse.SUPPRESS, metavar="N", help=sizes)
 
 
 def add_explanation_arguments(command: argparse.ArgumentParser) -> None:
@@ -159,7 +162,9 @@ class Inputs:
         self.model: Any = load_model(arguments.model, arguments.weights, arguments.pretrained).to(self.device)
         self.adapter = adapt(self.model)
         self.saes = self._saes(arguments.saes)
-        self.batch_size = arguments.batch_size
+        if not hasattr(arguments, "batch_size"):
+            arguments.batch_size = ON_GPU if self.device.type == "cuda" else ON_CPU
+        self.batch_size: int = arguments.batch_size
         self.paths, self.out = found.paths, arguments.out
         self._target: int | dict[Path, int] | None = arguments.target
         if arguments.target == LABEL:
@@ -222,7 +227,8 @@ class Inputs:
         return ValueError(f"IMAGE: expected at least one readable image, got none ({why})")
 
     def _batches(self, paths: Sequence[Path], batch_size: int) -> Iterator[Batch]:
-        options = {"window": self.window, "masks": self.masks, "keep_without_mask": True, **self.limits}
+        options: dict[str, Any] = {"window": self.window, "masks": self.masks, "keep_without_mask": True, **self.limits}
+        options["readers"] = n_readers()
         for batch in batches(paths, preprocessing(self.model), batch_size, **options):
             self.errors |= {path_text(error.path): error.message for error in batch.errors}
             for path, image, window in zip(batch.paths, batch.images, batch.windows, strict=True):

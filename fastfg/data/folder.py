@@ -24,6 +24,7 @@ from fastfg.data.image import (
 )
 from fastfg.data.mask import read_mask
 from fastfg.data.output import MARKER, is_output
+from fastfg.data.threads import in_threads
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -96,6 +97,7 @@ def batches(
     masks: Mapping[Path, Path] | None = None,
     label: int | Sequence[int] | None = None,
     keep_without_mask: bool = False,
+    readers: int = 1,
 ) -> Iterator[Batch]:
     """Read the images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
 
@@ -107,34 +109,54 @@ def batches(
         masks: {image file: file of its mask}, read by :func:`read_mask` with ``label``. An image without a mask that
             can be read is among the errors.
         keep_without_mask: keep such an image, with an empty mask and the reason in ``mask_errors``.
+        readers: threads that read and transform images, see :func:`fastfg.data.threads.n_readers`. They go on with the
+            next batch while the caller works on this one. The batches are the same for any number. 1: the caller reads.
 
     Raises ValueError for arguments that are out of range.
     """
     check_limits(window, max_pixels, max_aspect)
+    if readers < 1:
+        raise ValueError(f"readers: expected at least 1, got {readers}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    limits: dict[str, Any] = {"max_pixels": max_pixels, "max_aspect": max_aspect}
+
+    def read(path: Path) -> _Read | FileError:
+        try:
+            picture = read_image(path, window=window, **limits)
+            image, mask = transform(picture.image), None
+            if masks is not None:
+                empty = torch.zeros(image.shape[-2:]) if keep_without_mask else None
+                mask = _mask_of(path, masks, transform, picture.image.size, {"label": label, **limits}, empty)
+            return _Read(image, picture.window, mask)
+        except Exception as error:  # for damaged files, decoders can raise anything; the error is reported
+            return FileError(path, f"{type(error).__name__}: {error}")
+
     batch = Batch([], torch.empty(0), [], [])
     images: list[Tensor] = []
     read_masks: list[tuple[Tensor, str | None]] = []
-    for path in paths:
-        try:
-            picture = read_image(path, window=window, max_pixels=max_pixels, max_aspect=max_aspect)
-            image = transform(picture.image)
-            if masks is not None:
-                options = {"label": label, "max_pixels": max_pixels, "max_aspect": max_aspect}
-                empty = torch.zeros(image.shape[-2:]) if keep_without_mask else None
-                read_masks.append(_mask_of(path, masks, transform, picture.image.size, options, empty))
-            images.append(image)
-        except Exception as error:  # for damaged files, decoders can raise anything; the error is reported
-            batch.errors.append(FileError(path, f"{type(error).__name__}: {error}"))
-        else:
-            batch.paths.append(path)
-            batch.windows.append(picture.window)
+    for path, found in zip(paths, in_threads(read, paths, readers, batch_size + readers), strict=True):
+        if isinstance(found, FileError):
+            batch.errors.append(found)
+            continue
+        batch.paths.append(path)
+        batch.windows.append(found.window)
+        images.append(found.image)
+        if found.mask is not None:
+            read_masks.append(found.mask)
         if len(images) == batch_size:
             yield _stacked(batch, images, read_masks)
             batch, images, read_masks = Batch([], torch.empty(0), [], []), [], []
     if images or batch.errors:
         yield _stacked(batch, images, read_masks)
+
+
+class _Read(NamedTuple):
+    """An image [C, H, W], its window, and its mask [H, W] with the reason why that is empty, or None."""
+
+    image: Tensor
+    window: Window | None
+    mask: tuple[Tensor, str | None] | None
 
 
 def _stacked(batch: Batch, images: Sequence[Tensor], masks: Sequence[tuple[Tensor, str | None]]) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from math import isfinite
 from pathlib import Path
@@ -23,6 +24,7 @@ MIN_IS_WHITE, UNSIGNED = 0, (1,)  # values of the last two
 ROWS = 1024  # rows that are windowed at a time
 
 Window = tuple[float, float]
+_opening = threading.Lock()  # catch_warnings is of the whole process
 
 
 class Picture(NamedTuple):
@@ -92,7 +94,7 @@ def opened(path: Path, file: BinaryIO) -> Image.Image:
     Pillow gets the open file. If it got the path, it would map an uncompressed TIFF into memory with the size that the
     image has after its EXIF rotation, and the pixels would be scrambled.
     """
-    with warnings.catch_warnings():
+    with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
         try:
             return Image.open(file, formats=readable_formats())

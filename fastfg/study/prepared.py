@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastfg.data import Batch, batches
 from fastfg.data.manifest import content_hash
+from fastfg.data.threads import n_readers
 from fastfg.files import read_json, write_durably
 from fastfg.study.claims import Claims
 from fastfg.study.config import Config
@@ -165,7 +166,7 @@ def read_rows(images: pd.DataFrame, transform: Any, size: int, **options: Any) -
     ``options`` are those of :func:`fastfg.data.batches`.
     """
     by_path = images.set_index("path", drop=False)
-    for batch in batches([Path(path) for path in images["path"]], transform, size, **options):
+    for batch in batches([Path(path) for path in images["path"]], transform, size, readers=n_readers(), **options):
         yield batch, by_path.loc[[str(path) for path in batch.paths]]
 
 

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +163,37 @@ def test_the_cells():
     assert min(cells.probability) == 0
     assert max(cells.probability) == 1
     assert Image.open(cells.paths[0]).size == (300, 300)
+
+
+@pytest.mark.parametrize("readers", [2, 5])
+def test_batches_are_the_same_for_any_number_of_readers(folder, readers):
+    paths = find_images([folder]).paths * 3
+    alone = list(batches(paths, to_tensor, 3))
+    found = list(batches(paths, to_tensor, 3, readers=readers))
+    assert [(b.paths, b.errors, b.windows) for b in found] == [(b.paths, b.errors, b.windows) for b in alone]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(found, alone, strict=True))
+    with pytest.raises(ValueError, match="^readers: expected at least 1, got 0"):
+        next(batches(paths, to_tensor, 3, readers=0))
+
+
+def test_readers_are_a_batch_ahead_and_no_further(folder):
+    paths, begun = [folder / "a.png"] * 40, []
+
+    def transform(image):
+        begun.append(threading.current_thread())
+        return to_tensor(image)
+
+    found = batches(paths, transform, 4, readers=2)
+    next(found)
+    assert len(begun) <= 4 + 4 + 2
+    assert threading.main_thread() not in begun
+    found.close()  # whoever stops early waits only for what is being read
+    n = len(begun)
+    time.sleep(0.05)
+    assert len(begun) == n < 40
+
+
+def test_readers_leave_the_filters_of_warnings(folder):
+    before = list(warnings.filters)
+    list(batches([folder / "a.png"] * 200, to_tensor, 8, readers=8))
+    assert warnings.filters == before
