@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfg.models.adapter import Adapter
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Target, logits_of
+from fastfg.targets import Function, Target, logits_of, map_tensors
 from fastfg.types import Gate
 
 
@@ -113,3 +113,37 @@ def check_width(sae: SparseAutoencoder, x: Tensor, block: int, name: str = "saes
     """Require that the SAE of ``block`` has the width of the model's residual stream. ``name``: of its mapping."""
     if sae.d != x.shape[-1]:
         raise ValueError(f"{name}[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")
+
+
+def check_rows_apart(target: Function, output: Any, n: int) -> None:
+    """Raise ValueError where the value that ``target`` gives an image depends on the rows of other images.
+
+    Their gradients would be mixed: the map of an image would change with the batch that it is in. The function may hold
+    values of its own per image, such as labels, so it is called with the same rows again: with factors on its values,
+    the gradient at each row must have the factor of its own image.
+    """
+    if n < 2:
+        return
+    rows: list[Tensor] = []
+
+    def copied(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t.detach()
+        rows.append(t.detach().clone().requires_grad_())
+        return rows[-1]
+
+    value = target.value(map_tensors(output, copied), n)
+    if not value.requires_grad:
+        return
+    factors = torch.linspace(1, 2, n, dtype=value.dtype, device=value.device)
+    plain = torch.autograd.grad(value.sum(), rows, retain_graph=True, allow_unused=True)
+    for row, one, other in zip(rows, plain, torch.autograd.grad(value, rows, factors, allow_unused=True), strict=True):
+        if one is None or other is None or not row.ndim or len(row) != n:
+            continue
+        expected = one.double() * factors.double().reshape(-1, *[1] * (row.ndim - 1))
+        rounding = 16 * torch.finfo(row.dtype).eps * expected.abs().amax()
+        if not bool((other.double() - expected).abs().nan_to_num(0.0).amax() <= rounding.nan_to_num(0.0)):
+            raise ValueError(
+                "target: expected a function of each row of the output alone, got one whose value for an image depends "
+                "on the rows of others"
+            )

@@ -146,14 +146,15 @@ class Attribution:
     """The result of ``fastfg.attribute``. For a list of gates, maps, scores and gates have a leading dimension ``C``.
 
     Attributes:
-        maps: [B, gh, gw], the relevancy per patch, not normalised; float32 (float64 for a float64 model).
+        maps: [B, gh, gw], the relevancy per patch, not normalised; float32, or float64 for a float64 model and under
+            mean pooling, where each patch starts at ``1 / N`` and may differ little from it.
         target: [B] int64, the explained class per image; or the target function that was given.
         logits: [B, n] of the model. For a target function, the model's unchanged output (a tensor is detached).
         scores: {block: [B, P]}, the scores ``s`` of the patches (eq. 3). For a list of gates, the score is NaN where a
             configuration does not gate the block.
         gates: {block: [B, P]}, the multipliers ``w`` (eq. 5), 1 where a configuration does not gate the block.
         features: {block: Features}, empty unless ``features=n`` was given.
-        methods: {name: [B, gh, gw]}, the other explanations of ``methods=``, in the dtype of ``maps``.
+        methods: {name: [B, gh, gw]}, the other explanations of ``methods=``; float32, or float64 for a float64 model.
     """
 
     maps: Tensor

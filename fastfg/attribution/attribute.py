@@ -6,10 +6,10 @@ same order, so the maps are finished when the backward pass is. No attention map
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,19 @@ from torch import Tensor, nn
 from fastfg.attribution.blurred import blurred
 from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods, explain
+from fastfg.attribution.gradient_scale import EXPONENTS, scale_of
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.attribution.sae_report import on_blank_images
-from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target, check_widths
+from fastfg.checks import (
+    check_gates,
+    check_images,
+    check_rows_apart,
+    check_saes,
+    check_seed,
+    check_target,
+    check_widths,
+)
 from fastfg.models import Adapter, adapt
 from fastfg.models.first_rows import FirstRows, first_rows
 from fastfg.models.hold import hold
@@ -103,36 +112,83 @@ def attribute(
         return _of_no_images(adapter, images, target, single, chosen, **same)
     grid = PatchGrid.of((images.shape[-2], images.shape[-1]), adapter.patches(images), adapter.patch_size)
     n_tokens = adapter.num_prefix_tokens + grid.n_patches
-    relevancy = RelevancyPass(adapter, n_tokens, _with_vanilla(configs), saes_of_gates, identity, backend, features)
-    others = OtherMethods(adapter, n_tokens, chosen.built_in, chosen.options.get("grad_cam", {}).get("layer"))
-    layers = {*relevancy.layers, *others.layers}
+
+    def check(block: int, x: Tensor) -> None:
+        check_widths(saes, configs, features, x, block)
+
+    carried = (_with_vanilla(configs), saes_of_gates, identity, backend, features)
+    to_pixels = "gradient_x_input" in chosen.built_in
+    for exponent in EXPONENTS:
+        relevancy = RelevancyPass(adapter, n_tokens, *carried)
+        others = OtherMethods(adapter, n_tokens, chosen.built_in, chosen.options.get("grad_cam", {}).get("layer"))
+        with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
+            passed = _pass(images.detach(), explained, relevancy, others, check, to_pixels, exponent)
+        if passed.is_in_range(relevancy.rows):
+            break
+
+    found = others.maps((grid.gh, grid.gw))
+    if passed.gradient is not None:
+        found["gradient_x_input"] = gradient_x_input(images.detach(), passed.gradient, grid)
+    named = as_given(target, passed.target)
+    found = explain(chosen, found, Explained(adapter, images, grid, passed.target, named, seed, keys))
+    return _result(relevancy, configs, grid, named, map_tensors(passed.output, Tensor.detach), found, single)
+
+
+class _Passed(NamedTuple):
+    """What is left of one forward and one backward pass.
+
+    Attributes:
+        target: resolved. output: the logits, or the model's output for a target function.
+        gradient: at the pixels [B, C, H, W], if it was asked for. scaled: whether gradients were kept in range.
+    """
+
+    target: Target
+    output: Any
+    gradient: Tensor | None
+    scaled: bool
+
+    def is_in_range(self, rows: Tensor | None) -> bool:
+        """Whether no scaled gradient overflowed on its way to the relevancy ``rows``. Waits for the device if so."""
+        return not self.scaled or rows is None or bool(rows.isfinite().all())
+
+
+def _pass(
+    images: Tensor,
+    target: Target,
+    relevancy: RelevancyPass,
+    others: OtherMethods,
+    check: Callable[[int, Tensor], None],
+    to_pixels: bool,
+    exponent: int,
+) -> _Passed:
+    """One forward and one backward pass: they fill ``relevancy`` and ``others``.
+
+    Args:
+        check: called with a block and its residual stream. to_pixels: whether the backward pass ends at the images.
+        exponent: see :mod:`fastfg.attribution.gradient_scale`.
+    """
+    adapter, layers = relevancy.adapter, {*relevancy.layers, *others.layers}
 
     def on_residual(block: int, x: Tensor, g: Tensor) -> None:
-        check_widths(saes, configs, features, x, block)
+        check(block, x)
         relevancy.on_residual(block, x, g)
         others.on_residual(block, x, g)
 
-    with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
-        root = images.detach().clone().requires_grad_() if "gradient_x_input" in chosen.built_in else None
-        on_attention = [relevancy.on_attention, others.on_attention]
-        captured = (adapter, (len(images), n_tokens), layers, on_residual, on_attention, root)
-        rows = None if callable(target) else first_rows(adapter, n_tokens, layers)
-        try:
-            capture, explained, y, seen = _forward(Capture(*captured), images.detach(), explained, rows)
-        except Exception:
-            if rows is None or not rows.in_doubt:
-                raise
-            capture, explained, y, seen = _forward(Capture(*captured), images.detach(), explained, None)
-            rows.give_up()
-        with named_errors(capture.name):
-            gradient = capture.backward(y.sum())
-
-    found = others.maps((grid.gh, grid.gw))
-    if root is not None:
-        found["gradient_x_input"] = gradient_x_input(images.detach(), gradient, grid)
-    named = as_given(target, explained)
-    found = explain(chosen, found, Explained(adapter, images, grid, explained, named, seed, keys))
-    return _result(relevancy, configs, grid, named, map_tensors(seen, Tensor.detach), found, single)
+    root = images.clone().requires_grad_() if to_pixels else None
+    on_attention = [relevancy.on_attention, others.on_attention]
+    captured = (adapter, (len(images), relevancy.n_tokens), layers, on_residual, on_attention, root)
+    rows = None if isinstance(target, Function) else first_rows(adapter, relevancy.n_tokens, layers)
+    try:
+        capture, resolved, y, seen = _forward(Capture(*captured), images, target, rows)
+    except Exception:
+        if rows is None or not rows.in_doubt:
+            raise
+        capture, resolved, y, seen = _forward(Capture(*captured), images, target, None)
+        rows.give_up()
+    with named_errors(capture.name):
+        scale = scale_of(y, seen, exponent) if capture.in_float16 else None
+        gradient = capture.backward(y, scale)
+    return _Passed(resolved, seen, None if root is None else gradient, scale is not None)
 
 
 def _forward(
@@ -145,6 +201,7 @@ def _forward(
         with named_errors(capture.name), capture:
             output = adapter.forward(given.clone())  # it may write into them
         if isinstance(target, Function):
+            check_rows_apart(target, output, B)
             return capture, target, target.value(output, B), output
         logits = target.source(output, B)
         resolved = target.of(logits.detach())

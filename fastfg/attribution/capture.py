@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
+from fastfg.attribution.gradient_scale import unscaled
 from fastfg.models.adapter import Adapter, check_distinct, stream_of
 from fastfg.models.hooks import in_this_thread, reader
 from fastfg.torch_internals import multi_head_attention_forward
@@ -99,6 +100,8 @@ class Capture(TorchFunctionMode):
         self.arrived: list[int] = []  # attentions whose gradient has arrived
         self.residuals: set[int] = set()  # blocks at whose output the gradient has arrived
         self.read: tuple[Tensor, Tensor, Tensor] | None = None  # by the head: see _note_pooled
+        self.in_float16 = False  # whether an attention is
+        self.scale: Tensor | None = None  # [B], what the gradients that arrive are to be divided by
 
     # The forward pass ----------------------------------------------------------------------------------------
 
@@ -190,6 +193,7 @@ class Capture(TorchFunctionMode):
                 f"{len(self.met)} (torch.no_grad or gradient checkpointing in its forward?)"
             )
         number, q, k, v = len(self.met), q.detach(), k.detach(), v.detach()
+        self.in_float16 |= q.dtype == torch.float16
         out.register_hook(
             lambda dO: self._attention_arrives(number, q, k, v, dO.transpose(1, 2) if transposed else dO, scale)
         )
@@ -229,15 +233,20 @@ class Capture(TorchFunctionMode):
 
     # The backward pass ---------------------------------------------------------------------------------------
 
-    def backward(self, y: Tensor) -> Tensor:
-        """Run the backward pass of the scalar ``y`` down to the root; it calls the callbacks.
+    def backward(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Run the backward pass of the targets ``y`` [B] down to the root; it calls the callbacks.
+
+        Args:
+            scale: [B], the factor of the gradients on their way; those that are passed on have it no more. None: 1.
 
         Returns the gradient at the root. Raises RuntimeError if a block or its attention did not run as expected.
         """
         self._check_forward()
         root, self.root = self.root, None  # its hook refers back to this object
         assert root is not None
-        gradient = torch.autograd.grad(y, root, allow_unused=True)[0] if y.requires_grad else None
+        self.scale = scale
+        factors = torch.ones_like(y) if scale is None else scale.to(y.dtype)
+        gradient = torch.autograd.grad(y, root, factors, allow_unused=True)[0] if y.requires_grad else None
         missing = sorted(set(range(len(self.adapter.blocks))) - set(self.arrived))
         if missing or gradient is None:
             raise RuntimeError(
@@ -245,7 +254,7 @@ class Capture(TorchFunctionMode):
                 f"not depend on that of {missing}"
             )
         self._check_pooled()
-        return gradient
+        return unscaled(gradient, scale)
 
     def _check_forward(self) -> None:
         blocks = list(range(len(self.adapter.blocks)))
@@ -283,7 +292,7 @@ class Capture(TorchFunctionMode):
     def _residual_arrives(self, block: int, x: Tensor, g: Tensor) -> None:
         self.residuals.add(block)
         with torch.autocast(x.device.type, enabled=False):
-            self.on_residual(block, x, g)
+            self.on_residual(block, x, unscaled(g, self.scale))
 
     def _attention_arrives(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
         L = len(self.adapter.blocks)
@@ -300,6 +309,8 @@ class Capture(TorchFunctionMode):
                     "gated; it does not"
                 )
         self.arrived.append(number)
+        if self.scale is not None:  # small gradients stay what they are, so everything is in float32 from here on
+            q, k, v, dO = q.float(), k.float(), v.float(), unscaled(dO, self.scale)
         with torch.autocast(q.device.type, enabled=False):
             for callback in self.on_attention:
                 callback(number, q, k, v, dO, scale)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfg.attribution.capture import named_errors
+from fastfg.attribution.gradient_scale import gradient_at
 from fastfg.attribution.methods import gradient_x_input
 from fastfg.attribution.relevancy_pass import working_dtype
 from fastfg.models import Adapter
@@ -51,8 +52,8 @@ def integrated_gradients(
         for point, weight in zip(points, weights, strict=True):
             x = torch.lerp(start, images, point).requires_grad_()
             with named_errors(name):
-                y = target.value(adapter.forward(x.clone()), len(images))  # it may write into its input
-                total += weight * torch.autograd.grad(y.sum(), x)[0].to(total.dtype)
+                output = adapter.forward(x.clone())  # it may write into its input
+                total += weight * gradient_at(x, target.value(output, len(images)), output).to(total.dtype)
     return gradient_x_input(images - start, total, grid)
 
 

@@ -86,7 +86,7 @@ class RelevancyPass:
         sources = self._sources.pop(number, None)
         if sources is None:
             self.rows = ops.relevancy(rows, q, k, v, dO, scale, None, self.identity, backend=self.backend)
-        elif self._in_one_launch(number, sources):
+        elif self._in_one_launch(number, sources, rows):
             (source,) = sources.values()
             self.rows = self._gated_step(number, source, rows, q, k, v, dO, scale)
         else:
@@ -97,10 +97,14 @@ class RelevancyPass:
     # Where relevancy starts ----------------------------------------------------------------------------------
 
     def _start_at_last_block(self, q: Tensor) -> Tensor:
-        """The rows that the head reads, the same for every gate."""
+        """The rows that the head reads, the same for every gate.
+
+        Mean pooling starts at ``1 / N`` for every token, and small gradients add little to it: their sum needs float64.
+        """
         if not self.adapter.pooled:
             raise RuntimeError("model: expected the logits to depend on its attention-pooling head, but they do not")
-        row = self.adapter.first_row(self.n_tokens, working_dtype(q), q.device).expand(q.shape[0], -1)
+        dtype = torch.float64 if self.adapter.n_rows is None else working_dtype(q)
+        row = self.adapter.first_row(self.n_tokens, dtype, q.device).expand(q.shape[0], -1)
         return row.expand(len(self.configs), -1, -1)
 
     def _start_at_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
@@ -161,7 +165,7 @@ class RelevancyPass:
             self.features[block] = Features(*(torch.stack(part) for part in zip(*features, strict=True)))
         return self.gates[block]
 
-    def _in_one_launch(self, block: int, sources: Mapping[int, PatchScores]) -> bool:
+    def _in_one_launch(self, block: int, sources: Mapping[int, PatchScores], rows: Tensor) -> bool:
         """Whether ``ops.gated_relevancy`` is to compute all gates of ``block``.
 
         It can on CUDA, for ``combined`` scores of K codes of one SAE. For one gate and many patches, the separate ops
@@ -171,7 +175,7 @@ class RelevancyPass:
             return False
         ((which, source),) = sources.items()
         sae = self._saes[which].get(block)
-        if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k:
+        if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k or rows.dtype == torch.float64:
             return False
         if len(self.configs) == 1 and math.prod(source.shape) > PATCHES_IN_ONE_LAUNCH:
             return False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from fastfg.models.hooks import in_this_thread, is_ours
 from fastfg.torch_internals import hooks_of, made_since, saves_elsewhere
 
 _unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that must run in full
-_suited: WeakSet[nn.Module] = WeakSet()  # those of models whose output was compared
+# Those of models whose output was compared, and what their models were made of then
+_suited: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
 
 
 class Unsuited(Exception):  # noqa: N818
@@ -47,6 +48,11 @@ def first_rows(adapter: Adapter, n_tokens: int, layers: Collection[int]) -> Firs
     if not all(is_ours(hook) for hook in hooks_of(adapter.model)):
         return None
     return FirstRows(adapter.model, last, n_tokens, adapter.n_rows)
+
+
+def made_of(model: nn.Module) -> tuple[object, ...]:
+    """The parts of ``model`` and the functions that they run, to be compared with those of another time."""
+    return tuple((ref(part), type(part), id(part.__dict__.get("forward"))) for part in model.modules())
 
 
 class FirstRows(TorchFunctionMode):
@@ -119,7 +125,7 @@ class FirstRows(TorchFunctionMode):
         """
         if self.failed:  # the model has caught the error
             raise Unsuited
-        if not self.held or self.block in _suited:
+        if not self.held or self._is_suited():
             return
         if any(isinstance(node, BackwardCFunction) for node in made_since(self.attended, output.grad_fn)):
             raise self.unsuited(BackwardCFunction)
@@ -127,7 +133,11 @@ class FirstRows(TorchFunctionMode):
             raise self.unsuited("an attribute of the model")
         if not _alike(output.detach(), in_full()):
             raise self.unsuited("another output")
-        _suited.add(self.block)
+        _suited[self.block] = made_of(self.model)
+
+    def _is_suited(self) -> bool:
+        """Whether the output of the model, made of the same parts, was compared before."""
+        return _suited.get(self.block) == made_of(self.model)
 
     def _pass_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = RULES.get(func)
@@ -142,7 +152,7 @@ class FirstRows(TorchFunctionMode):
     @property
     def in_doubt(self) -> bool:
         """Whether an error of the model may come from what it was given here."""
-        return self.failed or self.block not in _suited
+        return self.failed or not self._is_suited()
 
     def unsuited(self, what: Any) -> Unsuited:
         """The error to raise."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastfg import reference
-from fastfg.ops.check import check_identity, check_rows, check_shapes, widest
+from fastfg.ops.check import check_identity, check_rows, check_shapes
 from fastfg.ops.dispatch import choose, detached, register, torch_op
 
 
@@ -56,7 +56,7 @@ def relevancy(
     check_shapes({}, rows=(rows, "C B N"), q=(q, shape), k=(k, shape), v=(v, shape), dO=(dO, shape))
     if gates is not None and gates.shape != rows.shape:
         raise ValueError(f"gates: expected {list(rows.shape)}, as rows, got {list(gates.shape)}")
-    chosen = choose("relevancy", backend, rows.device, widest(rows, q))
+    chosen = choose("relevancy", backend, rows.device, q.dtype)  # every backend has float64 rows
     if rows.numel() == 0:
         return torch.empty_like(rows)
     if chosen == "reference":

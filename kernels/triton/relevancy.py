@@ -157,12 +157,16 @@ def sum_splits(flow_ptr, size, splits, inside):
 
 
 @triton.jit
-def step_kernel(rows_ptr, flow_ptr, gates_ptr, out_ptr, size, H, splits, IDENTITY: tl.constexpr, BLOCK: tl.constexpr):
+def step_kernel(
+    rows_ptr, flow_ptr, gates_ptr, out_ptr, size, H, splits, IDENTITY: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    rows = tl.load(rows_ptr + at, mask=inside).to(tl.float32)
-    flow = sum_splits(flow_ptr + at, size, splits, inside)
-    w = 1.0 if gates_ptr is None else tl.load(gates_ptr + at, mask=inside).to(tl.float32)
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    rows = tl.load(rows_ptr + at, mask=inside).to(dtype)
+    flow = sum_splits(flow_ptr + at, size, splits, inside).to(dtype)
+    w = 1.0 if gates_ptr is None else tl.load(gates_ptr + at, mask=inside).to(dtype)
     tl.store(out_ptr + at, step(rows, flow, w, H, IDENTITY), mask=inside)
 
 
@@ -264,7 +268,10 @@ def relevancy(
     *,
     lse: Tensor | None = None,  # [B, H, N], natural log-sum-exp of each query's logits, if the model kept it
 ) -> Tensor:
-    """The new rows [C, B, N] with the dtype of ``rows``; sums are in float32."""
+    """The new rows [C, B, N] with the dtype of ``rows``. What a block adds to them is computed in float32.
+
+    Rows in float64 keep what many blocks add that is far smaller than they are.
+    """
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
@@ -275,7 +282,7 @@ def relevancy(
 
     def run(config: tuning.Config) -> Tensor:
         BLOCK_C, key_tiles, row_tiles, splits, heads = tiling(C, B, H, N, config["BLOCK_M"])
-        whole = splits == C == 1
+        whole = splits == C == 1 and rows.dtype == torch.float32
         flow = out if whole else torch.empty(splits, C, B, N, dtype=torch.float32, device=rows.device)
         flow_kernel[(key_tiles, splits * row_tiles, B)](
             **shared,
@@ -306,6 +313,7 @@ def add_splits(rows: Tensor, flow: Tensor, gates: Tensor | None, paper: bool, H:
         splits=flow.shape[0],
         IDENTITY=paper,
         BLOCK=256,
+        WIDE=rows.dtype == torch.float64,
         num_warps=4,
     )
     return out

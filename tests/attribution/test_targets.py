@@ -98,3 +98,22 @@ def test_a_function_of_another_output(model, images):
 def test_functions_that_do_not_fit(model, images, target, error, message):
     with pytest.raises(error, match=message):
         fastfg.attribute(model, images, target=target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda logits: logits[:, 1] - logits[:, 1].mean(),
+        lambda logits: logits[:, 1] / logits[:, 1].norm(),
+        lambda logits: logits.flip(0)[:, 1],
+    ],
+)
+def test_a_function_that_reads_the_rows_of_other_images(model, images, target):
+    with pytest.raises(ValueError, match="^target: expected a function of each row of the output alone"):
+        fastfg.attribute(model, images, target=target)
+
+
+def test_a_function_may_hold_values_of_its_own_per_image(model, images):
+    labels = torch.tensor([3, 0, 2])
+    found = fastfg.attribute(model, images, target=lambda logits: logits.gather(1, labels[:, None])[:, 0])
+    torch.testing.assert_close(found.maps, fastfg.attribute(model, images, target=labels).maps)

@@ -205,10 +205,12 @@ def compile_numbered(job: tuple[int, int]) -> Line:
     return compile_one(list(launches.values())[job[0]], job[1])
 
 
-def run_relevancy(dtype: torch.dtype, C: int, N: int, dh: int, gated: bool = True) -> None:
+def run_relevancy(
+    dtype: torch.dtype, C: int, N: int, dh: int, gated: bool = True, rows_dtype: torch.dtype = torch.float32
+) -> None:
     B, H = 2, 12
     q, k, v = torch.zeros(B, N, 3, H, dh, dtype=dtype).permute(2, 0, 3, 1, 4)
-    rows = torch.zeros(C, B, N)
+    rows = torch.zeros(C, B, N, dtype=rows_dtype)
     relevancy.relevancy(rows, q, k, v, q, dh**-0.5, rows if gated else None, not gated)
 
 
@@ -254,6 +256,8 @@ def run_the_ops(dtype: torch.dtype, every: bool = True) -> None:
     encode_topk.encode_topk(x, W_enc[:, :4096], b_enc[:4096], b_dec, 4096)
     for C, dh in ((1, 128), (3, 128), (3, 32)):
         run_relevancy(dtype, C, 197, dh, gated=False)
+    for C in (1, 3):
+        run_relevancy(dtype, C, 197, 64, rows_dtype=torch.float64)
     for P in (196, 4096):
         gate.gate(torch.zeros(2, P), torch.ones(2), torch.ones(2))
         run_gated_relevancy(dtype, 1, P)

@@ -39,6 +39,24 @@ def test_gated_relevancy_of_few_and_many_programs(programs, monkeypatch):
     check("gated_relevancy", typical("gated_relevancy"), "triton")
 
 
+# Rows in float64 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("C", "programs"), [(1, 1), (1, 264), (3, 264)])
+def test_relevancy_keeps_what_is_far_smaller_than_float64_rows(C, programs, gated, paper, monkeypatch):
+    monkeypatch.setattr(relevancy, "PROGRAMS", programs)
+    rows, q, k, v, dO, scale, gates, _ = cases.relevancy(C, 2, 2, 50, 32, gated, "paper")
+    rows = torch.full_like(rows, 1 / 50)
+    q, k, v, dO = (t.float() for t in (q, k, v, 1e-10 * dO))
+    found = relevancy.relevancy(rows, q, k, v, dO, scale, gates, paper)
+    exact = reference.relevancy(rows, q, k, v, dO, scale, gates, "paper" if paper else "transmm")
+    base = rows + rows * (1 if gates is None else gates) if paper else rows
+    assert found.dtype == torch.float64
+    assert float((found - exact).abs().max() / (exact - base).abs().max()) < 1e-5
+
+
 # The log-sum-exp that a model's own attention kept --------------------------------------------------------------------
 
 

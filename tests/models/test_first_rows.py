@@ -110,6 +110,21 @@ def test_a_last_block_whose_tokens_are_needed_runs_in_full(model, images, passes
     assert passes == [True]
 
 
+class Centred(torch.nn.Module):
+    """Reads all tokens, out of sight of a mode once it is scripted."""
+
+    def forward(self, x):
+        return x - x.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_model_that_gets_another_part_is_compared_again(model, images, passes):
+    fastfg.attribute(model, images)
+    model.norm = torch.jit.script(Centred())
+    with pytest.raises(RuntimeError, match="expected the head of .* to read the tokens"):
+        fastfg.attribute(model, images)
+
+
 def test_hooks_of_the_user_see_all_tokens(model, images, passes):
     seen = []
     handle = model.norm.register_forward_hook(lambda module, given, output: seen.append(output.shape[1]))
