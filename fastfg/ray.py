@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfg.attribution.attribute import attribute
+from fastfg.attribution.relevancy_pass import maps_dtype
 from fastfg.data import read_image
 from fastfg.metrics.choose import METRICS
 from fastfg.metrics.evaluate import evaluate
@@ -82,7 +83,9 @@ class Explain:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         made = load(model, weights)[0] if isinstance(model, str) else model()
         self.model = made.to(self.device).eval()
-        self.dtype = next(adapt(self.model).blocks[0].parameters()).dtype
+        adapter = adapt(self.model)
+        self.dtype = next(adapter.blocks[0].parameters()).dtype
+        self.maps_dtype = np.float64 if maps_dtype(adapter, self.dtype) == torch.float64 else np.float32
         found = {} if saes is None else saes() if callable(saes) else load_saes(saes, gate.layers if gate else None)
         self.saes = {block: sae.to(self.device) for block, sae in found.items()}
         self.transform, self.gate, self.target = transform, gate, target
@@ -102,7 +105,7 @@ class Explain:
                 errors[place] = f"{type(error).__name__}: {error}"
         found = self._explain(torch.stack(tensors), places, errors) if tensors else {}
         n = len(errors)
-        maps = np.full((n, *self.grid), np.nan, np.float32)
+        maps = np.full((n, *self.grid), np.nan, self.maps_dtype)
         columns: Columns = {"id": batch["id"], "map": maps, "target": np.full(n, NO_TARGET, np.int64)}
         columns |= {name: np.full(n, np.nan) for name in ("probability", *self.metrics)}
         for name, values in found.items():
@@ -115,7 +118,7 @@ class Explain:
         result = attribute(self.model, images, saes=self.saes, gate=self.gate, target=self.target)
         self.grid = (result.maps.shape[1], result.maps.shape[2])
         probability = probabilities(result.logits).gather(1, result.target[:, None])[:, 0]
-        columns = {"map": result.maps.float(), "target": result.target, "probability": probability.double()}
+        columns = {"map": result.maps, "target": result.target, "probability": probability.double()}
         if self.metrics:
             scores = evaluate(
                 self.model, images, result.maps, target=result.target, metrics=self.metrics, **self.options

@@ -97,14 +97,10 @@ class RelevancyPass:
     # Where relevancy starts ----------------------------------------------------------------------------------
 
     def _start_at_last_block(self, q: Tensor) -> Tensor:
-        """The rows that the head reads, the same for every gate.
-
-        Mean pooling starts at ``1 / N`` for every token, and small gradients add little to it: their sum needs float64.
-        """
+        """The rows that the head reads, the same for every gate."""
         if not self.adapter.pooled:
             raise RuntimeError("model: expected the logits to depend on its attention-pooling head, but they do not")
-        dtype = torch.float64 if self.adapter.n_rows is None else working_dtype(q)
-        row = self.adapter.first_row(self.n_tokens, dtype, q.device).expand(q.shape[0], -1)
+        row = self.adapter.first_row(self.n_tokens, maps_dtype(self.adapter, q.dtype), q.device).expand(q.shape[0], -1)
         return row.expand(len(self.configs), -1, -1)
 
     def _start_at_pooling_head(self, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> Tensor:
@@ -208,6 +204,15 @@ class RelevancyPass:
 def _on_device(numbers: tuple[tuple[float, float], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``numbers`` as a tensor that is not to be changed. A copy to the device waits for it, so it is made once."""
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def maps_dtype(adapter: Adapter, own: torch.dtype) -> torch.dtype:
+    """The dtype of maps for a model whose attention has the dtype ``own``: float32, or float64 for a float64 model.
+
+    Mean pooling starts at ``1 / N`` for every token, and small gradients add little to it: their sum is in float64.
+    """
+    starts_at_patches = bool(adapter.pooled) and adapter.n_rows is None
+    return torch.float64 if starts_at_patches or own == torch.float64 else torch.float32
 
 
 def working_dtype(t: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from fastfg.perturb.fills import is_per_image
 
 Self = TypeVar("Self", bound="Metric")
 UNCHANGED = "removing patches does not change the reading"
+ROUNDING_64 = 2.0**-40  # of a map in float64, relative to its largest value
 ROUNDING = 4  # a logit that changes by fewer units of rounding than this counts as unchanged
 
 
@@ -153,8 +154,13 @@ def check_positive(metric: str, name: str, value: Any) -> None:
 
 
 def rounding_of(maps: Tensor) -> Tensor:
-    """By how much values of ``maps`` [..., P] may differ by rounding alone: [..., 1]. Maps come in float32 or less."""
-    return ROUNDING * torch.finfo(torch.float32).eps * maps.abs().amax(-1, keepdim=True)
+    """By how much values of ``maps`` [..., P], float64, may differ by rounding alone: [..., 1].
+
+    Most maps are made in float32, as their values show. Those of mean pooling and of float64 models are not.
+    """
+    single = (maps == maps.float().double()).all(-1, keepdim=True)
+    eps = torch.where(single, ROUNDING * torch.finfo(torch.float32).eps, ROUNDING_64)
+    return eps * maps.abs().amax(-1, keepdim=True)
 
 
 def descending(maps: Tensor) -> Tensor:

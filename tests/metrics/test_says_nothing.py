@@ -140,3 +140,25 @@ def test_a_map_that_differs_by_rounding_alone(model, images):
     maps[:, 1, 2] = torch.nextafter(maps[0, 0, 0], torch.tensor(1.0))
     found = reasons(fastfg.evaluate(model, images, maps, target=1, metrics=["saco"]))
     assert set(found.values()) == {"the attribution is the same for every patch"}
+
+
+def test_a_float64_map_may_differ_little_from_one_value():
+    """As under mean pooling, where each patch starts at 1 / N."""
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps = 0.0625 + 1e-9 * torch.rand(1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def model(images):
+        return torch.stack([images[..., :4].mean((1, 2, 3)), images[..., 4:].mean((1, 2, 3))], dim=1)
+
+    found = fastfg.evaluate(model, images, maps, target=0, metrics=["saco"])
+    assert found.errors == []
+    same = fastfg.evaluate(model, images, (maps - maps.mean()) * 1e9, target=0, metrics=["saco"])
+    assert float(found["saco"]) == pytest.approx(float(same["saco"]), abs=1e-6)
+    rounded = fastfg.evaluate(model, images, maps.float(), target=0, metrics=["saco"])
+    assert "the same for every patch" in rounded.errors[0].message
+    alike = torch.full((1, 4, 4), 0.1, dtype=torch.float64)
+    alike[0, 0] *= 1 + 1e-15
+    assert (
+        "the same for every patch"
+        in fastfg.evaluate(model, images, alike, target=0, metrics=["saco"]).errors[0].message
+    )
