@@ -27,6 +27,9 @@ Methods = Iterable[str] | Mapping[str, str | Tensor | Explainer]  # names of MET
 SCORE_KINDS = ("combined", "activation", "gradient", "gradient_signed", "gradient_x_residual", "sae_error")
 
 
+LARGEST = 1e6  # of kappa and c_max: the product of the gates of several blocks stays within float32
+
+
 @dataclass(frozen=True)
 class Gate:
     """One configuration of the gate: which blocks it gates, how sharply, how strongly, and by which score.
@@ -72,10 +75,10 @@ class Gate:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not 0 < self.kappa < float("inf"):
-            raise ValueError(f"kappa: expected a number > 0, got {self.kappa}")
-        if not 1 < self.c_max < float("inf"):
-            raise ValueError(f"c_max: expected a number > 1, got {self.c_max}")
+        if not 0 < self.kappa <= LARGEST:
+            raise ValueError(f"kappa: expected a number > 0, at most {LARGEST:g}, got {self.kappa}")
+        if not 1 < self.c_max <= LARGEST:
+            raise ValueError(f"c_max: expected a number > 1, at most {LARGEST:g}, got {self.c_max}")
         if self.score not in SCORE_KINDS:
             raise ValueError(f"score: expected one of {SCORE_KINDS}, got {self.score!r}")
         for name in ("shuffle_seed", "permute_seed"):

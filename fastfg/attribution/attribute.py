@@ -125,6 +125,7 @@ def attribute(
             passed = _pass(images.detach(), explained, relevancy, others, check, to_pixels, exponent)
         if passed.is_in_range(relevancy.rows):
             break
+    relevancy.mark_missing(passed.is_nan)
 
     found = others.maps((grid.gh, grid.gw))
     if passed.gradient is not None:
@@ -140,12 +141,14 @@ class _Passed(NamedTuple):
     Attributes:
         target: resolved. output: the logits, or the model's output for a target function.
         gradient: at the pixels [B, C, H, W], if it was asked for. scaled: whether gradients were kept in range.
+        is_nan: [B], whether an image's target is undefined: its value or a logit is NaN.
     """
 
     target: Target
     output: Any
     gradient: Tensor | None
     scaled: bool
+    is_nan: Tensor
 
     def is_in_range(self, rows: Tensor | None) -> bool:
         """Whether no scaled gradient overflowed on its way to the relevancy ``rows``. Waits for the device if so."""
@@ -188,7 +191,10 @@ def _pass(
     with named_errors(capture.name):
         scale = scale_of(y, seen, exponent) if capture.in_float16 else None
         gradient = capture.backward(y, scale)
-    return _Passed(resolved, seen, None if root is None else gradient, scale is not None)
+    is_nan = y.detach().isnan()
+    if not isinstance(resolved, Function):
+        is_nan |= seen.isnan().any(1)
+    return _Passed(resolved, seen, None if root is None else gradient, scale is not None, is_nan)
 
 
 def _forward(

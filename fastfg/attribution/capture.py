@@ -188,6 +188,10 @@ class Capture(TorchFunctionMode):
         if self.root is None:
             out = self.root = out.detach().requires_grad_()
         if not out.requires_grad:
+            if self.inside is not None and self.inside in self.met:
+                raise RuntimeError(
+                    f"model: expected one attention in block {self.inside} of {self.name}, met another one beside it"
+                )
             raise RuntimeError(
                 f"model: expected gradients to flow through {self.name}, but they stop before its attention number "
                 f"{len(self.met)} (torch.no_grad or gradient checkpointing in its forward?)"

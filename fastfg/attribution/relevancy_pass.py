@@ -62,6 +62,11 @@ class RelevancyPass:
         self.gates: dict[int, Tensor] = {}
         self.features: dict[int, Features] = {}
         self._sources: dict[int, dict[int, PatchScores]] = {}  # for the gated block whose attention comes next
+        last = len(adapter.blocks) - 1
+        if adapter.n_rows is not None and any(
+            c is not None and last in c.layers and c.score != "activation" for c in configs
+        ):
+            _warn_of_no_gradient(last)
 
     def on_residual(self, block: int, x: Tensor, g: Tensor) -> None:
         """Keep a gated block's residual stream and its gradient, both [B, N, d]. The block's attention comes next."""
@@ -93,6 +98,21 @@ class RelevancyPass:
             gates = torch.ones_like(rows)
             gates[..., self.adapter.num_prefix_tokens :] = self._gate(number, sources, rows.dtype)
             self.rows = ops.relevancy(rows, q, k, v, dO, scale, gates, self.identity, backend=self.backend)
+
+    def mark_missing(self, is_nan: Tensor) -> None:
+        """Make the rows NaN of images whose target is undefined, and warn of all rows that are not finite. Waits once.
+
+        Args:
+            is_nan: [B], whether the target is.
+        """
+        assert self.rows is not None  # Capture.backward reached every block
+        finite = self.rows.isfinite().all(-1).all(0)
+        if bool((finite & ~is_nan).all()):
+            return
+        self.rows = self.rows.masked_fill(is_nan[:, None], torch.nan)
+        for which, why in ((is_nan, "the model's output is NaN"), (~finite & ~is_nan, "numbers became too large")):
+            if images := which.nonzero().flatten().tolist():
+                log.warning("no map for image(s) %s of this batch, but NaN or infinity: %s", images[:8], why)
 
     # Where relevancy starts ----------------------------------------------------------------------------------
 
@@ -234,6 +254,16 @@ def over_all_tokens(row: Tensor, n_tokens: int, n_prefix: int) -> Tensor:
 def _no_features(like: Tensor, n: int) -> Features:
     indices = torch.full((*like.shape, n), -1, dtype=torch.int64, device=like.device)
     return Features(indices, torch.zeros(indices.shape, dtype=like.dtype, device=like.device))
+
+
+@functools.cache
+def _warn_of_no_gradient(block: int) -> None:
+    """Said once per block."""
+    log.warning(
+        "all gates of block %d are 1: it is the last one, and the head reads no patches of its output, so their "
+        "gradient is 0. Gate an earlier block",
+        block,
+    )
 
 
 @functools.cache

@@ -37,11 +37,8 @@ def find_adapter(model: Any) -> Adapter | None:
     model = uncompiled(model)
     if isinstance(model, ZeroShot):
         return open_clip.adapt_zero_shot(model, adapt(model.trunk))
-    for cls in type(model).__mro__:
-        family = FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if family is not None:
-            return family(model)
-    return None
+    family = _family(model)
+    return None if family is None else family(model)
 
 
 def adapt(model: nn.Module | Adapter) -> Adapter:
@@ -51,6 +48,18 @@ def adapt(model: nn.Module | Adapter) -> Adapter:
         known = ", ".join(sorted(FAMILIES))
         raise TypeError(
             f"model: expected a fastfg.models.Adapter or ZeroShot, or one of {known}, got {type(model).__module__}."
-            f"{type(model).__qualname__}"
+            f"{type(model).__qualname__}{_hint(model)}"
         )
     return adapter
+
+
+def _hint(model: Any) -> str:
+    """Which part of a wrapper is a model of a known family, if there is one."""
+    parts = model.named_children() if isinstance(model, nn.Module) else ()
+    names = [name for name, part in parts if _family(part) is not None]
+    return f" (pass its part `{names[0]}`)" if len(names) == 1 else ""
+
+
+def _family(model: Any) -> Callable[[Any], Adapter] | None:
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)

@@ -6,9 +6,10 @@ import torch
 
 import fastfg
 from fastfg.attribution.patch_scores import BY_KIND
+from fastfg.attribution.relevancy_pass import _warn_of_no_gradient
 from fastfg.types import METHODS, SCORE_KINDS
 from tests.models.families import build
-from tests.tools import ACTIVATIONS, random_sae
+from tests.tools import ACTIVATIONS, random_sae, tiny_vit
 
 GATES = [
     None,
@@ -165,3 +166,69 @@ def test_an_sae_of_another_block_is_refused(model, images, saes):
         fastfg.attribute(model, images, saes=saes, gate=gate)
     saes[2].provenance["layer"] = 2
     fastfg.attribute(model, images, saes=saes, gate=gate)
+
+
+def test_an_image_whose_output_is_nan_has_no_map(model, images, caplog):
+    model.head.register_forward_hook(
+        lambda module, args, out: out.index_put((torch.tensor(1), torch.tensor(4)), out.new_tensor(torch.nan))
+    )
+    for target in (None, 2, lambda logits: logits[:, 4]):
+        caplog.clear()
+        found = fastfg.attribute(model, images, target=target)
+        assert found.maps.isfinite().flatten(1).all(1).tolist() == [True, False, True]
+        assert [record.message for record in caplog.records] == [
+            "no map for image(s) [1] of this batch, but NaN or infinity: the model's output is NaN"
+        ]
+
+
+def test_a_class_that_is_switched_off_is_no_error(model, images, caplog):
+    model.head.register_forward_hook(lambda module, args, out: out.index_fill(1, torch.tensor([4]), -torch.inf))
+    assert bool(fastfg.attribute(model, images).maps.isfinite().all())
+    assert caplog.records == []
+
+
+def test_numbers_that_become_too_large_are_said(images, caplog):
+    model = tiny_vit().float()
+    sae = random_sae(32, 100, "topk", k=9, dtype=torch.float32)
+    sae.W_dec.mul_(1e30)
+    sae.W_enc.mul_(1e30)
+    found = fastfg.attribute(model, images.float(), saes={1: sae}, gate=fastfg.Gate((1,)))
+    assert not bool(found.maps.isfinite().all())
+    assert "no map for image(s) [0, 1, 2] of this batch, but NaN or infinity: numbers became too large" in caplog.text
+
+
+def test_gates_of_the_last_block_that_can_only_be_1_are_said(model, images, saes, caplog):
+    _warn_of_no_gradient.cache_clear()
+    last = {3: saes[1]}
+    fastfg.attribute(model, images, saes=last, gate=fastfg.Gate((3,), score="activation"))
+    assert "all gates" not in caplog.text
+    found = fastfg.attribute(model, images, saes=last, gate=fastfg.Gate((3,)))
+    assert torch.all(found.gates[3] == 1)
+    assert "all gates of block 3 are 1: it is the last one" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"kappa": 1e30}, {"c_max": 1e300}])
+def test_gates_beyond_float32_are_refused(options):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected a number > ., at most 1e.06, got"):
+        fastfg.Gate((1,), **options)
+
+
+def test_a_wrapper_names_its_part(model, images):
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.scale = model, torch.nn.Identity()
+
+    with pytest.raises(TypeError, match="Wrapper \\(pass its part `backbone`\\)$"):
+        fastfg.attribute(Wrapper(), images)
+    with pytest.raises(TypeError, match="DataParallel \\(pass its part `module`\\)$"):
+        fastfg.attribute(torch.nn.DataParallel(model), images)
+
+
+def test_blocks_with_two_attentions_side_by_side():
+    timm = fastfg.models.import_timm()
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+    block = timm.models.vision_transformer.ParallelThingsBlock
+    model = timm.models.vision_transformer.VisionTransformer(**shape, block_fn=block).eval()
+    with pytest.raises(RuntimeError, match="expected one attention in block 0 of .*, met another one beside it"):
+        fastfg.attribute(model, torch.randn(1, 3, 32, 32))
