@@ -34,7 +34,7 @@ from fastfg.types import SCORE_KINDS, Gate
 NOTES = """How images are read:
   Folders are searched recursively. Hidden files, hidden folders and __MACOSX
   are ignored. Every other file that is not read is listed in errors.csv with
-  its reason: damaged files, other suffixes, dangling links, DICOM files, ...
+  its reason: damaged files, other suffixes, dangling links, ...
   A file that is named on the command line is tried with any suffix, but
   .parquet and .csv are manifests of fastfg data prepare. Their masks, groups
   and, with --target label, labels are used; files that have changed since are
@@ -45,6 +45,9 @@ NOTES = """How images are read:
   Grey with more bits (16-bit, float): mapped linearly to 8 bits. --window gives
   the values of black and white. Without it they are the smallest and the
   largest value of the file. windows.csv lists these files.
+  DICOM (with pydicom): one frame, by the modality's own values, such as
+  Hounsfield units. --window is in these units; without it, the file's own first
+  window counts, else the smallest and the largest value.
   Errors: colour with 16 bits per channel, NaN or infinite pixels, and several
   frames or pages in one file.
   Transparent pixels are composited over white. The EXIF orientation is applied.

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastfg.data.dicom import why_no_dicom
 from fastfg.data.image import (
-    DICOM,
     MAX_ASPECT,
     MAX_PIXELS,
     Window,
@@ -61,9 +61,10 @@ class Batch(NamedTuple):
 def find_images(paths: Iterable[Path]) -> Found:
     """Find the image files among ``paths``. Folders are searched recursively.
 
-    Skipped with a reason: files in a folder that do not have the suffix of an image (a file that is given directly is
-    always tried), dangling links, links to folders, unreadable folders, anything that is not a regular file, DICOM
-    files, and folders with earlier output of fastfg. Hidden files, hidden folders and ``__MACOSX`` are left out
+    Skipped with a reason: files in a folder that neither have the suffix of an image nor begin as DICOM does (a file
+    that is given directly is always tried), dangling links, links to folders, unreadable folders, anything that is not
+    a regular file, DICOM files without pydicom, and folders with earlier output of fastfg. Hidden files, hidden folders
+    and ``__MACOSX`` are left out
     without a reason. A file that is found twice is read once.
 
     Raises FileNotFoundError for a path that does not exist.
@@ -240,7 +241,7 @@ def _why_no_image(path: Path, suffixes: set[str]) -> str:
         if path.suffix.lower() in suffixes:
             return ""
         if is_dicom(path):
-            return DICOM
+            return why_no_dicom()
     except OSError as error:
         return f"unreadable file: {error.strerror}"
     return f"the suffix {path.suffix!r} is not that of an image (give the file by itself to have it tried)"

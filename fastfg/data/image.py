@@ -17,7 +17,6 @@ BACKGROUND = (255, 255, 255)  # white, behind transparent pixels
 MAX_PIXELS = 150_000_000
 MAX_ASPECT = 50.0
 
-DICOM = "DICOM is not read yet; export the image as 16-bit PNG or TIFF"
 MANY_FRAMES_READ = ("MPO",)  # a JPEG photograph with previews or a depth map behind it: the photograph is read
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 MIN_IS_WHITE, UNSIGNED = 0, (1,)  # values of the last two
@@ -50,6 +49,7 @@ def read_image(
     - The EXIF orientation is applied if the EXIF data can be read.
     - A file with several frames or pages is refused, because only one of them would be read. The exception is a JPEG
       with embedded previews (MPO): its photograph is read.
+    - DICOM: see :func:`fastfg.data.dicom.read_dicom`.
 
     Args:
         path: a regular file, in one of the formats :data:`FORMATS`.
@@ -72,7 +72,9 @@ def read_open_image(
     """:func:`read_image` for a file that is open, or bytes in memory. ``path`` is its name for messages."""
     check_limits(window, max_pixels, max_aspect)
     if begins_as_dicom(file):
-        raise ValueError(DICOM)
+        from fastfg.data.dicom import read_dicom
+
+        return read_dicom(file, window, max_pixels, max_aspect)
     file.seek(0)
     with opened(path, file) as image:
         check_size(image.size, max_pixels, max_aspect)
@@ -173,6 +175,15 @@ def _windowed(image: Image.Image, window: Window | None, inverted: bool) -> Pict
     if unsigned and values.min() < 0:  # Pillow reads them as signed
         raise ValueError(f"expected 32-bit values of at most {2**31 - 1}, got larger ones")
     low, high = window or (float(values.min()), float(values.max()))
+    mapped = to_8_bits(values, low, high, inverted)
+    transparent = image.info.get("transparency")  # of PNG: one grey value
+    if transparent is not None:
+        mapped[values == transparent] = BACKGROUND[0]
+    return Picture(Image.fromarray(mapped), (low, high))
+
+
+def to_8_bits(values: np.ndarray[Any, Any], low: float, high: float, inverted: bool = False) -> np.ndarray[Any, Any]:
+    """``values`` [H, W] mapped from ``low`` and ``high`` to 0 and 255, or to 255 and 0; all 0 without a range."""
     mapped = np.zeros(values.shape, np.uint8)
     if high > low:
         for start in range(0, len(values), ROWS):
@@ -180,10 +191,7 @@ def _windowed(image: Image.Image, window: Window | None, inverted: bool) -> Pict
             mapped[start : start + ROWS] = part.round().clip(0, 255)
         if inverted:
             mapped = 255 - mapped
-    transparent = image.info.get("transparency")  # of PNG: one grey value
-    if transparent is not None:
-        mapped[values == transparent] = BACKGROUND[0]
-    return Picture(Image.fromarray(mapped), (low, high))
+    return mapped
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastfg.data import batches, find_images, path_text
+from fastfg.data import batches, dicom, find_images, path_text
 from fastfg.data.output import claim
 from fastfg.study.demo.cells import load_cells
 from tests.digits import load_digits
@@ -52,7 +52,8 @@ def test_find_images(folder):
     assert find_images([folder / "bare"]) == ([], [])
 
 
-def test_skipped_files_have_a_reason(folder):
+def test_skipped_files_have_a_reason(folder, monkeypatch):
+    monkeypatch.setattr(dicom.importlib.util, "find_spec", lambda name: None)
     (folder / "scan.dcm").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "dangling.png").symlink_to(folder / "nowhere.png")
@@ -69,8 +70,8 @@ def test_skipped_files_have_a_reason(folder):
         "a.png", "b.jpg", "broken.png", "d.png", "empty.png", "c.PNG", "link.png"
     }  # fmt: skip
     skipped = reasons(found, folder)
-    assert "DICOM is not read yet" in skipped.pop("scan.dcm")
-    assert "DICOM is not read yet" in skipped.pop("IM0001")
+    assert "DICOM needs pydicom" in skipped.pop("scan.dcm")
+    assert "DICOM needs pydicom" in skipped.pop("IM0001")
     assert "the suffix '.txt'" in skipped.pop("notes.txt")
     assert skipped == {
         "dangling.png": "a dangling link",

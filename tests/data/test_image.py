@@ -250,7 +250,7 @@ def test_the_content_decides_and_not_the_name(tmp_path):
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     assert read(tmp_path / "a.jpg").shape == (6, 8, 3)
     (tmp_path / "scan.png").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 100)
-    with pytest.raises(ValueError, match="DICOM is not read yet"):
+    with pytest.raises(ValueError, match="a DICOM object without Rows and Columns"):
         read_image(tmp_path / "scan.png")
     photograph().save(tmp_path / "a.eps")
     named = re.escape(f"cannot identify image file {str(tmp_path / 'a.eps')!r}")
