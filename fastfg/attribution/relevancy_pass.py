@@ -184,14 +184,16 @@ class RelevancyPass:
     def _in_one_launch(self, block: int, sources: Mapping[int, PatchScores], rows: Tensor) -> bool:
         """Whether ``ops.gated_relevancy`` is to compute all gates of ``block``.
 
-        It can on CUDA, for ``combined`` scores of K codes of one SAE. For one gate and many patches, the separate ops
-        are faster.
+        It can on CUDA, for ``combined`` scores of K codes of one SAE, and rows of the model's own precision. For one
+        gate and many patches, the separate ops are faster.
         """
         if len(sources) > 1:
             return False
         ((which, source),) = sources.items()
+        if rows.dtype != working_dtype(source.x):  # under mean pooling
+            return False
         sae = self._saes[which].get(block)
-        if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k or rows.dtype == torch.float64:
+        if not source.x.is_cuda or self.n_features or sae is None or not sae.fixed_k:
             return False
         if len(self.configs) == 1 and math.prod(source.shape) > PATCHES_IN_ONE_LAUNCH:
             return False

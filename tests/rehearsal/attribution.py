@@ -150,6 +150,19 @@ def test_gated_blocks_in_one_launch(gate, dtype, identity, launched):
     same_result(found, expected, rtol=1e-9 if dtype == torch.float64 else 1e-4)
 
 
+def test_rows_of_mean_pooling_are_in_float64_on_the_card(launched):
+    model, images, saes = given(torch.float32, global_pool="avg")
+    options = {"gate": [None, fastfg.Gate((1,))], "target": 1}
+    expected = fastfg.attribute(model, images, saes=saes, **options)
+    model, images, saes = to_card(model, images, saes)
+    launched.clear()
+    found = fastfg.attribute(model, images, saes=saes, **options)
+    assert found.maps.dtype == torch.float64
+    assert launched.count("relevancy") == 4
+    assert "gated_relevancy" not in launched
+    same_result(found, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("other", ["shuffle", "score", "rescale", "features"])
 def test_other_gates_use_the_separate_ops(other, launched):
     model, images, saes = given(normalize="layer_norm")
