@@ -28,7 +28,7 @@ from fastfg.study.presets import preset
 from fastfg.study.shards import Failure
 from fastfg.study.telling import Say, Track
 from fastfg.study.token_cache import on_both_sides
-from fastfg.study.token_writer import shape_of_tokens
+from fastfg.study.token_writer import check_batch, check_tokens, shape_of_tokens
 from fastfg.study.train_saes import Progress, train_saes
 from fastfg.study.unread import unread_images
 from fastfg.study.weights import check_weights, sae_fingerprint
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HELD_OUT = 0.1  # share of the training images, or groups, that the SAEs are reported on
+SETTING = "saes.train.{}".format  # the name of an argument in the file
 SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
 
 
@@ -244,7 +245,7 @@ def _train(
     if not wanted:
         return
 
-    _check_tokens(config, how, model, transform, len(chosen))
+    _check_tokens(config, how, model, transform, chosen)
 
     def images() -> Iterator[tuple[torch.Tensor, list[str]]]:
         verify_content(chosen)
@@ -293,15 +294,14 @@ def _train(
     _say_reports(config, say)
 
 
-def _check_tokens(config: Config, how: Train, model: Adapter, transform: Any, n_images: int) -> None:
-    """Refuse settings that do not fit the tokens of ``n_images``, before one is written. Fewer may be readable."""
-    patches, width = shape_of_tokens(model, transform, config.protocol.layers)
-    per_image = how.tokens_per_image or patches
-    if per_image > patches:
-        raise ValueError(
-            f"saes.train.tokens_per_image: expected at most {patches}, the patches per image, got {per_image}"
-        )
-    _recipe(config, how, width, n_images * per_image, model.parameter.device)
+def _check_tokens(config: Config, how: Train, model: Adapter, transform: Any, chosen: pd.DataFrame) -> None:
+    """Refuse settings that do not fit the tokens of the images ``chosen``, before one is written."""
+    grouped = _groups(chosen)
+    n_units = len(chosen) if grouped is None else len(set(grouped.values()))
+    shape = shape_of_tokens(model, transform, config.protocol.layers)
+    to_train = len(chosen) - round(HELD_OUT * n_units)
+    n = check_tokens(shape, to_train, how.tokens_per_image, how.batch_tokens, SETTING)
+    _recipe(config, how, shape[1], n, model.parameter.device)
 
 
 def _say_reports(config: Config, say: Say) -> None:
@@ -316,10 +316,7 @@ def _say_reports(config: Config, say: Say) -> None:
 
 def _recipe(config: Config, how: Train, width: int, n: int, device: torch.device) -> Recipe:
     """The recipe for ``n`` tokens to train on. Raises ValueError that names the setting that does not fit them."""
-    if n < how.batch_tokens:
-        raise ValueError(
-            f"saes.train.batch_tokens: expected at most {n}, the tokens to train on, got {how.batch_tokens}"
-        )
+    check_batch(n, how.batch_tokens, SETTING)
     try:
         return Recipe(
             n_features=how.expansion * width,

@@ -72,7 +72,7 @@ def test_training_images_to_hold_out(file):
     ("setting", "message"),
     [
         ("k = 193", r"^saes\.train\.k: expected .*, got 193$"),
-        ("batch_tokens = 4096", r"^saes\.train\.batch_tokens: expected at most \d+, the tokens to train on, got 4096$"),
+        ("batch_tokens = 4096", r"^saes\.train\.batch_tokens: expected at most 144, the tokens to train on, got 4096$"),
         ("tokens_per_image = 17", r"^saes\.train\.tokens_per_image: expected at most 16, the patches per .*, got 17$"),
     ],
 )
