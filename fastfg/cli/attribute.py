@@ -67,21 +67,22 @@ def run(arguments: argparse.Namespace) -> None:
 
     inputs = Inputs(arguments)
     results, work = Results(arguments, inputs, STORED), Work(("map",), ("map",))
+    unfinished = list(inputs.out.glob(".*.tmp"))  # of runs that were killed, or of processes that are still writing
     with inputs:
         try:
             title = f"Explaining {count(len(inputs.paths), 'image')}"
-            results.run(work, title, lambda batch, _: _explain(inputs, results, batch))
+            results.run(work, title, lambda batch, _: _explain(inputs, results, batch, unfinished))
         finally:  # also after Ctrl-C or an error
             _write(inputs.out / "attributions.csv", results.rows(work))
 
 
-def _explain(inputs: Inputs, results: Results, batch: Batch) -> list[dict[str, Any]]:
-    """Write the maps of a batch, and return its rows."""
+def _explain(inputs: Inputs, results: Results, batch: Batch, unfinished: Sequence[Path]) -> list[dict[str, Any]]:
+    """Write the maps of a batch, and return its rows. Its files among ``unfinished`` are removed."""
     import numpy as np
 
     from fastfg.attribution.attribute import attribute
     from fastfg.data import path_text
-    from fastfg.files import naming
+    from fastfg.files import write_durably
     from fastfg.perturb import image_key
     from fastfg.report.overlay import displayed, save_overlay
     from fastfg.targets import probabilities
@@ -93,14 +94,16 @@ def _explain(inputs: Inputs, results: Results, batch: Batch) -> list[dict[str, A
     probability = probabilities(result.logits)
     for i, path in enumerate(batch.paths):
         name = _output_name(results.number[path_text(path)], path.stem)
+        if results.store.locks:  # so no other process has this batch
+            for file in unfinished:
+                if file.name.startswith((f".{name}.npy.", f".{name}.png.")):
+                    file.unlink(missing_ok=True)
         values = io.BytesIO()
         np.save(values, result.maps[i].cpu().numpy())
-        with naming(inputs.out / f"{name}.npy"):
-            (inputs.out / f"{name}.npy").write_bytes(values.getbuffer())
+        write_durably(inputs.out / f"{name}.npy", values.getvalue())
         overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
         if overlay:
-            with naming(inputs.out / overlay):
-                save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
+            save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
         target = int(result.target[i])
         row: dict[str, Any] = {
             "key": path_text(path),

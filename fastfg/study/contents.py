@@ -241,6 +241,8 @@ def _notes(judging: Judging) -> list[str]:
         )
     found += _at_the_edge(judging.config.protocol, choices[-1]["gate"])
     found += [*_about_saes(judging), *_about_images(judging)]
+    if judging.parts.unlearned:
+        found.append(f"{judging.parts.unlearned}.")
     groups = judging.parts.images.loc[judging.parts.test, "group"]
     if not judging.config.data.by_group and bool((groups != "").any()):
         found.append(

@@ -23,7 +23,7 @@ from fastfg.study.accuracy import COLUMNS, Accuracy
 from fastfg.study.backbone import Start, start_model
 from fastfg.study.claims import alone
 from fastfg.study.classifier_data import Counted, Features, Images, Track, check_settings, head_features
-from fastfg.study.fit import FineTuning, Source, class_weights, evaluate, fit
+from fastfg.study.fit import FIGURES, FineTuning, Source, class_weights, evaluate, fit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +64,7 @@ def finetune(
     workers: int = 0,
     reading: Mapping[str, Any] | None = None,
     max_failures: float = 0.0,
+    verify: bool = True,
     say: Callable[[str], None] = lambda text: None,
     track: Track | None = None,
 ) -> FineTuned:
@@ -85,6 +86,7 @@ def finetune(
         device, workers: see :class:`torch.utils.data.DataLoader` for workers.
         reading: options of :func:`fastfg.data.read_image`.
         max_failures: the largest share of images that may be unreadable; they are left out and named.
+        verify: read the image files and compare their hashes with the table's; False for a table that was just made.
         say: prints a line. track: takes a title and returns a progress callback.
 
     Raises ValueError that names the argument: for too few classes, a class without training images, labels of
@@ -94,7 +96,8 @@ def finetune(
     labels = _labels(table)
     start = start_model(model, weights, labels, pretrained=pretrained, img_size=img_size, seed=recipe.seed)
     settings = _settings(table, labels, start, weights, recipe, reading)
-    verify_content(table)
+    if verify:
+        verify_content(table)
     out.mkdir(parents=True, exist_ok=True)
     if (out / REPORT).is_file():
         return _read(out, settings)
@@ -117,7 +120,9 @@ def finetune(
 
         state = fit(trained, source, labels, recipe, loss_weights, out / CHECKPOINT, settings, progress)
         accuracy = {name: evaluate(trained, source, name, labels, loss_weights)[1] for name in EVALUATED}
-        done = FineTuned(out / WEIGHTS, labels, accuracy, state.history, state.best_epoch, dict(images.errors))
+        done = FineTuned(
+            out / WEIGHTS, labels, accuracy, state.history, state.best_epoch, dict(sorted(images.errors.items()))
+        )
         _write(out, network, start, settings, done)
         return done
 
@@ -219,8 +224,8 @@ def _write(
     save_classifier(out, model, start.architecture, done.labels, model_args=start.model_args, about=about)
     rows = [{"split": split, **row} for split, one in done.accuracy.items() for row in one.by_class()]
     _write_csv(out / "accuracy.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
-    history = [[epoch, *figures.values()] for epoch, figures in enumerate(done.history)]
-    _write_csv(out / "history.csv", ("epoch", *done.history[0]), history)
+    history = [[epoch, *(figures[name] for name in FIGURES)] for epoch, figures in enumerate(done.history)]
+    _write_csv(out / "history.csv", ("epoch", *FIGURES), history)
     if done.unreadable:
         _write_csv(out / "errors.csv", ("path", "error"), list(done.unreadable.items()))
     described = {

@@ -19,11 +19,14 @@ from fastfg.study.accuracy import Accuracy
 from fastfg.study.classifier_data import Batch, check_settings, seeded
 
 META = "training"  # the entry of a checkpoint's metadata
+FIGURES = ("loss", "validation_loss", "validation_accuracy", "validation_balanced_accuracy")  # of an epoch
 
 
 class Source(Protocol):
-    """Batches of inputs and classes."""
+    """Batches of inputs and classes, and ``errors`` {path: why it was not read} of those that were read so far."""
 
+    @property
+    def errors(self) -> dict[str, str]: ...
     def train(self, epoch: int) -> Iterator[Batch]: ...
     def split(self, name: str) -> Iterator[Batch]: ...
     def count(self, name: str) -> int: ...
@@ -140,24 +143,21 @@ def fit(
     best = {name: value.clone() for name, value in network.state_dict().items()}
     state = Progressed([])
     if checkpoint.is_file():
-        state, best = _resume(network, optimizer, checkpoint, settings)
+        state, best = _resume(network, optimizer, source, checkpoint, settings)
     while (epoch := len(state.history)) < epochs and epoch - state.best_epoch <= recipe.patience:
         schedule.step(epoch)
         loss = _train(network, source, optimizer, weights, recipe, epoch)
         validation_loss, accuracy = evaluate(network, source, "validation", labels, weights)
         if not math.isfinite(validation_loss):
             raise ValueError(f"validation: expected a finite loss, got {validation_loss} in epoch {epoch}")
-        figures = {
-            "loss": loss,
-            "validation_loss": validation_loss,
-            "validation_accuracy": accuracy.accuracy,
-            "validation_balanced_accuracy": accuracy.balanced,
-        }
+        figures = dict(
+            zip(FIGURES, (loss, validation_loss, accuracy.accuracy, accuracy.balanced), strict=True),
+        )
         state.history.append(figures)
         if validation_loss < state.best_loss:
             state.best_epoch, state.best_loss = epoch, validation_loss
             best = {name: value.clone() for name, value in network.state_dict().items()}
-        _save(network, optimizer, best, state, checkpoint, settings)
+        _save(network, optimizer, best, state, source, checkpoint, settings)
         progress(epoch, figures)
     network.load_state_dict(best)
     return state
@@ -237,6 +237,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, Tensor],
     state: Progressed,
+    source: Source,
     file: Path,
     settings: Mapping[str, Any],
 ) -> None:
@@ -250,15 +251,15 @@ def _save(
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 numbers[f"{index}/{name}"] = value
-    described = {"settings": settings, "state": asdict(state), "optimizer": numbers}
+    described = {"settings": settings, "state": asdict(state), "optimizer": numbers, "errors": source.errors}
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     write_tensors(file, tensors, {META: json.dumps(described, sort_keys=True)})
 
 
 def _resume(
-    network: nn.Module, optimizer: torch.optim.Optimizer, file: Path, settings: Mapping[str, Any]
+    network: nn.Module, optimizer: torch.optim.Optimizer, source: Source, file: Path, settings: Mapping[str, Any]
 ) -> tuple[Progressed, dict[str, Tensor]]:
-    """Load a checkpoint into network and optimizer. Returns its progress and its best weights."""
+    """Load a checkpoint into network, optimizer and the errors of ``source``. Returns its progress and best weights."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -276,4 +277,7 @@ def _resume(
         index, _, rest = name.partition("/")
         values.setdefault(int(index), {})[rest] = value
     optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Progressed(**described["state"]), {name: value.to(device) for name, value in parts["best"].items()}
+    source.errors.update(described.get("errors", {}))
+    state = described["state"]
+    history = [{name: figures[name] for name in FIGURES} for figures in state["history"]]
+    return Progressed(**state | {"history": history}), {name: value.to(device) for name, value in parts["best"].items()}

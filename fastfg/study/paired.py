@@ -83,7 +83,8 @@ def paired(
     Its ``attrs`` have ``against``, ``family`` and ``higher_is_better``, which :mod:`fastfg.report` reads.
 
     Raises ValueError if ``against`` or a metric is not in the table, if a column may be no metric, if an image has two
-    rows of the same variant, if a score is infinite, and if ``groups`` does not give one group per image.
+    rows of the same variant or another ``target`` in another variant, if a score is infinite, and if ``groups`` does
+    not give one group per image.
     docs/statistics.md explains the choices.
 
     >>> import pandas as pd

@@ -9,14 +9,13 @@ import numpy as np
 
 from fastfg.metrics import METRICS
 from fastfg.study.resampling import Array
-from fastfg.study.statistics import check_against, key_column
+from fastfg.study.statistics import IMAGE, check_against, check_targets, key_column
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.intp]]
 
-IMAGE = ("index", "path", "image")  # the first of these columns that is there tells the images apart
 SAME = 1e-9  # relative; scores of two variants that differ by less are equal, as readings have seven digits
 
 
@@ -125,7 +124,10 @@ def _merged(group: Numbers, key: Numbers) -> Numbers:
 
 
 def image_column(scores: pd.DataFrame) -> str:
-    """The column that tells images apart. Raises ValueError if an image has two rows of the same variant."""
+    """The column that tells images apart.
+
+    Raises ValueError if an image has two rows of the same variant, or another target in another variant.
+    """
     image = next((name for name in IMAGE if name in scores.columns), None)
     if image is None:
         raise ValueError(f"scores: expected one of the columns {IMAGE}, got {list(scores.columns)}")
@@ -142,6 +144,7 @@ def image_column(scores: pd.DataFrame) -> str:
         raise ValueError(
             f"scores: expected one row per {image} and variant, got two for {image} {name!r} and variant {variant!r}"
         )
+    check_targets(scores)
     return image
 
 

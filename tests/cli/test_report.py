@@ -152,6 +152,17 @@ def test_an_image_whose_group_is_empty_is_one_by_itself(tmp_path, empty):
     assert set(folder_contents(folder).paired["vanilla"]["groups"]) == {6}  # of 8 images, three of one patient
 
 
+def test_variants_that_explain_different_classes(tmp_path, capsys):
+    folder = evaluated(tmp_path / "scores")
+    table = pd.read_parquet(folder / "scores.parquet")
+    table.loc[table["variant"] == "random", "target"] = 7
+    table.to_parquet(folder / "scores.parquet")
+    assert main(["report", str(folder)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "scores: expected the same target in all variants of an image, got 0 in 'vanilla' and 7 in 'random'" in said
+    assert not (folder / "report.html").exists()
+
+
 @pytest.mark.parametrize("columns", [["path"], ["path", "index"], ["index"]])
 def test_what_tells_images_apart(tmp_path, columns):
     folder = evaluated(tmp_path / "scores", ("vanilla",))
@@ -191,7 +202,7 @@ def test_pictures_of_attribute(tmp_path, capsys):
     maps.mkdir()
     for i in range(2):
         Image.fromarray(np.full((20, 30, 3), 40 * i, np.uint8)).save(maps / f"{i}.png")
-    rows = [(f"p/{i}", f"image-00{i}", f"{i}.png" if i < 2 else None, 1, i % 2, 0.75) for i in range(3)]
+    rows = [(f"p/{i}", f"image-00{i}", f"{i}.png" if i < 2 else None, i % 2, i % 2, 0.75) for i in range(3)]
     columns = ["path", "key", "overlay", "target", "predicted", "probability"]
     pd.DataFrame(rows, columns=columns).to_csv(maps / "attributions.csv", index=False)
     assert main(["report", str(folder), "--maps", str(maps), "--out", str(tmp_path / "page")]) == 0
@@ -210,7 +221,7 @@ def test_maps_that_are_no_maps(tmp_path):
             folder_contents(folder, maps=maps)
         maps.mkdir(exist_ok=True)
     Image.new("RGB", (3, 2)).save(maps / "0.png")
-    row = {"path": "p", "key": "image-000", "overlay": "0.png", "target": 1, "predicted": 1, "probability": "high"}
+    row = {"path": "p", "key": "image-000", "overlay": "0.png", "target": 0, "predicted": 1, "probability": "high"}
     pd.DataFrame([row]).to_csv(maps / "attributions.csv", index=False)
     with pytest.raises(ValueError, match=r"maps: expected probabilities in .*attributions\.csv, got 'high'"):
         folder_contents(folder, maps=maps)
@@ -220,6 +231,21 @@ def test_maps_that_are_no_maps(tmp_path):
     (maps / "1.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"maps: expected a picture in .*1\.png"):
         folder_contents(folder, maps=maps)
+
+
+def test_maps_of_another_class_than_the_scores(tmp_path):
+    folder, maps = evaluated(tmp_path / "scores"), tmp_path / "maps"
+    maps.mkdir()
+    Image.new("RGB", (3, 2)).save(maps / "0.png")
+    row = {"path": "p", "key": "image-001", "overlay": "0.png", "target": 2, "predicted": 2, "probability": 0.5}
+    pd.DataFrame([row]).to_csv(maps / "attributions.csv", index=False)
+    message = "maps: expected maps of the classes that were judged, got class 2 for image 'image-001', and 1 in scores"
+    with pytest.raises(ValueError, match=message):
+        folder_contents(folder, maps=maps)
+    table = pd.read_parquet(folder / "scores.parquet")
+    for unknown in (table.drop(columns="target"), table.assign(target=None), table.assign(target="cat")):
+        unknown.to_parquet(folder / "scores.parquet")
+        assert len(folder_contents(folder, maps=maps).images) == 1
 
 
 @pytest.mark.parametrize(

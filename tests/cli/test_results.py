@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -155,9 +156,59 @@ def test_parts_of_the_images_make_the_whole(files, images, tmp_path, calls):  # 
     assert tables(tmp_path / "joined") == tables(tmp_path / "whole")
 
 
-def test_a_part_without_images(files, images, tmp_path, capsys):  # noqa: F811
-    assert main([*command(files, images), str(tmp_path / "out"), "--shard", "5/5"]) == 0
-    assert "Part 5 of 5 has no images: there are 4 batches" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["attribute", "evaluate"])
+@pytest.mark.parametrize(
+    ("size", "said"), [("1", "Part 5 of 5 has no images: there are 4 batches"), ("9", "there is 1 batch")]
+)
+def test_a_part_without_images(files, images, tmp_path, capsys, name, size, said):  # noqa: F811
+    arguments = command(files, images, name)
+    arguments[arguments.index("--batch-size") + 1] = size
+    assert main([*arguments, str(tmp_path / "out"), "--shard", "5/5"]) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert "Complete" not in out
+    assert "goes on" not in out
+
+
+def test_a_part_says_what_is_done_and_who_has_the_others(files, images, tmp_path, calls, monkeypatch, capsys):  # noqa: F811
+    arguments = [*command(files, images), str(tmp_path / "out"), "--shard", "2/2"]
+    comparison = importlib.import_module("fastfg.study.comparison")
+    counting = comparison.attribute
+
+    def stop(*given, **options):
+        if calls:
+            raise KeyboardInterrupt
+        return counting(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "attribute", stop)
+        assert main(arguments) == 130
+    said = capsys.readouterr().out
+    assert "Complete: 1 of 2 images of part 2 of 2. The same command goes on with the others" in said
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "Complete: 2 of 2 images of part 2 of 2. The other parts have 2" in said
+    assert "goes on" not in said
+
+
+def test_maps_are_written_whole_or_not_at_all(files, images, tmp_path, monkeypatch):  # noqa: F811
+    out, renamed = tmp_path / "out", []
+    whole = Path.replace
+
+    def replace(self, target):
+        renamed.append(Path(target).name)
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    out.mkdir()
+    for name in (".000000-a.npy.0a1b.tmp", ".000001-b.png.0a1b.tmp", ".000002-c.png.0a1b.tmp"):
+        (out / name).touch()
+    (out / "fastfg.json").write_text("{}")
+    assert main([*command(files, images, "attribute"), str(out)]) == 0
+    maps = {file.name for file in out.iterdir() if file.suffix in (".npy", ".png")}
+    assert len(maps) == 6
+    assert maps <= set(renamed)
+    assert [file.name for file in out.glob(".*.tmp")] == [".000002-c.png.0a1b.tmp"]  # of an image with no map
 
 
 def test_a_changed_file_is_computed_again(files, images, tmp_path, calls, capsys):  # noqa: F811

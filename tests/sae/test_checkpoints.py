@@ -1,6 +1,7 @@
 """Reading and writing SAEs: fastfg's own format round-trips, Prisma's is read, and pickled code is never run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -384,6 +385,16 @@ def test_other_folders_and_incomplete_saes(tmp_path):
     assert list(fastfg.load_saes(tmp_path, layers=(n for n in [2]))) == [2]
     with pytest.raises(TypeError, match="layers: expected integers, got"):
         fastfg.load_saes(tmp_path, layers=[True])
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"folder", ["folder"], ""])
+def test_what_is_no_path_is_named(wrong):
+    got = "an empty text" if wrong == "" else re.escape(repr(wrong))
+    for read, name in ((fastfg.load_saes, "source"), (fastfg.sae.load_sae, "path")):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected a path, got {got}$"):
+            read(wrong)
+    with pytest.raises((TypeError, ValueError), match=rf"^source\[1\]: expected a path, got {got}$"):
+        fastfg.load_saes({1: wrong})
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):

@@ -146,6 +146,12 @@ def test_init_refuses_images_and_models_with_which_no_study_runs(tmp_path):
     said = (str(tmp_path / "photos"), tmp_path / "x.toml")
     with pytest.raises(ValueError, match=r"model: expected the name of a timm model, got 'vit_tny.*close: vit_tiny"):
         init(*said, model="vit_tny_patch16_224")
+    with pytest.raises(
+        ValueError, match=r"model: expected a timm VisionTransformer or Eva, got 'resnet50', .* ResNet$"
+    ):
+        init(*said, model="resnet50")
+    with pytest.raises(ValueError, match=r"model: timm could not create .*Invalid pretrained tag \(nonsense\)"):
+        init(*said, model="vit_giant_patch14_dinov2.nonsense")
     (tmp_path / "photos/dark").rename(tmp_path / "dark")
     with pytest.raises(ValueError, match=r"STUDY: expected training images of at least 2 classes, .* got \['bright'\]"):
         init(*said, model="vit_tiny_patch16_224")
@@ -185,3 +191,23 @@ def test_init_of_few_images_writes_what_can_run(tmp_path):
     assert "Before it runs, set weights in [model]: the file with those of vit_tiny_patch16_224" in said
     with pytest.raises(FileNotFoundError, match=r"weights: expected a file, got .*nofile"):
         init(str(tmp_path / "photos"), tmp_path / "b.toml", model="vit_tiny_patch16_224", weights=tmp_path / "nofile")
+
+
+@pytest.mark.parametrize(
+    ("model", "full", "layers"),
+    [("test_vit", False, [4]), ("test_vit", True, [2, 3, 4, 5]), ("org/a", False, [4, 6, 8])],
+)
+def test_init_writes_blocks_that_the_model_has(tmp_path, model, full, layers):
+    photographs(tmp_path / "photos", 30)
+    file = init(str(tmp_path / "photos"), tmp_path / "a.toml", model=model, full=full, say=[].append)
+    assert read_config(file).protocol.layers == layers
+
+
+def test_init_says_which_classes_are_not_trained_on(tmp_path):
+    photographs(tmp_path / "photos", 30)
+    table = from_folder(tmp_path / "photos").table
+    table.loc[table.index[table["split"] == "test"][0], "label"] = "grey"
+    write_manifest(table, tmp_path / "images.parquet")
+    said = []
+    init(str(tmp_path / "images.parquet"), tmp_path / "x.toml", model="vit_tiny_patch16_224", say=said.append)
+    assert said[0].startswith("Without a class that the model has learned: grey (1 image). The scores of")

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastfg
-from fastfg.data import from_folder, split
-from fastfg.data.manifest import content_hash
+from fastfg.cli import main
+from fastfg.data import from_folder, manifest, split
+from fastfg.data.manifest import content_hash, write_manifest
 from fastfg.study import finetune as module
 from fastfg.study.backbone import start_model, trained_labels
 from fastfg.study.classifier_data import Features, order, seeded
@@ -113,6 +115,8 @@ def test_a_stopped_run_ends_with_the_same_weights(table, weights, tmp_path, head
     assert same(whole.weights, resumed.weights)
     assert resumed.history == whole.history
     assert resumed.accuracy == whole.accuracy
+    for name in ("history.csv", "accuracy.csv", "finetune.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_workers_and_the_callers_random_numbers_change_nothing(table, weights, tmp_path):
@@ -182,6 +186,33 @@ def test_unreadable_images_are_named_or_stop_it(table, weights, tmp_path):
     assert (tmp_path / "b/errors.csv").read_text().startswith("path,error\n" + str(bad))
     head = run(broken, weights, tmp_path / "c", FineTuning(head_only=True, epochs=2), max_failures=0.1)
     assert list(head.unreadable) == [str(bad)]
+
+
+def test_an_image_that_was_not_read_before_a_stop_is_named(table, weights, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"broken")
+    broken = table.copy()
+    broken.loc[table.index[table["split"] == "train"][0], ["path", "sha256"]] = str(bad), content_hash(bad)
+
+    def stop(text):
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run(broken, weights, tmp_path / "out", FineTuning(epochs=1, warmup_epochs=0), max_failures=0.1, say=stop)
+    done = run(broken, weights, tmp_path / "out", FineTuning(epochs=1, warmup_epochs=0), max_failures=0.1)
+    assert list(done.unreadable) == [str(bad)]  # no training image was read again
+
+
+def test_a_folder_is_hashed_once(table, weights, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(manifest, "content_hash", lambda file: hashed.append(file) or content_hash(file))
+    folder = Path(table["path"][0]).parent.parent
+    more = ["--model", NAME, "--weights", str(weights), "--img-size", "32", "--epochs", "2", "--head-only"]
+    assert main(["finetune", str(folder), *more, "--out", str(tmp_path / "out")]) == 0
+    assert len(hashed) == len(table)
+    write_manifest(table, tmp_path / "m.parquet")
+    assert main(["finetune", str(tmp_path / "m.parquet"), *more, "--out", str(tmp_path / "out2")]) == 0
+    assert len(hashed) == 2 * len(table)  # a manifest may be older than its images
 
 
 def test_what_is_no_training_set(table, weights, tmp_path):

@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastfg.cli import main
 from fastfg.data.manifest import read_manifest, write_manifest
 from fastfg.models.timm import import_timm
 from fastfg.study import prepare as module
 from fastfg.study.config import read_config
-from fastfg.study.prepare import check_training, load_classifier, prepare
+from fastfg.study.prepare import check_paths, check_training, load_classifier, prepare
 from tests.study.studies import TOML, make_study
 
 NAME = "vit_tiny_patch16_224"
@@ -72,7 +73,7 @@ def test_training_images_to_hold_out(file):
     ("setting", "message"),
     [
         ("k = 193", r"^saes\.train\.k: expected .*, got 193$"),
-        ("batch_tokens = 4096", r"^saes\.train\.batch_tokens: expected at most \d+, the tokens to train on, got 4096$"),
+        ("batch_tokens = 4096", r"^saes\.train\.batch_tokens: expected at most 144, the tokens to train on, got 4096$"),
         ("tokens_per_image = 17", r"^saes\.train\.tokens_per_image: expected at most 16, the patches per .*, got 17$"),
     ],
 )
@@ -115,3 +116,58 @@ def test_missing_folders_of_saes_are_said_before_anything_is_made(tmp_path):
     ):
         prepare(read_config(file), torch.device("cpu"), lambda text: None, lambda title: lambda *at: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_without_saes_are_said_before_anything_is_made(tmp_path, capsys):
+    file = make_study(tmp_path)
+    (tmp_path / "saes/random/layer_2").rename(tmp_path / "layer_2")
+    said = f"saes.folders.random: layers: expected blocks among [1] of {tmp_path}/saes/random, got [2]"
+    for more in ([], ["--dry-run"]):
+        assert main(["study", "run", str(file), "--processes", "1", *more]) == 1
+        assert said in capsys.readouterr().err
+    (tmp_path / "saes/random/layer_1").rename(tmp_path / "layer_1")
+    with pytest.raises(ValueError, match=r"^saes\.folders\.random: expected SAE folders named by block under"):
+        prepare(read_config(file), torch.device("cpu"), print, lambda _: print)
+    file.write_text(TOML.replace("shuffled = 2", "shuffled = 2\ncontrols = []"))
+    check_paths(read_config(file))  # no control needs it
+    assert not (tmp_path / "out").exists()
+
+
+def test_saes_that_cannot_be_read_are_said_before_anything_is_made(tmp_path):
+    file = make_study(tmp_path)
+    weights = tmp_path / "saes/frozen/layer_1/sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"^saes\.folders\.frozen-decoder: .*layer_1"):
+        prepare(read_config(file), torch.device("cpu"), print, lambda _: print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_is_not_trained_on_is_said(tmp_path, monkeypatch):
+    file = make_study(tmp_path)
+    table = read_manifest(tmp_path / "m.parquet")
+    table.loc[table.index[table["split"] == "test"][:2], "label"] = "grey"
+    write_manifest(table, tmp_path / "m.parquet")
+    said = []
+    expected = "Without a class that the model has learned: grey (2 images). The scores of these images are in all"
+
+    def made(*_):
+        assert any(line.startswith(expected) for line in said)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "make_head", made)
+    with pytest.raises(InterruptedError):
+        prepare(read_config(file), torch.device("cpu"), said.append, lambda _: print)
+
+
+@pytest.mark.parametrize(("classes", "n"), [(("bright", "dark"), 1), (("hell", "dunkel"), 0)])
+def test_a_class_that_the_weights_do_not_have_is_said(file, monkeypatch, classes, n):
+    make_study(file.parent)
+    file.write_text(TOML.replace("probe = true", f'classes = ["{classes[0]}", "{classes[1]}"]'))
+    model = import_timm().create_model(NAME, img_size=64, num_classes=2)
+    save_file(model.state_dict(), file.parent / "w.safetensors")
+    table = read_manifest(file.parent / "m.parquet")
+    table.loc[table.index[table["split"] == "test"][0], "label"] = "grey"
+    write_manifest(table, file.parent / "m.parquet")
+    said = []
+    parts = prepare(read_config(file), torch.device("cpu"), said.append, lambda _: print)
+    assert sum("grey (1 image)" in line for line in [*said, parts.unlearned]) == 2 * n

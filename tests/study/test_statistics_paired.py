@@ -332,13 +332,13 @@ def test_an_image_with_an_empty_group_is_a_group_by_itself(empty, dtype):
         ({"groups": ["a", None, "b"]}, "groups: expected a group for each image, got none for 1"),
         ({"groups": ["a", "", "b"]}, "groups: expected a group for each image, got none for 1"),
         ({"groups": "image"}, None),
-        ({"groups": "target"}, "groups: expected one target per image, got several for 2"),
+        ({"groups": "group"}, "groups: expected one group per image, got several for 2"),
         ({"n_resamples": 0}, "n_resamples: expected at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
     table = scores(vanilla=[0.1, 0.2, 0.3], gated=[0.2, 0.4, 0.1])
-    table["target"] = [0, 0, 0, 0, 0, 1]
+    table["group"] = [0, 0, 0, 0, 0, 1]
     if message is None:
         assert paired(table, **options)["groups"].tolist() == [3]
         return
@@ -455,3 +455,34 @@ def test_tables_of_different_images_are_no_pairs():
     table.loc[table["variant"] == "b", "image"] += "x"
     with pytest.raises(ValueError, match="scores: expected one image per index, got several for index 0"):
         paired(table)
+
+
+def with_targets(targets, variants=("vanilla", "gated")):
+    """Two images under some variants, whose targets are given in rows."""
+    return scores(**{name: [0.1, 0.2] for name in variants}).assign(target=targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "got"),
+    [
+        ([3, 4, 3, 5], "got 4 in 'vanilla' and 5 in 'gated' for index 1"),
+        ([3.0, None, 3.0, 5.0], "got none in 'vanilla' and 5 in 'gated' for index 1"),
+        (["cat", "dog", "dog", "dog"], "got cat in 'vanilla' and dog in 'gated' for index 0"),
+    ],
+)
+def test_variants_that_explain_different_classes_are_not_compared(targets, got):
+    table, message = with_targets(targets), f"scores: expected the same target in all variants of an image, {got}"
+    for compare in (paired, summarize, lambda given: rank_test(given, "vanilla", ["gated"])):
+        with pytest.raises(ValueError, match=message):
+            compare(table)
+    with pytest.raises(ValueError, match="for image 'picture"):
+        paired(table.drop(columns="index"))
+
+
+def test_classes_may_differ_between_images_and_be_unknown():
+    for targets in ([3, 4, 3, 4], [None] * 4, [None, 1, None, 1]):
+        table = with_targets(targets)
+        assert paired(table)["n"].tolist() == [2]
+        assert summarize(table)["n"].tolist() == [2, 2]
+    twice = scores(vanilla=[0.1, 0.2], gated=[0.1, 0.2]).assign(image="a", target=[3, 4, 3, 4]).drop(columns="index")
+    assert summarize(twice)["n"].tolist() == [2, 2]  # the same picture under two classes, in both variants

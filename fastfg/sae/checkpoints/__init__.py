@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def load_sae(path: str | Path, **overrides: Any) -> SparseAutoencoder:
     ``overrides``: as in :func:`load_saes`. Raises FileNotFoundError for a path that does not exist, and ValueError that
     names the file and what is wrong with it. A file of no known format is refused; no other file is read instead.
     """
-    return _read(locate(Path(path)), overrides)
+    return _read(locate(_path("path", path)), overrides)
 
 
 def load_saes(
@@ -49,20 +50,29 @@ def load_saes(
     >>> fastfg.load_saes(folder)[2].k
     8
     """
-    layers = None if layers is None else integers("layers", layers)
-    paths = _given(source) if isinstance(source, Mapping) else _find(Path(source), layers)
-    wanted = sorted(paths) if layers is None else list(layers)
-    missing = [block for block in wanted if block not in paths]
-    if missing:
-        raise ValueError(f"layers: expected blocks among {sorted(paths)} of {source}, got {missing}")
     saes = {}
-    for block in wanted:
-        saes[block] = load_sae(paths[block], **overrides)
+    for block, path in find_saes(source, layers).items():
+        saes[block] = load_sae(path, **overrides)
         said = saes[block].provenance.get("layer")
         if said not in (None, block):
-            raise ValueError(f"source: expected block {said} for {paths[block]}, as its files say, got {block}")
+            raise ValueError(f"source: expected block {said} for {path}, as its files say, got {block}")
         saes[block].provenance["layer"] = block
     return saes
+
+
+def find_saes(
+    source: str | Path | Mapping[int, str | Path], layers: int | Iterable[int] | None = None
+) -> dict[int, Path]:
+    """{block: path} of the SAEs that :func:`load_saes` loads. Only as much of the files is read as finds them.
+
+    Raises FileNotFoundError, TypeError or ValueError as it does.
+    """
+    layers = None if layers is None else integers("layers", layers)
+    paths = _given(source) if isinstance(source, Mapping) else _find(_path("source", source), layers)
+    wanted = sorted(paths) if layers is None else list(layers)
+    if missing := [block for block in wanted if block not in paths]:
+        raise ValueError(f"layers: expected blocks among {sorted(paths)} of {source}, got {missing}")
+    return {block: paths[block] for block in wanted}
 
 
 def _read(found: Found, overrides: Mapping[str, Any]) -> SparseAutoencoder:
@@ -80,7 +90,15 @@ def _given(source: Mapping[int, str | Path]) -> dict[int, Path]:
     wrong = [block for block in source if isinstance(block, bool) or not isinstance(block, int) or block < 0]
     if wrong:
         raise ValueError(f"source: expected blocks from 0 on as keys, got {wrong}")
-    return {block: Path(path) for block, path in source.items()}
+    return {block: _path(f"source[{block}]", path) for block, path in source.items()}
+
+
+def _path(name: str, given: object) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {given!r:.80}")
+    if given == "":  # which would be the current folder
+        raise ValueError(f"{name}: expected a path, got an empty text")
+    return Path(given)
 
 
 def _is_sae(folder: Path, layers: Sequence[int] | None) -> bool:
