@@ -77,44 +77,51 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _explain(inputs: Inputs, results: Results, batch: Batch, unfinished: Sequence[Path]) -> list[dict[str, Any]]:
-    """Write the maps of a batch, and return its rows. Its files among ``unfinished`` are removed."""
-    import numpy as np
-
+    """Write the maps of a batch, in threads, and return its rows. Its files among ``unfinished`` are removed."""
     from fastfg.attribution.attribute import attribute
     from fastfg.data import path_text
-    from fastfg.files import write_durably
+    from fastfg.data.threads import in_threads, n_readers
     from fastfg.perturb import image_key
-    from fastfg.report.overlay import displayed, save_overlay
+    from fastfg.report.overlay import displayed
     from fastfg.targets import probabilities
 
-    images, rows = batch.images, []
+    found = attribute(inputs.model, batch.images, saes=inputs.saes, gate=inputs.gate, target=inputs.target(batch.paths))
+    images, maps, target = (t.cpu() for t in (batch.images, found.maps, found.target))
+    heat = found.heatmap((images.shape[-2], images.shape[-1])).cpu()
+    probability = probabilities(found.logits).cpu()
     mean, std = inputs.adapter.pixel_mean, inputs.adapter.pixel_std
-    result = attribute(inputs.model, images, saes=inputs.saes, gate=inputs.gate, target=inputs.target(batch.paths))
-    heat = result.heatmap((images.shape[-2], images.shape[-1]))
-    probability = probabilities(result.logits)
-    for i, path in enumerate(batch.paths):
+
+    def explained(i: int) -> dict[str, Any]:
+        path = batch.paths[i]
         name = _output_name(results.number[path_text(path)], path.stem)
         if results.store.locks:  # so no other process has this batch
             for file in unfinished:
                 if file.name.startswith((f".{name}.npy.", f".{name}.png.")):
                     file.unlink(missing_ok=True)
-        values = io.BytesIO()
-        np.save(values, result.maps[i].cpu().numpy())
-        write_durably(inputs.out / f"{name}.npy", values.getvalue())
-        overlay = f"{name}.png" if bool(heat[i].isfinite().all()) else ""
-        if overlay:
-            save_overlay(inputs.out / overlay, displayed(images[i], mean, std), heat[i])
-        target = int(result.target[i])
-        row: dict[str, Any] = {
-            "key": path_text(path),
-            "variant": "map",
-            "measure": "map",
-            "image": image_key(images[i]),
-        }
-        row |= {"map": f"{name}.npy", "overlay": overlay, "target": target, "predicted": int(probability[i].argmax())}
-        row |= {"probability": float(probability[i, target]), "warning": _warning(images[i], result.maps[i])}
-        rows.append(row)
-    return rows
+        overlay = _write_map(inputs.out / name, displayed(images[i], mean, std), maps[i], heat[i])
+        about: dict[str, Any] = {"target": int(target[i]), "predicted": int(probability[i].argmax())}
+        about |= {"probability": float(probability[i, target[i]]), "warning": _warning(images[i], maps[i])}
+        files = {"image": image_key(images[i]), "map": f"{name}.npy", "overlay": overlay}
+        return {"key": path_text(path), "variant": "map", "measure": "map", **files, **about}
+
+    return list(in_threads(explained, range(len(batch.paths)), n_readers()))
+
+
+def _write_map(path: Path, picture: Tensor, one: Tensor, heat: Tensor) -> str:
+    """Write a map and its overlay. Returns the overlay's name, empty for a map that can't be drawn."""
+    import numpy as np
+
+    from fastfg.files import write_durably
+    from fastfg.report.overlay import save_overlay
+
+    values = io.BytesIO()
+    np.save(values, one.numpy())
+    write_durably(path.with_name(f"{path.name}.npy"), values.getvalue())
+    if not bool(heat.isfinite().all()):
+        return ""
+    overlay = path.with_name(f"{path.name}.png")
+    save_overlay(overlay, picture, heat)
+    return overlay.name
 
 
 def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
