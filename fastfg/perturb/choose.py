@@ -55,8 +55,12 @@ def choose_path(
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
     how = _precision(adapter, images, precision)
-    filled, name = _filled(adapter, forward, grid, images, fills, path, how, target)
-    paths = Paths(filled, ImputedPixels(forward, grid, how))
+    if adapter is not None and how.dtype is not None:
+        pixels, imputed = (kind(Tokens(adapter, how).whole, grid) for kind in (Pixels, ImputedPixels))
+    else:
+        pixels, imputed = (kind(forward, grid, how) for kind in (Pixels, ImputedPixels))
+    filled, name = _filled(adapter, Pixels(forward, grid), pixels, images, fills, path, how, target)
+    paths = Paths(filled, imputed, eps=max(how.eps(images.dtype), _own_eps(images)))
     kinds = {View(images[0], fill).kind for fill in fills(0)} if len(images) else set()
     if "removed" not in kinds:
         return paths, name
@@ -69,22 +73,21 @@ def choose_path(
 
 def _filled(
     adapter: Adapter | None,
-    forward: Callable[[Tensor], Any],
-    grid: PatchGrid,
+    own: Pixels,
+    pixels: Pixels,
     images: Tensor,
     fills: Callable[[int], list[Fill]],
     path: str,
     how: Precision,
     target: Target,
 ) -> tuple[ForwardPath, str]:
-    """The path of filled views and its name."""
-    pixels = Pixels(forward, grid, how)
+    """The path of filled views and its name. ``own``: ``pixels`` in the model's own dtype."""
     if path == "pixels" or not len(images) or (path == "auto" and adapter is None):
         return pixels, "pixels"
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
     try:
-        _compare(adapter, Pixels(forward, grid), images, fills, target)
+        _compare(adapter, own, images, fills, target)
     except Differs as reason:
         if path == "tokens":
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
@@ -146,11 +149,16 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
     if found.shape != expected.shape:
         raise Differs(f"perturbed pixels give tokens {list(expected.shape)}, not {list(found.shape)}")
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-    eps = torch.finfo(images.dtype).eps
-    if images.is_cuda and images.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        eps = TF32_EPS
+    eps = _own_eps(images)
     if not float(error.max()) <= (100 if eps < 1e-5 else 8) * eps:
         raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
+
+
+def _own_eps(images: Tensor) -> float:
+    """The relative rounding of the model's own precision."""
+    if images.is_cuda and images.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        return TF32_EPS
+    return float(torch.finfo(images.dtype).eps)
 
 
 def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor, target: Target) -> None:

@@ -118,3 +118,15 @@ def test_logits_near_zero_under_one_mask_are_compared_with_the_others(images):
 
     model.__class__ = Shifted
     assert fastfg.evaluate(model, images, MAPS[:1], target=1, metrics=["saco"]).path == "tokens"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_head_stays_in_float32_on_each_path(images, precision):
+    model, seen = tiny_vit(dtype=torch.float32), []
+    model.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    options = {"target": 1, "precision": precision, "metrics": ["saco", "road"]}
+    for path in ("tokens", "pixels"):
+        found = fastfg.evaluate(model, images.float(), MAPS, path=path, **options)
+        expected = fastfg.evaluate(model, images.float(), MAPS, path=path, **options | {"precision": "float32"})
+        torch.testing.assert_close(found["road"], expected["road"], atol=0.05, rtol=0)
+    assert set(seen) == {torch.float32}
