@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfg.models import Adapter
 from fastfg.perturb.batches import Batches, checked_size
 from fastfg.perturb.forward_path import ForwardPath, Paths
-from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.masks import PatchGrid, asymmetric_halves
 from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision, grown_rounding
 from fastfg.perturb.removal import Removal
@@ -66,7 +66,7 @@ def choose_path(
         return paths, name
     if adapter is None:
         raise ValueError("baseline: expected a fill for a model of no known family, got 'removed'")
-    alone = check_removal(adapter, images, target)
+    alone = check_removal(adapter, grid, images, target)
     paths = paths._replace(removed=Removal(adapter, how, target.may_read_patches), reads_prefix_alone=alone)
     return paths, "removed" if kinds == {"removed"} else f"{name}, removed"
 
@@ -108,11 +108,11 @@ def _compare(
 ) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
-    The tokens before the first block tell patches that overlap. The logits tell a model that reads its input elsewhere
+    The tokens before the first block tell patches that overlap, or are in another order. The logits tell a model that reads its input elsewhere
     too.
     """
-    mask = _checked_mask(pixels.grid.n_patches, images.device)
-    masks, tokens = torch.stack([mask, ~mask]), Tokens(adapter, all_rows=target.may_read_patches)
+    masks = asymmetric_halves(pixels.grid.gh, pixels.grid.gw).to(images.device)
+    tokens = Tokens(adapter, all_rows=target.may_read_patches)
 
     def work(rows: slice) -> None:
         views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]
@@ -127,13 +127,6 @@ def _compare(
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise Differs(f"its tokens can't be perturbed before the first block ({error})") from error
-
-
-def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
-    """One mask [P] with scattered and adjacent patches: every other patch of the first half, and the third quarter."""
-    patch = torch.arange(n_patches, device=device)
-    scattered = (patch < n_patches / 2) & (patch % 2 == 0)
-    return scattered | ((patch >= n_patches / 2) & (patch < n_patches * 3 / 4))
 
 
 def _perturbed(path: ForwardPath, views: Sequence[View], masks: Tensor) -> tuple[Tensor, ...]:
