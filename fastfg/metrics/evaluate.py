@@ -22,7 +22,7 @@ from fastfg.metrics.unperturbed import read_unperturbed
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
 from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, image_keys
-from fastfg.perturb.batches import default_size
+from fastfg.perturb.batches import check_batch_size, default_size
 from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import BASELINES, check_baseline, is_named
 from fastfg.targets import Target, TargetLike, as_target
@@ -108,6 +108,9 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     check_seed(seed)
+    check_batch_size(batch_size)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function (images done, total images), got {progress!r}")
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     wanted = as_target(target)
     again = explaining(chosen, explain, wanted)
@@ -115,7 +118,7 @@ def evaluate(
     adapter = find_adapter(model)
     explained = check_target(adapter, wanted)
     forward: Any = model if adapter is None else adapter.forward
-    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
+    stacked, grid = _check(adapter, model, images, maps, chosen, explained)
     names = image_keys(images, keys)
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, reading)
@@ -162,8 +165,6 @@ def _check(
     model: Any,
     images: Tensor,
     maps: Tensor,
-    keys: Sequence[str | int] | None,
-    batch_size: int | None,
     metrics: Sequence[Metric],
     target: Target,
 ) -> tuple[Tensor, PatchGrid]:
@@ -191,10 +192,6 @@ def _check(
     grid = PatchGrid.of(size, given, adapter.patch_size if adapter else None)
     if grid.n_patches < 2:
         raise ValueError(f"maps: expected at least 2 patches per image, got {list(maps.shape)}")
-    if keys is not None and len(keys) != B:
-        raise ValueError(f"keys: expected {B} of them, one per image, got {len(keys)}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     for metric in metrics:
         assert metric.baseline is not None  # choose_metrics
         colours = bool(adapter and adapter.pixel_mean and adapter.pixel_std)

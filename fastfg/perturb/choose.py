@@ -108,8 +108,8 @@ def _compare(
 ) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
-    The tokens before the first block tell patches that overlap, or are in another order. The logits tell a model that reads its input elsewhere
-    too.
+    The tokens before the first block tell patches that overlap, or are in another order. The logits tell a model that
+    reads its input elsewhere too.
     """
     masks = asymmetric_halves(pixels.grid.gh, pixels.grid.gw).to(images.device)
     tokens = Tokens(adapter, all_rows=target.may_read_patches)
