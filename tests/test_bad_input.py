@@ -214,7 +214,7 @@ def test_evaluate(model, images, change, parts):
         ({"keys": [0, 1, True]}, ("keys: expected str or int, one per image", "got True")),
         ({"keys": torch.rand(3)}, ("keys: expected str or int, one per image", "got 0.")),
         ({"keys": torch.zeros(3, 2)}, ("keys: expected str or int, one per image", "got tensor")),
-        ({"keys": "abc"}, ("keys: expected a sequence of str or int", "got str")),
+        ({"keys": b"abc"}, ("keys: expected a sequence of str or int", "got bytes")),
         ({"keys": {"a", "b", "c"}}, ("keys: expected a sequence of str or int", "got set")),
         ({"keys": (name for name in "abc")}, ("keys: expected a sequence of str or int", "got generator")),
         ({"batch_size": 2.5}, ("batch_size: expected an int or None", "got 2.5")),

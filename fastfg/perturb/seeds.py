@@ -20,7 +20,7 @@ def image_keys(images: Tensor, keys: Sequence[Any] | None) -> list[str]:
     """
     if keys is None:
         return [image_key(image) for image in images]
-    if isinstance(keys, (str, bytes, Set)) or not hasattr(keys, "__len__"):
+    if isinstance(keys, (bytes, Set)) or not hasattr(keys, "__len__"):
         raise TypeError(f"keys: expected a sequence of str or int, one per image, got {type(keys).__name__}")
     if len(keys) != len(images):
         raise ValueError(f"keys: expected {len(images)} of them, one per image, got {len(keys)}")
