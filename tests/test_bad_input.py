@@ -206,6 +206,42 @@ def test_evaluate(model, images, change, parts):
         fastfg.evaluate(model, images, **({"maps": torch.rand(3, 4, 6), "target": 0} | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"keys": [None] * 3}, ("keys: expected str or int, one per image", "got None")),
+        ({"keys": ["a", "b", float("nan")]}, ("keys: expected str or int, one per image", "got nan")),
+        ({"keys": [0, 1, True]}, ("keys: expected str or int, one per image", "got True")),
+        ({"keys": torch.rand(3)}, ("keys: expected str or int, one per image", "got 0.")),
+        ({"keys": torch.zeros(3, 2)}, ("keys: expected str or int, one per image", "got tensor")),
+        ({"keys": b"abc"}, ("keys: expected a sequence of str or int", "got bytes")),
+        ({"keys": {"a", "b", "c"}}, ("keys: expected a sequence of str or int", "got set")),
+        ({"keys": (name for name in "abc")}, ("keys: expected a sequence of str or int", "got generator")),
+        ({"batch_size": 2.5}, ("batch_size: expected an int or None", "got 2.5")),
+        ({"batch_size": "4"}, ("batch_size: expected an int or None", "got '4'")),
+        ({"batch_size": True}, ("batch_size: expected an int or None", "got True")),
+        ({"baseline": True}, ("baseline: expected a name, a number or a tensor", "got True")),
+        ({"baseline": None}, ("baseline: expected a name, a number or a tensor", "got NoneType")),
+        ({"saco": {"baseline": True}}, ("baseline: expected a name, a number or a tensor", "got True")),
+        ({"saco": {"baseline": [0.5]}}, ("baseline: expected a name, a number or a tensor", "got list")),
+        ({"baseline": torch.ones(3, dtype=torch.bool)}, ("baseline: expected a tensor of real numbers", "torch.bool")),
+        ({"seed": 1.0}, ("seed: expected an int", "got 1.0")),
+        ({"progress": 1}, ("progress: expected a function", "got 1")),
+        ({"metrics": None}, ("metrics: expected a sequence of names or instances", "got None")),
+        ({"metrics": "saco"}, ("metrics: expected a sequence of names or instances", "got 'saco'")),
+    ],
+)
+def test_evaluate_with_arguments_of_another_type(model, images, change, parts):
+    with refuses(TypeError, *parts):
+        fastfg.evaluate(model, images, **({"maps": torch.rand(3, 4, 6), "target": 0} | change))
+
+
+@pytest.mark.parametrize("precision", [None, ["float32"], True, torch.bfloat16])
+def test_evaluate_with_another_precision(model, images, precision):
+    with refuses(ValueError, "precision: expected 'auto' or one of", f"got {precision!r}"):
+        fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=0, precision=precision)
+
+
 def test_evaluate_option_that_a_metric_does_not_have(model, images):
     with refuses(TypeError, "saco: unexpected option", "bins"):
         fastfg.evaluate(model, images, torch.rand(3, 4, 6), target=0, saco={"bins": 3})

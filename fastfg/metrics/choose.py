@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from fastfg.metrics.aopc import AOPC
 from fastfg.metrics.deletion import Deletion
@@ -32,6 +30,7 @@ from fastfg.metrics.srg import SRG
 from fastfg.metrics.top_k_intersection import TopKIntersection
 from fastfg.metrics.top_patches import Comprehensiveness, Sufficiency
 from fastfg.perturb import Baseline
+from fastfg.perturb.fills import check_baseline_type
 
 # The other columns of a table of scores
 RESERVED = ("index", "image", "group", "key", "path", "variant", "target", "error")
@@ -75,8 +74,9 @@ def choose_metrics(
         options: {name: arguments of that metric}, for metrics that are given by name.
         baseline: for metrics that have none of their own.
     """
-    if not isinstance(baseline, (str, float, int, Tensor)):
-        raise TypeError(f"baseline: expected a name, a number or a tensor, got {type(baseline).__name__}")
+    check_baseline_type(baseline)
+    if isinstance(metrics, str) or not isinstance(metrics, Iterable):
+        raise TypeError(f"metrics: expected a sequence of names or instances of Metric, got {metrics!r}")
     if unknown := [name for name in options if name not in METRICS]:
         raise TypeError(f"{unknown[0]}: expected the name of a metric, one of {tuple(METRICS)}, as an option")
     chosen: dict[str, Metric] = {}

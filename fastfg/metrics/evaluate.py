@@ -17,15 +17,15 @@ from fastfg.metrics.judge import judge
 from fastfg.metrics.localisation import with_masks
 from fastfg.metrics.metric import Metric
 from fastfg.metrics.outcomes import Verdict, missing_value
-from fastfg.metrics.row_by_row import check_row_by_row
-from fastfg.metrics.subjects import Images, Unperturbed
+from fastfg.metrics.subjects import Images
+from fastfg.metrics.unperturbed import read_unperturbed
 from fastfg.models import Adapter, find_adapter
 from fastfg.models.hold import hold
-from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, Readings, image_keys
-from fastfg.perturb.batches import default_size
+from fastfg.perturb import Baseline, Batches, Engine, PatchGrid, image_keys
+from fastfg.perturb.batches import check_batch_size, default_size
 from fastfg.perturb.choose import PATHS, choose_path
 from fastfg.perturb.fills import BASELINES, check_baseline, is_named
-from fastfg.targets import Function, Target, TargetLike, as_target
+from fastfg.targets import Target, TargetLike, as_target
 from fastfg.types import ScoreError, Scores
 
 IMAGES_AT_ONCE = 32  # planned, read and scored together
@@ -88,8 +88,8 @@ def evaluate(
             images, for the metrics that explain again (``max_sensitivity``, ``parameter_randomization``,
             ``efficient_parameter_randomization``, ``random_logit``). It must explain the model and the target that it
             is given: a copy of ``model`` with re-drawn parameters, and classes [b] or the target function. On the
-            images as they are, it must give ``maps``. It is called with at most 8 images (64 on a GPU), with gradients
-            on.
+            images as they are, it must give ``maps``. To explain ``model`` where it is given a re-drawn copy is an error.
+            It is called with at most 8 images (64 on a GPU), with gradients on.
         progress: called with (images done, total images).
         options: {metric: its arguments}, as in ``saco={"n_bins": 10}``; see the class of each metric in
             :mod:`fastfg.metrics`. Each may also set its own ``baseline``.
@@ -108,6 +108,9 @@ def evaluate(
     tensor([1., 1.], dtype=torch.float64)
     """
     check_seed(seed)
+    check_batch_size(batch_size)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function (images done, total images), got {progress!r}")
     chosen = with_masks(choose_metrics(metrics, options, baseline), masks)
     wanted = as_target(target)
     again = explaining(chosen, explain, wanted)
@@ -115,7 +118,7 @@ def evaluate(
     adapter = find_adapter(model)
     explained = check_target(adapter, wanted)
     forward: Any = model if adapter is None else adapter.forward
-    stacked, grid = _check(adapter, model, images, maps, keys, batch_size, chosen, explained)
+    stacked, grid = _check(adapter, model, images, maps, chosen, explained)
     names = image_keys(images, keys)
     subjects = Images(images, names, grid, seed, adapter)
     fills = partial(subjects.fills, reading)
@@ -123,7 +126,7 @@ def evaluate(
         how = path if any(metric.perturbs for metric in reading) or path not in PATHS else "pixels"
         way, way_name = choose_path(adapter, forward, grid, images, fills, how, precision, explained)
         engine = Engine(way, Batches(batch_size or default_size(images.device, grid.n_patches)))
-        seen = _unperturbed(engine, images, explained, check=adapter is None)
+        seen = read_unperturbed(engine, images, explained, None if adapter is None else images.dtype)
         verdicts: list[Verdict] = []
         finish: Callable[[], list[Verdict]] = list
         for rows in _groups(len(images), images.is_cuda, reading):
@@ -150,38 +153,6 @@ def _groups(B: int, on_gpu: bool, metrics: Sequence[Metric]) -> Iterator[slice]:
     return (slice(start, min(start + size, B)) for start in range(0, B, size))
 
 
-def _unperturbed(engine: Engine, images: Tensor, target: Target, check: bool) -> Unperturbed:
-    """What the model makes of the images as they are. With ``check``, the model must repeat its output."""
-    if not len(images):
-        return Unperturbed(Readings.empty(0, images.device), target, 0.0, 0)
-    parts: list[Tensor] = []
-
-    def keep(output: Any, rows: slice) -> None:
-        if isinstance(target, Function):
-            check_row_by_row(target, output, rows.stop - rows.start)
-        parts.append(target.keep(output, rows.stop - rows.start).clone())  # the model may reuse its output buffer
-
-    engine.whole(images, keep)
-    kept = torch.cat(parts)
-    if check:
-        _check_repeats(engine, images, target, kept)
-    resolved, eps = target.of(kept), torch.finfo(kept.dtype).eps
-    return Unperturbed(Readings(*resolved.read_kept(kept)).cpu(), resolved, eps if eps < 1e-5 else 0.0, kept.shape[1])
-
-
-def _check_repeats(engine: Engine, images: Tensor, target: Target, kept: Tensor) -> None:
-    """Raise ValueError where the model gives other outputs for the same images in another batch."""
-    n = min(len(images), engine.batches.size)
-    order = [*range(n - 1, 0, -1), n - 1]  # as many as before, in another order, and one of them another image
-    again, expected = target.keep(engine.path.whole(images[order]), n).double(), kept[order].double()
-    error = (again - expected).abs().nan_to_num(0.0).amax() / expected.abs().nan_to_num(0.0).amax().clamp(min=1e-30)
-    if float(error) > max(0.01, 8 * torch.finfo(kept.dtype).eps):  # what a GPU's kernels differ by is less
-        raise ValueError(
-            f"model: expected the same output for an image in every batch, got a difference of {float(error):.0%} "
-            "(dropout, or batch norm in training mode?)"
-        )
-
-
 def _still(model: Any, adapter: Adapter | None) -> AbstractContextManager[Any]:
     """A context that holds the model still, if it is a module."""
     if adapter is not None:
@@ -194,8 +165,6 @@ def _check(
     model: Any,
     images: Tensor,
     maps: Tensor,
-    keys: Sequence[str | int] | None,
-    batch_size: int | None,
     metrics: Sequence[Metric],
     target: Target,
 ) -> tuple[Tensor, PatchGrid]:
@@ -223,10 +192,6 @@ def _check(
     grid = PatchGrid.of(size, given, adapter.patch_size if adapter else None)
     if grid.n_patches < 2:
         raise ValueError(f"maps: expected at least 2 patches per image, got {list(maps.shape)}")
-    if keys is not None and len(keys) != B:
-        raise ValueError(f"keys: expected {B} of them, one per image, got {len(keys)}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     for metric in metrics:
         assert metric.baseline is not None  # choose_metrics
         colours = bool(adapter and adapter.pixel_mean and adapter.pixel_std)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastfg.metrics.choose import METRICS
 from fastfg.metrics.explanation_metric import Change, ExplanationMetric, Subject
 from fastfg.metrics.metric import Metric
+from fastfg.metrics.other_model import OtherModel
 from fastfg.metrics.outcomes import Outcome, Verdict, checked_scores, no_outcome, outcome_of
 from fastfg.metrics.planning import unusable
 from fastfg.metrics.subjects import Images, Unperturbed
@@ -108,6 +110,7 @@ class Explanations:
     batch_size: int | None
     explained: int = 0  # images so far
     states: States | None = None
+    other: OtherModel | None = None  # beside ``states``
 
     def __post_init__(self) -> None:
         most = ON_GPU if self.subjects.images.is_cuda else ON_CPU
@@ -126,11 +129,14 @@ class Explanations:
                 verdict.outcomes.update(outcomes)
             if progress is not None:
                 progress(rows.stop, len(verdicts))
+        if self.other is not None:
+            self.other.check(self.single)
 
     def judge(self, metrics: Sequence[ExplanationMetric], rows: slice) -> list[dict[str, Outcome]]:
         """{metric: outcome} per image of ``rows``, in order."""
         if self.states is None and any(metric.redraws for metric in metrics):
             self.states = States(self.model, self.subjects.images[:1], self._read_first, self.subjects.seed)
+            self.other = OtherModel(self.model, len(self.maps))
         outcomes, asked = [], []
         for image in range(rows.start, rows.stop):
             reasons = unusable(self.maps[:, image])
@@ -170,6 +176,13 @@ class Explanations:
                     noise = None if number is None else (one.metric.name, number)
                     key = _Map(change.redrawn, image, noise, change.target)
                     wanted.setdefault(key, []).append((one.again[:, j], len(change.noises), one.missing))
+        anew: dict[int, Tensor] = {}  # the maps with all parameters re-drawn
+        everything = NONE if self.states is None else self.states.all_parts
+        for image in same if everything else ():
+            key = _Map(everything, image, None, None)
+            if key in wanted:
+                anew[image] = torch.zeros_like(same[image])
+                wanted[key].append((anew[image], 1, set()))
         by_state: dict[frozenset[int], list[_Map]] = {}
         for key in wanted:
             by_state.setdefault(key.redrawn, []).append(key)
@@ -178,6 +191,11 @@ class Explanations:
             if redrawn == NONE:  # comes first
                 for image, found in same.items():
                     self._check_same(image, found, missing[image])
+        for image, found in anew.items():
+            assert self.other is not None  # beside states
+            why = unusable(self.maps[:, image])
+            judged = [reason is None and c not in missing[image] for c, reason in enumerate(why)]
+            self.other.add(found, same[image], self.maps[:, image], torch.tensor(judged, device="cpu"))
 
     def _model(self, redrawn: frozenset[int]) -> Any:
         if not redrawn:
@@ -229,7 +247,8 @@ class Explanations:
         gh, gw = self.subjects.grid.gh, self.subjects.grid.gw
         C, b = len(self.maps), len(images)
         shape = [b, gh, gw] if self.single else [C, b, gh, gw]
-        with torch.inference_mode(False), torch.enable_grad():
+        watched = nullcontext() if self.other is None or model is self.model else self.other
+        with torch.inference_mode(False), torch.enable_grad(), watched:
             if isinstance(self.explain, ByPlace):
                 maps = self.explain(model, images, target, places)
             else:
@@ -283,6 +302,10 @@ class States:
         self.parts = find_parts(self.copy, images, read)
         if not self.parts:
             raise ValueError(f"model: expected parameters that can be re-drawn in {type(model).__name__}, got none")
+
+    @property
+    def all_parts(self) -> frozenset[int]:
+        return frozenset(range(len(self.parts)))
 
     def at(self, redrawn: frozenset[int]) -> Any:
         """The copy with exactly the parts ``redrawn`` re-drawn."""

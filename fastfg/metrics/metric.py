@@ -17,6 +17,7 @@ from fastfg.perturb.fills import is_per_image
 Self = TypeVar("Self", bound="Metric")
 UNCHANGED = "removing patches does not change the reading"
 ROUNDING_64 = 2.0**-40  # of a map in float64, relative to its largest value
+TIED = 0.1  # a score that counts ties as agreement may rest on this share of them where half precision makes some
 ROUNDING = 4  # a logit that changes by fewer units of rounding than this counts as unchanged
 
 
@@ -92,7 +93,10 @@ class Metric:
         return self.name
 
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
-        """Per map, why its score has no meaning, or None. ``eps`` is the rounding of the model's output."""
+        """Per map, why its score has no meaning, or None.
+
+        ``eps`` is the rounding of the model's output; 0 if the output is in half precision (see :func:`tied_in_half`).
+        """
         used = self.reading(readings)
         return [None] * len(maps) if used is None else unchanged(used, readings.logit, eps)
 
@@ -139,6 +143,25 @@ def unchanged(values: Tensor, logit: Tensor, eps: float) -> list[str | None]:
     largest, rounding = logit.abs().amax(1), ROUNDING * eps
     still = (logit_change <= rounding * largest) & (change <= rounding * largest.clamp(min=1) * values.abs().amax(1))
     return [UNCHANGED if flat else None for flat in ((change == 0) | still).tolist()]
+
+
+def tied_in_half(tied: Tensor, of: str, eps: float) -> list[str | None]:
+    """Per row, a reason if more than a tenth of the score rests on ties, and the output is in half precision.
+
+    A score that counts ties as agreement flatters any map there: half precision makes small effects equal.
+
+    Args:
+        tied: [C], the share of ties. of: what they are a share of. eps: as for :meth:`Metric.says_nothing`.
+    """
+    if eps:
+        return [None] * len(tied)
+    return [
+        f"{share:.0%} of {of}, as the model's output is in half precision, and would count as agreement (run the "
+        "model in float32, or a float32 model with precision='bfloat16', which keeps the head in float32)"
+        if share > TIED
+        else None
+        for share in tied.tolist()
+    ]
 
 
 def check_integer(metric: str, name: str, value: Any, low: int) -> None:

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer, descending
+from fastfg.metrics.metric import Metric, Plan, as_float64, check_integer, descending, tied_in_half
 from fastfg.perturb import PatchGrid, Readings
 
 IMPACTS = ("target", "max")
+OF_WEIGHT = "the weight is of pairs of groups with the same impact"
 
 
 def saco_score(group_attribution: Tensor, impact: Tensor) -> Tensor:
@@ -26,6 +27,11 @@ def saco_score(group_attribution: Tensor, impact: Tensor) -> Tensor:
     >>> float(saco_score(torch.tensor([3.0, 2.0, 0.0]), torch.tensor([0.5, 0.1, 0.2])))  # weights 1, 3, 2
     0.3333333333333333
     """
+    return _score_and_ties(group_attribution, impact)[0]
+
+
+def _score_and_ties(group_attribution: Tensor, impact: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`saco_score`, and the share of the weight that is of pairs with the same impact."""
     a, d = as_float64(group_attribution), as_float64(impact)
     if a.shape != d.shape or a.ndim == 0:
         raise ValueError(f"impact: expected {list(a.shape)}, as group_attribution [..., G], got {list(d.shape)}")
@@ -33,17 +39,20 @@ def saco_score(group_attribution: Tensor, impact: Tensor) -> Tensor:
     attribution, effect = a[..., i] - a[..., j], d[..., i] - d[..., j]
     weight = attribution.abs()
     signed = torch.where(effect * attribution < 0, -weight, weight).sum(-1)
+    tied = torch.where(effect == 0, weight, 0.0).sum(-1)
     total = weight.sum(-1)
-    score = torch.where(total == 0, 0.0, signed / torch.where(total == 0, 1.0, total))
     defined = a.isfinite().all(-1) & d.isfinite().all(-1)
-    return torch.where(defined, score, torch.nan)
+    shares = (torch.where(total == 0, 0.0, part / torch.where(total == 0, 1.0, total)) for part in (signed, tied))
+    score, share = (torch.where(defined, values, torch.nan) for values in shares)
+    return score, share
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SaCo(Metric):
     """Sort the patches by attribution, split them into ``n_bins`` groups, and remove one group at a time.
 
-    Details: ``group_attribution`` [n_bins], ``impact`` [n_bins] = ``p(y|x) - p(y|x without the group)``.
+    Details: ``group_attribution`` [n_bins], ``impact`` [n_bins] = ``p(y|x) - p(y|x without the group)``, and ``tied``
+    [], the share of the weight that is of pairs with the same impact. These count as agreement.
 
     Args:
         n_bins: number of groups. None is ``ceil(P / 4)``, at least 2.
@@ -61,7 +70,9 @@ class SaCo(Metric):
     together: ClassVar[tuple[str, ...]] = ("plan", "score")
     failings: ClassVar[str] = (
         "Each group alone has a small impact on a sure model, so the order of impacts is noisy. Weights come from the "
-        "map itself: a monotone transform of the map changes the score."
+        "map itself: a monotone transform of the map changes the score. Pairs of groups with the same impact count as "
+        "agreement (`tied` in the details): where half precision makes more than 10% of the weight such pairs, the "
+        "score is an error."
     )
 
     n_bins: int | None = None
@@ -86,7 +97,8 @@ class SaCo(Metric):
 
     def score(self, maps: Tensor, plan: Plan, readings: Readings) -> tuple[Tensor, dict[str, Tensor]]:
         attribution, impact = plan.details["group_attribution"], self._impact(readings)
-        return saco_score(attribution, impact), {"group_attribution": attribution, "impact": impact}
+        score, tied = _score_and_ties(attribution, impact)
+        return score, {"group_attribution": attribution, "impact": impact, "tied": tied}
 
     def says_nothing(self, maps: Tensor, plan: Plan, readings: Readings, eps: float) -> list[str | None]:
         reasons = super().says_nothing(maps, plan, readings, eps)
@@ -96,7 +108,8 @@ class SaCo(Metric):
                 reasons[c] = "all groups of patches have the same attribution"
             elif reasons[c] is None and same_impact:
                 reasons[c] = "all groups of patches have the same impact"
-        return reasons
+        tied = tied_in_half(_score_and_ties(attribution, impact)[1], OF_WEIGHT, eps)
+        return [reason or why for reason, why in zip(reasons, tied, strict=True)]
 
     def reading(self, readings: Readings) -> Tensor:
         """The probability of the original class for the unperturbed image, then the probability without each group."""

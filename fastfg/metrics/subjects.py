@@ -64,7 +64,8 @@ class Unperturbed(NamedTuple):
 
     Attributes:
         readings: [B], on the CPU. target: of the ``B`` images, see :meth:`fastfg.Target.of`.
-        eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect.
+        eps: the rounding of the output's dtype; 0 for half precision, whose rounding is no measure of an effect. The
+            output of a model of a known family in half precision counts as such in any dtype.
         width: how many numbers of the output the target reads per image: all logits, for a class.
     """
 

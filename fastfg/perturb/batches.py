@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,16 @@ PATCHES_ON_GPU = 256 * 196  # 256 images of 224 pixels, in patches of 16
 def default_size(device: torch.device, n_patches: int) -> int:
     """The number of images per batch that keeps ``device`` busy, for images of ``n_patches`` each."""
     return max(1, PATCHES_ON_GPU // n_patches) if device.type == "cuda" else IMAGES_ON_CPU
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Require an integer of at least 1, or None."""
+    if batch_size is None:
+        return
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral):
+        raise TypeError(f"batch_size: expected an int or None, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
 
 
 def checked_size(device: torch.device, n_patches: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfg.models import Adapter
 from fastfg.perturb.batches import Batches, checked_size
 from fastfg.perturb.forward_path import ForwardPath, Paths
-from fastfg.perturb.masks import PatchGrid
+from fastfg.perturb.masks import PatchGrid, asymmetric_halves
 from fastfg.perturb.pixels import ImputedPixels, Pixels
 from fastfg.perturb.precision import Precision, grown_rounding
 from fastfg.perturb.removal import Removal
@@ -55,36 +55,39 @@ def choose_path(
     if path not in PATHS:
         raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
     how = _precision(adapter, images, precision)
-    filled, name = _filled(adapter, forward, grid, images, fills, path, how, target)
-    paths = Paths(filled, ImputedPixels(forward, grid, how))
+    if adapter is not None and how.dtype is not None:
+        pixels, imputed = (kind(Tokens(adapter, how).whole, grid) for kind in (Pixels, ImputedPixels))
+    else:
+        pixels, imputed = (kind(forward, grid, how) for kind in (Pixels, ImputedPixels))
+    filled, name = _filled(adapter, Pixels(forward, grid), pixels, images, fills, path, how, target)
+    paths = Paths(filled, imputed, eps=max(how.eps(images.dtype), _own_eps(images)))
     kinds = {View(images[0], fill).kind for fill in fills(0)} if len(images) else set()
     if "removed" not in kinds:
         return paths, name
     if adapter is None:
         raise ValueError("baseline: expected a fill for a model of no known family, got 'removed'")
-    alone = check_removal(adapter, images, target)
+    alone = check_removal(adapter, grid, images, target)
     paths = paths._replace(removed=Removal(adapter, how, target.may_read_patches), reads_prefix_alone=alone)
     return paths, "removed" if kinds == {"removed"} else f"{name}, removed"
 
 
 def _filled(
     adapter: Adapter | None,
-    forward: Callable[[Tensor], Any],
-    grid: PatchGrid,
+    own: Pixels,
+    pixels: Pixels,
     images: Tensor,
     fills: Callable[[int], list[Fill]],
     path: str,
     how: Precision,
     target: Target,
 ) -> tuple[ForwardPath, str]:
-    """The path of filled views and its name."""
-    pixels = Pixels(forward, grid, how)
+    """The path of filled views and its name. ``own``: ``pixels`` in the model's own dtype."""
     if path == "pixels" or not len(images) or (path == "auto" and adapter is None):
         return pixels, "pixels"
     if adapter is None:
         raise ValueError("path: expected 'pixels' for a model of no known family, got 'tokens'")
     try:
-        _compare(adapter, Pixels(forward, grid), images, fills, target)
+        _compare(adapter, own, images, fills, target)
     except Differs as reason:
         if path == "tokens":
             raise ValueError(f"path: expected 'pixels' for this model, as {reason}") from None
@@ -105,11 +108,11 @@ def _compare(
 ) -> None:
     """Perturb every image both ways, in the model's own dtype. Raises Differs if the results are not the same.
 
-    The tokens before the first block tell patches that overlap. The logits tell a model that reads its input elsewhere
-    too.
+    The tokens before the first block tell patches that overlap, or are in another order. The logits tell a model that
+    reads its input elsewhere too.
     """
-    mask = _checked_mask(pixels.grid.n_patches, images.device)
-    masks, tokens = torch.stack([mask, ~mask]), Tokens(adapter, all_rows=target.may_read_patches)
+    masks = asymmetric_halves(pixels.grid.gh, pixels.grid.gw).to(images.device)
+    tokens = Tokens(adapter, all_rows=target.may_read_patches)
 
     def work(rows: slice) -> None:
         views = [View(images[i], fill) for i in range(rows.start, rows.stop) for fill in fills(i)]
@@ -126,13 +129,6 @@ def _compare(
         raise Differs(f"its tokens can't be perturbed before the first block ({error})") from error
 
 
-def _checked_mask(n_patches: int, device: torch.device) -> Tensor:
-    """One mask [P] with scattered and adjacent patches: every other patch of the first half, and the third quarter."""
-    patch = torch.arange(n_patches, device=device)
-    scattered = (patch < n_patches / 2) & (patch % 2 == 0)
-    return scattered | ((patch >= n_patches / 2) & (patch < n_patches * 3 / 4))
-
-
 def _perturbed(path: ForwardPath, views: Sequence[View], masks: Tensor) -> tuple[Tensor, ...]:
     """Each view under each of ``masks`` [m, P]."""
     prepared = path.prepare(torch.stack([view.image for view in views]), [view.fill for view in views])
@@ -146,11 +142,16 @@ def _compare_tokens(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks
     if found.shape != expected.shape:
         raise Differs(f"perturbed pixels give tokens {list(expected.shape)}, not {list(found.shape)}")
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-    eps = torch.finfo(images.dtype).eps
-    if images.is_cuda and images.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        eps = TF32_EPS
+    eps = _own_eps(images)
     if not float(error.max()) <= (100 if eps < 1e-5 else 8) * eps:
         raise Differs(f"perturbing pixels changes tokens of patches that are not removed, by {float(error.max()):.1e}")
+
+
+def _own_eps(images: Tensor) -> float:
+    """The relative rounding of the model's own precision."""
+    if images.is_cuda and images.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        return TF32_EPS
+    return float(torch.finfo(images.dtype).eps)
 
 
 def _compare_logits(pixels: Pixels, tokens: Tokens, views: Sequence[View], masks: Tensor, target: Target) -> None:

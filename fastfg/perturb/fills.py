@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,21 @@ def is_named(baseline: Baseline | None, name: str) -> bool:
     return isinstance(baseline, str) and baseline == name
 
 
+def check_baseline_type(baseline: Any) -> None:
+    """Require a text, a real number or a tensor of such."""
+    number = isinstance(baseline, Real) and not isinstance(baseline, bool)
+    if isinstance(baseline, Tensor) and (baseline.dtype == torch.bool or baseline.is_complex()):
+        raise TypeError(f"baseline: expected a tensor of real numbers, got {baseline.dtype}")
+    if not number and not isinstance(baseline, (str, Tensor)):
+        got = repr(baseline) if isinstance(baseline, bool) else type(baseline).__name__
+        raise TypeError(f"baseline: expected a name, a number or a tensor, got {got}")
+
+
 def check_baseline(
     baseline: Baseline, n_images: int, in_chans: int, normalised: bool, names: tuple[str, ...] = FILLS
 ) -> None:
-    """Raise ValueError if ``baseline`` is not among ``names`` or does not fit these images."""
+    """Raise ValueError or TypeError if ``baseline`` is not among ``names`` or does not fit these images."""
+    check_baseline_type(baseline)
     if isinstance(baseline, str):
         if baseline not in names:
             raise ValueError(f"baseline: expected one of {names}, a number or a tensor, got {baseline!r}")

@@ -34,9 +34,11 @@ class Paths(NamedTuple):
     """The path of each kind of view (``fastfg.perturb.View.kind``). None: the evaluation has no such views.
 
     ``reads_prefix_alone``: whether the model has an output when all patches are removed (it does when they are filled).
+    ``eps``: the relative rounding of the forwards.
     """
 
     filled: ForwardPath
     imputed: ForwardPath | None = None
     removed: ForwardPath | None = None
     reads_prefix_alone: bool = True
+    eps: float = 0.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,3 +59,30 @@ class PatchGrid:
         """The pixels of each patch: ``pixels`` [..., H, W] -> [..., gh, ph, gw, pw], without those of no patch."""
         covered = pixels[..., : self.gh * self.ph, : self.gw * self.pw]
         return covered.unflatten(-1, (self.gw, self.pw)).unflatten(-3, (self.gh, self.ph))
+
+
+def halves(n_patches: int, seed: int) -> Tensor:
+    """A random half of the patches and the other half: masks [2, P] on the CPU, neither of them empty."""
+    random = torch.Generator(device="cpu").manual_seed(seed)
+    rank = torch.randperm(n_patches, generator=random, device="cpu")
+    return torch.stack([rank < n_patches // 2, rank >= n_patches // 2])
+
+
+def other_orders(gh: int, gw: int) -> list[Tensor]:
+    """The patches [P] in the order of the mirrored, turned and transposed grid, where that is another order."""
+    patch = torch.arange(gh * gw, device="cpu").reshape(gh, gw)
+    ways = [each for grid in (patch, patch.mT) for each in (grid, grid.flip(0), grid.flip(1), grid.flip(0, 1))]
+    different = dict.fromkeys(tuple(way.flatten().tolist()) for way in ways)
+    return [torch.tensor(order, device="cpu") for order in different if order != tuple(range(gh * gw))]
+
+
+def asymmetric_halves(gh: int, gw: int) -> Tensor:
+    """:func:`halves` of the grid that differ in each of :func:`other_orders`. So they tell these orders apart."""
+    orders = other_orders(gh, gw)
+    for seed in count():
+        masks = halves(gh * gw, seed)
+        if gh == gw == 2:  # each half of four patches has a symmetry; these two masks have none in common
+            masks[1, masks[0].nonzero()[0]] = True
+        if all(not torch.equal(masks[:, order], masks) for order in orders):
+            return masks
+    raise AssertionError("count ends")

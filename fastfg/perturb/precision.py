@@ -30,7 +30,7 @@ class Precision:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        if name not in PRECISIONS:
+        if not isinstance(name, str) or name not in PRECISIONS:
             raise ValueError(f"precision: expected 'auto' or one of {tuple(PRECISIONS)}, got {name!r}")
         self.name, self.device, self.dtype = name, device, PRECISIONS[name]
         self._linear = float8.Float8Linear() if name == "float8" else None  # caches rounded weights

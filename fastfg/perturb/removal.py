@@ -71,13 +71,13 @@ class Removal(Tokens):
                 return (stream[:, tokens], *args[1:]), kwargs
             return args, kwargs | {next(iter(kwargs)): stream[:, tokens]}
 
-        self._states(image)  # sets n_tokens
+        self._states(image.clone())  # sets n_tokens; a model may change its input in place
         with ExitStack() as stack:
             handle = self.first.register_forward_pre_hook(in_this_thread(drop), with_kwargs=True)
             stack.callback(handle.remove)
             for block in self.adapter.blocks:
                 stack.enter_context(_positions(block, kept[None], self.n_patches))
-            return self.adapter.forward(image)
+            return self.adapter.forward(image.clone())
 
     def reads_prefix_alone(self, images: Tensor) -> bool:
         """Whether the model has an output when every patch of ``images`` [1, C, H, W] is removed.

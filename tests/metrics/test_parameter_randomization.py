@@ -266,3 +266,52 @@ def test_the_parts_of_a_vit_and_what_is_drawn():
     again = copy_model(vit)
     redraw(again, parts[-1], seed=1)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("metrics", [BOTH[:1], BOTH[1:], BOTH])
+def test_a_function_that_explains_another_model_than_it_is_given(model, images, metrics):
+    maps = vanilla(model, images, 1)
+
+    def ignores(given, images, target):
+        return vanilla(model, images, target)
+
+    def by_hand(given, images, target):
+        return contributions(line, images, target)
+
+    refused = pytest.raises(ValueError, match="explain: expected maps of the model that it is given, got the same maps")
+    with refused:
+        fastfg.evaluate(model, images, maps, target=1, explain=ignores, metrics=metrics)
+    with refused:
+        fastfg.evaluate(model, images[:1], maps[:1], target=1, explain=ignores, metrics=metrics)
+    line, given, found = toy()
+    with refused:
+        fastfg.evaluate(line, given, found, target=0, explain=by_hand, metrics=metrics)
+
+
+def test_one_of_several_maps_that_is_of_another_model(model, images):
+    maps = torch.stack([vanilla(model, images, 1)] * 2)
+
+    def explain(given, images, target):
+        return torch.stack([vanilla(given, images, target), vanilla(model, images, target)])
+
+    with pytest.raises(ValueError, match=r"got the same maps \(map 1\) where all parameters are re-drawn"):
+        fastfg.evaluate(model, images, maps, target=1, explain=explain, metrics=BOTH)
+
+
+def test_a_map_that_depends_on_no_model_is_scored(model, images):
+    """The test is there to find such maps: those of an edge detector, for example."""
+
+    def edges(given, images, target):
+        return nn.functional.avg_pool2d(images.diff(dim=-1, append=images[..., :1]).abs().mean(1), 8)
+
+    maps = edges(None, images, None)
+    found = fastfg.evaluate(model, images, maps, target=1, explain=edges, metrics=BOTH)
+    assert found[BOTH[0]].tolist() == pytest.approx([1.0] * 3)
+    assert found[BOTH[1]].tolist() == [0.0] * 3
+
+
+def test_methods_that_depend_on_no_model_are_scored_in_compare(model, images):
+    found = fastfg.compare(model, images, target=1, methods=["centre", "random"], metrics=BOTH[:1])
+    scores = found.groupby("variant")[BOTH[0]].mean()
+    assert scores[["centre", "random"]].tolist() == pytest.approx([1.0, 1.0])
+    assert abs(scores["vanilla"]) < 1

@@ -49,6 +49,20 @@ def test_nan_stays_nan_and_shapes_are_checked():
         saco_score(torch.zeros(2), torch.zeros(3))
 
 
+def test_ties_count_as_agreement_and_their_share_is_in_the_details():
+    def model(images):  # patch 0 alone matters
+        z = images[:, :, :4, :4].mean((1, 2, 3))
+        return torch.stack([z, torch.zeros_like(z)], 1)
+
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps = torch.tensor([[[[3.0, 2.0], [1.0, 0.0]]], [[[0.0, 1.0], [2.0, 3.0]]]])
+    scores = fastfg.evaluate(model, images, maps, target=0, baseline="zero", metrics=["saco"], saco={"n_bins": 4})
+    # weights 1, 2, 3 with patch 0, and 1, 2, 1 of pairs with the same impact
+    assert scores.details["saco"]["tied"].flatten().tolist() == pytest.approx([0.4, 0.4])
+    assert scores["saco"].flatten().tolist() == pytest.approx([1.0, -0.2])
+    assert scores.errors == []
+
+
 @pytest.mark.parametrize(("P", "n_bins"), [(196, 49), (49, 13), (24, 6), (10, 10), (7, 3)])
 def test_groups_are_numpys_array_split(P, n_bins):
     sizes = [len(part) for part in np.array_split(np.arange(P), n_bins)]

@@ -5,6 +5,7 @@ import torch
 
 import fastfg
 from fastfg.metrics import DEFAULT_METRICS
+from tests.tools import tiny_vit
 
 IMAGES = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
@@ -162,3 +163,64 @@ def test_a_float64_map_may_differ_little_from_one_value():
         "the same for every patch"
         in fastfg.evaluate(model, images, alike, target=0, metrics=["saco"]).errors[0].message
     )
+
+
+def quantised(dtype, n_maps=8):
+    """Random maps for a sure model with one logit, whose output is in ``dtype``."""
+    weights = torch.rand(24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def model(images):
+        return (4 + 0.05 * patch_means(images) @ weights.to(images.dtype))[:, None].to(dtype)
+
+    maps = torch.rand(n_maps, 3, 4, 6, generator=torch.Generator().manual_seed(6))
+    return fastfg.evaluate(model, IMAGES, maps, target=1, metrics=["saco", "monotonicity"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_that_half_precision_makes_are_no_agreement(dtype):
+    scores = quantised(dtype)
+    tied = scores.details["saco"]["tied"]
+    assert torch.equal(scores["saco"].isnan(), tied > 0.1)
+    found = {(e.metric, e.config, e.image): e.message for e in scores.errors}
+    assert found
+    for (metric, config, image), message in found.items():
+        if message == "removing patches does not change the reading":
+            continue
+        assert "half precision" in message
+        assert "run the model in float32" in message
+        assert f"{float(scores.details[metric]['tied'][config, image]):.0%} of the" in message
+    assert {metric for metric, _, _ in found} == {"saco", "monotonicity"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_are_rare_in_other_precisions(dtype):
+    scores = quantised(dtype)
+    assert scores.errors == []
+    assert scores.details["saco"]["tied"].max() < 0.01
+    assert scores["saco"].mean().abs() < 0.3
+
+
+def test_few_ties_in_half_precision_are_scored():
+    def model(images):
+        z = 30 * patch_means(images) @ torch.linspace(-1, 1, 24, dtype=images.dtype)
+        return torch.stack([z, torch.zeros_like(z)], 1)
+
+    def scores(dtype):
+        target = fastfg.Target(0, link=None)
+        return fastfg.evaluate(model, IMAGES.to(dtype), MAPS, target=target, metrics=["saco"], baseline="zero")
+
+    half, full = scores(torch.float16), scores(torch.float64)
+    assert half.errors == []
+    torch.testing.assert_close(half["saco"], full["saco"], atol=0.1, rtol=0)
+
+
+def test_a_model_in_half_precision_whose_output_is_converted():
+    """Its logits have no more digits than before."""
+    torch.manual_seed(0)
+    model = tiny_vit(dtype=torch.bfloat16, num_classes=1)
+    model.head.weight.data.mul_(0.03)
+    model.head.bias.data.fill_(4.0)
+    model.register_forward_hook(lambda module, args, output: output.float())
+    scores = fastfg.evaluate(model, IMAGES.bfloat16(), MAPS, target=1, metrics=["saco"])
+    assert len(scores.errors) == 3
+    assert all("half precision" in error.message for error in scores.errors)

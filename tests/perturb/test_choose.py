@@ -5,7 +5,7 @@ import torch
 
 import fastfg
 from fastfg.perturb import PatchGrid
-from fastfg.perturb.choose import _checked_mask
+from fastfg.perturb.masks import asymmetric_halves
 from tests.tools import tiny_vit
 
 MAPS = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(4))
@@ -109,7 +109,7 @@ def test_logits_near_zero_under_one_mask_are_compared_with_the_others(images):
     """Rounding is relative to the model's logits, not to those that happen to cancel."""
     model, images = tiny_vit(dtype=torch.float32), images[:1].float()
     grid = PatchGrid.of((32, 48), (4, 6))
-    removed = grid.to_pixels(~_checked_mask(24, images.device))
+    removed = grid.to_pixels(asymmetric_halves(4, 6)[1])
     offset = model(torch.where(removed, images.mean(), images)).detach()
 
     class Shifted(type(model)):
@@ -118,3 +118,53 @@ def test_logits_near_zero_under_one_mask_are_compared_with_the_others(images):
 
     model.__class__ = Shifted
     assert fastfg.evaluate(model, images, MAPS[:1], target=1, metrics=["saco"]).path == "tokens"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_head_stays_in_float32_on_each_path(images, precision):
+    model, seen = tiny_vit(dtype=torch.float32), []
+    model.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    options = {"target": 1, "precision": precision, "metrics": ["saco", "road"]}
+    for path in ("tokens", "pixels"):
+        found = fastfg.evaluate(model, images.float(), MAPS, path=path, **options)
+        expected = fastfg.evaluate(model, images.float(), MAPS, path=path, **options | {"precision": "float32"})
+        torch.testing.assert_close(found["road"], expected["road"], atol=0.05, rtol=0)
+    assert set(seen) == {torch.float32}
+
+
+TURNS = {
+    "left and right": lambda x: x.flip(-1),
+    "up and down": lambda x: x.flip(-2),
+    "half a turn": lambda x: x.flip(-1, -2),
+    "transposed": lambda x: x.mT,
+    "a quarter turn": lambda x: x.rot90(1, (-2, -1)),
+    "moved by a patch": lambda x: x.roll(8, -1),
+}
+
+
+def turned(name, gh, gw, **options):
+    """A model that turns its input before it looks at it."""
+    model = tiny_vit(img_size=(8 * gh, 8 * gw), **options)
+
+    class Turned(type(model)):
+        def forward(self, x):
+            return super().forward(TURNS[name](x))
+
+    model.__class__ = Turned
+    return model
+
+
+@pytest.mark.parametrize("grid", [(4, 7), (4, 4), (2, 2), (1, 2), (8, 3)])
+@pytest.mark.parametrize("name", TURNS)
+def test_a_model_that_turns_its_input(name, grid):
+    if grid[0] != grid[1] and name in ("transposed", "a quarter turn"):
+        return  # the model takes images of one shape
+    if grid[0] == 1 and name == "up and down":
+        return  # within a patch: the order is the same
+    model = turned(name, *grid)
+    images = torch.randn(2, 3, 8 * grid[0], 8 * grid[1], dtype=torch.float64)
+    options = {"target": 1, "metrics": ["pixel_flipping"]}
+    maps = torch.rand(2, *grid)
+    assert fastfg.evaluate(model, images, maps, **options).path.startswith("pixels (perturbing pixels changes tokens")
+    with pytest.raises(ValueError, match="got 'removed': its tokens are not in the order of the image's patches"):
+        fastfg.evaluate(model, images, maps, baseline="removed", **options)

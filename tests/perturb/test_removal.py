@@ -7,9 +7,10 @@ import fastfg
 from fastfg.checks import check_target
 from fastfg.models import adapt
 from fastfg.models.hold import hold
+from fastfg.perturb import PatchGrid
 from fastfg.perturb.removal import Removal
-from fastfg.perturb.removal_check import check_removal
-from tests.models.families import FAMILIES, build, timm_eva
+from fastfg.perturb.removal_check import _check_order, check_removal
+from tests.models.families import FAMILIES, HYBRIDS, build, timm_eva
 from tests.perturb.test_tokens import size_of
 from tests.tools import tiny_vit
 
@@ -206,4 +207,47 @@ def test_logits_near_zero_are_no_reason_to_refuse_a_model(images):
         kept = torch.randperm(P, generator=torch.Generator().manual_seed(0))[: P // 2].sort().values  # as in the check
         model.head.bias -= path.one(images[:1], kept)[0]
         assert path.one(images[:1], kept).abs().max() < 1e-6
-        assert check_removal(adapter, images, target)
+        assert check_removal(adapter, PatchGrid.of((32, 48), (4, 6)), images, target)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_stem_of_convolutions_can_lose_tokens(name):
+    """They are as many as the patches and in their order, though each also sees a patch's neighbours."""
+    model = build(name)
+    size = (64, 64) if "ResNet" in name else (32, 32)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    maps = torch.rand(2, *adapt(model).grid(size))
+    found = fastfg.evaluate(model, images, maps, target=1, metrics=["saco"], baseline="removed", saco={"n_bins": 2})
+    assert found.path == "removed"
+
+
+@pytest.mark.parametrize("kernel", [12, 16, 24])
+@pytest.mark.parametrize("seed", range(3))
+def test_patches_that_overlap_can_lose_tokens(images, kernel, seed):
+    model = tiny_vit(seed=seed)
+    model.patch_embed.proj = torch.nn.Conv2d(3, 32, kernel, stride=8, padding=(kernel - 8) // 2).double()
+    for given in (images[:1], images[:1] * 0, images[1:2] * 1e-6 + 3):
+        found = fastfg.evaluate(model, given, torch.rand(1, 4, 6), target=1, metrics=["saco"], baseline="removed")
+        assert found.path == "removed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_large_position_embeddings_hide_no_change_of_a_token(images, dtype):
+    model = tiny_vit(dtype=dtype)
+    model.pos_embed.data.add_(300)
+    path, grid = Removal(adapt(model)), PatchGrid.of((32, 48), (4, 6))
+    with hold(model, path.adapter.flags), torch.no_grad():
+        path.prepare(images[:1].to(dtype), [])
+        _check_order(path, grid, images[:1].to(dtype))
+
+
+def test_a_model_that_writes_into_its_input(model, images):
+    class Careless(type(model)):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    model.__class__ = Careless
+    given = images.clone()
+    found = fastfg.evaluate(model, given, torch.rand(3, 4, 6), target=1, metrics=["saco"], baseline="removed")
+    assert found.path == "removed"
+    assert torch.equal(given, images)
