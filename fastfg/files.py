@@ -64,6 +64,25 @@ def write_durably(file: Path, content: bytes) -> None:
         hidden.write_bytes(content)
 
 
+def write_new(file: Path, content: bytes) -> None:
+    """Write ``content`` to ``file`` as :func:`whole` does it, unless ``file`` is there: of several processes, one
+    writes it.
+    """
+    hidden = temporary(file)
+    try:
+        write_durably(hidden, content)
+        os.link(hidden, file)  # an error where the file is there
+        _sync_folder(file.parent)
+    except FileExistsError:
+        pass
+    except OSError:  # some file systems have no links
+        if not file.exists():
+            write_durably(file, content)
+    finally:
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
+
+
 def write_tensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file as :func:`whole` does it.
 

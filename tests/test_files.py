@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastfg.files import read_json, read_json_list, remove_unfinished, temporary, whole, write_durably, write_tensors
+from fastfg.files import (
+    read_json,
+    read_json_list,
+    remove_unfinished,
+    temporary,
+    whole,
+    write_durably,
+    write_new,
+    write_tensors,
+)
 
 SMALL = 60_000  # bytes that a file may have
 
@@ -134,3 +143,19 @@ def test_a_full_disk(tmp_path):
     assert ended.stdout.startswith(said), ended.stderr
     assert load_file(file)["a"].tolist() == [1, 1, 1]
     assert names(tmp_path) == ["a.safetensors"]
+
+
+def test_a_new_file_is_written_once(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    write_new(file, b"one")
+    write_new(file, b"two")
+    assert file.read_bytes() == b"one"
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr("os.link", no_links)
+    write_new(file, b"three")
+    write_new(tmp_path / "b.txt", b"one")
+    assert (file.read_bytes(), (tmp_path / "b.txt").read_bytes()) == (b"one", b"one")
+    assert names(tmp_path) == ["a.txt", "b.txt"]

@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = Inputs(arguments)
     results, work = Results(arguments, inputs, STORED), Work(("map",), ("map",))
     unfinished = list(inputs.out.glob(".*.tmp"))  # of runs that were killed, or of processes that are still writing
+    results.start()
     with inputs:
         try:
             title = f"Explaining {count(len(inputs.paths), 'image')}"

@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         groups = read_groups(arguments.groups, inputs.paths)
     variants = ("vanilla", *(["gated"] if inputs.gate is not None else []), *arguments.methods)
     results, work = Results(arguments, inputs, STORED), Work(variants, tuple(arguments.metrics))
+    results.start()
     with inputs:
         try:
             title = f"Judging {count(len(inputs.paths), 'image')} x {count(len(variants), 'variant')}"

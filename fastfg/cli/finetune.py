@@ -75,7 +75,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from fastfg.data.output import claim
+    from fastfg.data.output import claim, make_output
     from fastfg.study.finetune import finetune
     from fastfg.study.fit import FineTuning
 
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     values = {one.name: given[one.name] for one in fields(FineTuning)}
     recipe = FineTuning(**values | {"crop_scale": tuple(arguments.crop_scale)})
     table = _table(arguments.data, arguments.seed)
-    claim(arguments.out, "finetune", {name: str(value) for name, value in given.items() if name != "run"})
+    said = {name: str(value) for name, value in given.items() if name != "run"}
+    make_output(arguments.out, "finetune", said)
     with tracker() as track:
         done = finetune(
             table,
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
             say=say,
             track=track,
         )
+    claim(arguments.out, "finetune", said)  # after a folder with other settings was refused
     for line in done.sentences():
         say(line)
     say(f"Best epoch {done.best_epoch} of {len(done.history)}. Wrote {done.weights}")

@@ -15,6 +15,7 @@ from fastfg import __version__
 from fastfg.cli.console import part, say, share_or_all, tracker
 from fastfg.cli.inputs import Inputs
 from fastfg.data import Batch, path_text
+from fastfg.data.output import make_output
 from fastfg.files import read_json, write_durably
 from fastfg.models.fingerprint import fingerprint
 from fastfg.study.shards import Failure, Unit, Work
@@ -64,7 +65,7 @@ class Results:
     """The results of one command on the images of ``inputs``, in its output folder.
 
     Raises ValueError if the folder has results of other settings, and names the setting. Nothing is written before
-    :meth:`run`.
+    :meth:`start`.
     """
 
     def __init__(self, arguments: argparse.Namespace, inputs: Inputs, columns: Mapping[str, str]) -> None:
@@ -82,6 +83,15 @@ class Results:
         recipe = {"fastfg": __version__, **kept, "device": inputs.device.type, **contents}
         self.config = {"fastfg": __version__, "arguments": inputs.settings, **contents, "versions": _versions()}
         self.store = Store(inputs.out, arguments.command, columns={**columns, **WINDOW}, recipe=recipe, say=say)
+
+    def start(self) -> None:
+        """Make the output folder before anything in it is replaced.
+
+        Raises ValueError if another command has made it since, for other settings.
+        """
+        if self.units:
+            make_output(self.inputs.out, self.inputs.command, self.inputs.settings)
+            self.store.start()
 
     def run(self, work: Work, title: str, do: Callable[[Batch, Work], list[dict[str, Any]]]) -> None:
         """Compute what is missing of ``work``.

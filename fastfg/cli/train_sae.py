@@ -316,11 +316,12 @@ def _say_limits(out: Path, found: dict[tuple[str, int], SAEReport]) -> None:
         share = read_json(out / kind / f"layer_{layer}" / REPORT).get(ROWS_AT_LIMIT)
         if share == 0:
             say(
-                f"{kind}, block {layer}: no dictionary row is {limit} its start. The limit never acted: this SAE was "
-                "trained like trained, and as a control it says nothing (train for longer, or compare frozen-decoder)"
+                f"{kind}, block {layer}: no dictionary row was ever {limit} its start. The limit never acted: this SAE "
+                "was trained like trained, and as a control it says nothing (train for longer, or compare "
+                "frozen-decoder)"
             )
         elif share is not None:
-            say(f"{kind}, block {layer}: {share:.1%} of the dictionary rows are {limit} their start")
+            say(f"{kind}, block {layer}: {share:.1%} of the dictionary rows were {limit} their start after some step")
 
 
 def _write_csv(out: Path) -> None:

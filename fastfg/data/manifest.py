@@ -205,12 +205,20 @@ def class_counts(table: pd.DataFrame) -> pd.DataFrame:
 def with_own_groups(groups: Mapping[str, str]) -> dict[str, str] | None:
     """{image: its group}, where an image without one (``""``) is a group by itself. None if no image has one.
 
+    The group of such an image has a name that begins unlike those of all other groups.
+
     >>> with_own_groups({"a": "module 1", "b": ""}), with_own_groups({"a": ""})
     ({'a': 'module 1', 'b': 'image b'}, None)
+    >>> with_own_groups({"a": "image b", "b": ""})
+    {'a': 'image b', 'b': 'single image b'}
     """
-    if not any(groups.values()):
+    named = {group for group in groups.values() if group}
+    if not named:
         return None
-    return {image: group or f"image {image}" for image, group in groups.items()}
+    start = "image "
+    while any(group.startswith(start) for group in named):
+        start = f"single {start}"
+    return {image: group or f"{start}{image}" for image, group in groups.items()}
 
 
 def draw(table: pd.DataFrame, split: str, n: int | None, seed: int = 0, argument: str | None = None) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastfg import __version__
-from fastfg.files import write_durably
+from fastfg.files import write_durably, write_new
 
 MARKER = "fastfg.json"
 
@@ -18,8 +18,9 @@ def is_output(folder: Path) -> bool:
     return os.path.isfile(folder / MARKER)  # noqa: PTH113 - False, not an error, in an unreadable folder
 
 
-def claim(folder: Path, command: str, settings: Mapping[str, object]) -> None:
-    """Make ``folder`` an output folder: create it, and write ``fastfg.json`` with the command and its settings.
+def make_output(folder: Path, command: str, settings: Mapping[str, object]) -> None:
+    """Make ``folder`` an output folder: create it, and write ``fastfg.json`` with the command and its settings, unless
+    it has one.
 
     Raises ValueError for a file, and for a folder that contains anything but earlier output, because the marker would
     hide the user's images there.
@@ -27,10 +28,22 @@ def claim(folder: Path, command: str, settings: Mapping[str, object]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got {folder}, which is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_output(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if is_output(folder):
+        return
+    if any(not path.name.startswith(".") for path in folder.iterdir()) and not is_output(folder):
         raise ValueError(
             f"out: expected a new or empty folder, or one with earlier output of fastfg, got {folder}, which holds "
             f"other files and no {MARKER}"
         )
+    write_new(folder / MARKER, _marker(command, settings))
+
+
+def claim(folder: Path, command: str, settings: Mapping[str, object]) -> None:
+    """:func:`make_output`, and replace what ``fastfg.json`` said before."""
+    make_output(folder, command, settings)
+    write_durably(folder / MARKER, _marker(command, settings))
+
+
+def _marker(command: str, settings: Mapping[str, object]) -> bytes:
     written = {"fastfg": __version__, "command": command, "settings": settings}
-    write_durably(folder / MARKER, (json.dumps(written, indent=2, default=str) + "\n").encode("ascii"))
+    return (json.dumps(written, indent=2, default=str) + "\n").encode("ascii")

@@ -7,11 +7,14 @@ A recent comparison on language models found frozen dictionaries level with trai
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fastfg.files import write_tensors
 from fastfg.sae.topk_step import TopKStep
 
 COSINE = 0.8  # of a soft-frozen row with its start, at least
@@ -54,9 +57,36 @@ def keep_rows_near(W: Tensor, start: Tensor) -> None:
     W.copy_(torch.where(along < COSINE, nearest, W))
 
 
-def at_limit(W: Tensor, start: Tensor) -> float:
-    """The share of rows of ``W`` that :func:`keep_rows_near` holds. If it is 0, the limit made no difference."""
-    return float(((W * start).sum(1) <= COSINE + ROUNDING).double().mean())
+def at_limit(W: Tensor, start: Tensor) -> Tensor:
+    """Which rows of ``W`` [F] :func:`keep_rows_near` holds now."""
+    return (W * start).sum(1) <= COSINE + ROUNDING
+
+
+class RowsAtLimit:
+    """Which rows of a soft-frozen dictionary were at their limit after one training step or more, as a row may leave it
+    again. If there is none, the limit made no difference.
+
+    Args:
+        W: the dictionary before the first step. file: what a checkpoint before gave to :meth:`save`, if it is there.
+    """
+
+    def __init__(self, W: Tensor, file: Path) -> None:
+        self.start, self.file = W.clone(), file
+        self.reached = torch.zeros(len(W), dtype=torch.bool, device=W.device)
+        if file.is_file():
+            self.reached |= load_file(file)["reached"].to(W.device)
+
+    def look(self, W: Tensor) -> None:
+        """Add the rows that are at the limit now."""
+        self.reached |= at_limit(W, self.start)
+
+    @property
+    def share(self) -> float:
+        return float(self.reached.double().mean())
+
+    def save(self) -> None:
+        """Write what was seen. Before a checkpoint: a run that goes on from an earlier one comes to the same rows."""
+        write_tensors(self.file, {"reached": self.reached.cpu()})
 
 
 def fit_scale(step: TopKStep, x: Tensor, batch_size: int) -> None:

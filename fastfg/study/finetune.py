@@ -102,6 +102,8 @@ def finetune(
     if (out / REPORT).is_file():
         return _read(out, settings)
     with alone(out, "out", say):
+        if (out / REPORT).is_file():  # another process has finished since
+            return _read(out, settings)
         network = start.model.to(device)
         images = _images(table, labels, start, recipe, workers, reading or {}, max_failures)
         loss_weights = class_weights(labels, list(table.loc[table["split"] == "train", "label"]), recipe.class_weights)

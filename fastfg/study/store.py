@@ -99,6 +99,10 @@ class Store:
         self._recipe = None if recipe is None else json.loads(json.dumps(recipe))
         self._check_recipe()
 
+    def start(self) -> None:
+        """Make the folder. Raises ValueError if another process has made it since, for another recipe."""
+        self._make()
+
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Claim a unit, without waiting. Yields whether this process has it now. A process that dies frees its own."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastfg.files import read_json, write_durably
 from fastfg.perturb.seeds import generator
 from fastfg.sae.checkpoints import load_sae
-from fastfg.sae.controls import at_limit
+from fastfg.sae.controls import RowsAtLimit
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import SAEReport, report
 from fastfg.sae.trainer import SAETrainer
@@ -28,10 +28,10 @@ from fastfg.study.token_cache import TokenCache
 from fastfg.study.weights import sae_fingerprint
 from fastfg.types import integers
 
-CHECKPOINT, REPORT = "checkpoint.safetensors", "report.json"
+CHECKPOINT, LIMIT, REPORT = "checkpoint.safetensors", "limit.safetensors", "report.json"
 FIRST = 2**15  # tokens that the scale and the geometric median are computed from
 REPORTED = 2**15  # held-out tokens that the report is measured on, at most
-ROWS_AT_LIMIT = "rows_at_limit"  # in the report of a soft-frozen SAE: the share of dictionary rows that are held back
+ROWS_AT_LIMIT = "rows_at_limit"  # in the report of a soft-frozen SAE: the share of dictionary rows that were held back
 EVERY = 20  # steps from one call of progress to the next
 
 Progress = Callable[[int, int, dict[str, float]], None]  # steps done, steps in all, figures
@@ -75,8 +75,8 @@ def train_saes(
         say: called with a line if the file system has no locks; None: :func:`warnings.warn`.
 
     Returns {(kind, layer): report}; the explained variance of a report is that of held-out tokens. ``report.json`` of a
-    ``soft-frozen`` SAE also has the share of dictionary rows at the limit: where it is 0, the limit never acted, and
-    the SAE is no control. Raises ValueError
+    ``soft-frozen`` SAE also has the share of dictionary rows that were at the limit after a training step or more:
+    where it is 0, the limit never acted, and the SAE is no control. Raises ValueError
     that names the argument, also where ``out`` holds SAEs of another recipe, model or data.
     """
     layers = cache.layers if layers is None else integers("layers", layers)
@@ -151,31 +151,48 @@ class _Run:
         if (folder / REPORT).exists():
             return _earlier(folder, described)
         trainer = SAETrainer(recipe, self._some(layer, self.trained, FIRST))
-        start = trainer.W_dec.to("cpu", copy=True) if recipe.kind == "soft-frozen" else None
-        checkpoint = folder / CHECKPOINT
+        checkpoint, limit = folder / CHECKPOINT, folder / LIMIT
         made_with = of | {"shards": self.cache.layout(self.trained)}
+        if not checkpoint.exists():
+            limit.unlink(missing_ok=True)
+        rows = RowsAtLimit(trainer.W_dec, limit) if recipe.kind == "soft-frozen" else None
         if checkpoint.exists():
             trainer.resume(checkpoint, **made_with)
-        self._steps(trainer, layer, progress, lambda: trainer.save(checkpoint, **made_with))
+
+        def save() -> None:
+            if rows is not None:
+                rows.save()
+            trainer.save(checkpoint, **made_with)
+
+        self._steps(trainer, layer, progress, save, rows)
         sae = trainer.finish(site="resid_post", tokens="patches", **described)
         found = report(sae, self._some(layer, self.held_out, REPORTED), steps=trainer.steps)
         if (folder / REPORT).exists():  # without locks, another process may have been faster; its SAE may be in use
-            checkpoint.unlink(missing_ok=True)
+            _remove(checkpoint, limit)
             return _earlier(folder, described)
         sae.provenance["validation"] = asdict(found)
         sae.cpu().save(folder)
-        checkpoint.unlink(missing_ok=True)  # before the report, which says that the folder is complete
+        _remove(checkpoint, limit)  # before the report, which says that the folder is complete
         told = described | {"report": asdict(found), "sae": sae_fingerprint(sae)}
-        if start is not None:
-            told[ROWS_AT_LIMIT] = at_limit(sae.W_dec, start)
+        if rows is not None:
+            told[ROWS_AT_LIMIT] = rows.share
         write_durably(folder / REPORT, json.dumps(told, indent=2).encode())
         return found
 
-    def _steps(self, trainer: SAETrainer, layer: int, progress: Progress, save: Callable[[], None]) -> None:
+    def _steps(
+        self,
+        trainer: SAETrainer,
+        layer: int,
+        progress: Progress,
+        save: Callable[[], None],
+        rows: RowsAtLimit | None,
+    ) -> None:
         recipe, started, before = trainer.recipe, time.monotonic(), trainer.done
         for tokens in self._batches(trainer, layer):
             losses, counts = trainer.train(tokens)
             done = trainer.done
+            if rows is not None:
+                rows.look(trainer.W_dec)
             if done % EVERY == 0 or done == recipe.steps:
                 figures = trainer.progress(tokens, losses, counts)
                 seconds = time.monotonic() - started
@@ -205,6 +222,11 @@ class _Run:
             drawn = torch.randperm(len(tokens), generator=generator(0, shard.name, "some tokens"))
             parts.append(tokens[drawn[: math.ceil(share * len(tokens))].sort().values.to(self.device)])
         return torch.cat(parts)
+
+
+def _remove(*files: Path) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _earlier(folder: Path, described: dict[str, Any]) -> SAEReport:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import fastfg
 from fastfg import study
 from fastfg.cli import main
+from fastfg.cli.results import Results
 from fastfg.models.timm import import_timm
 from tests.cli.test_cli import NAME, check_error, files, gate_arguments, model_arguments, read_rows  # noqa: F401
 
@@ -136,6 +137,32 @@ def test_other_settings_are_refused(files, images, tmp_path, capsys, change, mes
     assert main([*arguments, str(tmp_path / "out"), *change]) == 1
     check_error(capsys, message.format(out=tmp_path / "out"))
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["attribute", "evaluate"])
+def test_of_two_commands_that_start_at_once_the_second_is_refused(files, images, tmp_path, monkeypatch, capsys, name):  # noqa: F811
+    out, init, states = tmp_path / "out", Results.__init__, []
+    shutil.copytree(images, tmp_path / "more")
+    second = command(files, tmp_path / "more", name)
+
+    def state():
+        kept = [file for file in out.rglob("*") if file.is_file() and file.name != ".lock"]
+        return {file.relative_to(out): (file.stat().st_mtime_ns, file.stat().st_ino) for file in kept}
+
+    def both(self, *given):  # the folder is new to both
+        init(self, *given)
+        if not states:
+            states.append(None)
+            assert main([*command(files, images, name), str(out)]) == 0
+            states.append(state())
+            capsys.readouterr()
+
+    monkeypatch.setattr(Results, "__init__", both)
+    assert main([*second, str(out)]) == 1
+    check_error(capsys, f"images: expected ['{images}'], as in the results in {out}, got ['{tmp_path}/more']")
+    assert state() == states[1]
+    assert main([*second, str(out)]) == 1  # nor later
+    assert state() == states[1]
 
 
 def test_parts_of_the_images_make_the_whole(files, images, tmp_path, calls):  # noqa: F811

@@ -127,11 +127,9 @@ def test_a_limit_that_never_acted_is_said(folder, tmp_path, capsys, acts):
     options = ["--steps", "80", "--lr", "0.03"] if acts else ["--steps", "2"]
     assert main(command(folder, tmp_path / "out", "--kinds", "trained", "soft-frozen", *options, layers=["1"])) == 0
     printed = capsys.readouterr().out.replace("\n", " ")
-    none = (
-        "soft-frozen, block 1: no dictionary row is at the limit, a cosine of 0.8 with its start. The limit never acted"
-    )
+    none = "soft-frozen, block 1: no dictionary row was ever at the limit, a cosine of 0.8 with its start. The limit"
     assert (none in printed) != acts
-    assert ("% of the dictionary rows are at the limit, a cosine of 0.8 with their start" in printed) == acts
+    assert ("% of the dictionary rows were at the limit, a cosine of 0.8 with their start" in printed) == acts
     assert "trained, block 1: no dictionary row" not in printed
     trained, soft = csv.DictReader((tmp_path / "out" / "saes.csv").open())
     assert trained["rows_at_limit"] == ""

@@ -16,6 +16,7 @@ from fastfg.data.manifest import (
     key_of,
     read_manifest,
     verify_content,
+    with_own_groups,
     write_manifest,
 )
 from fastfg.data.splits import from_folder, split
@@ -242,6 +243,13 @@ def test_skipped_files_have_reasons(classes):
 def test_a_group_is_asked_for_each_image(classes):
     with pytest.raises(ValueError, match="group: expected a name for each image, got None for .*p0-0.png"):
         from_folder(classes, group={})
+
+
+@pytest.mark.parametrize("named", ["image b", "image c", "single image b", "image b'"])
+def test_the_group_of_an_image_without_one_is_no_other_group(named):
+    groups = with_own_groups({"a": named, "b": "", "c": "", "d": "image b", "single image b": ""})
+    assert (groups["a"], groups["d"]) == (named, "image b")
+    assert len(set(groups.values())) == 5 - (named == "image b")
 
 
 def test_draw(table):

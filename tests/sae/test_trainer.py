@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastfg.sae.controls import COSINE, at_limit, keep_rows_near
+from fastfg.sae.controls import COSINE, RowsAtLimit, at_limit, keep_rows_near
 from fastfg.sae.recipe import KINDS, Recipe
 from fastfg.sae.report import report
 from fastfg.sae.trainer import SAETrainer, geometric_median
@@ -86,8 +86,8 @@ def test_rows_are_moved_to_the_nearest_that_is_allowed():
     keep_rows_near(W, start)
     assert torch.equal(W[0], near)
     torch.testing.assert_close(W[1:], torch.tensor([[0.8, 0.6, 0], [0.8, 0.6, 0]]))
-    assert at_limit(W, start) == pytest.approx(2 / 3)
-    assert at_limit(start, start) == 0
+    assert at_limit(W, start).tolist() == [False, True, True]
+    assert not at_limit(start, start).any()
 
 
 def test_a_limit_that_no_row_reaches_changes_nothing(tokens):
@@ -97,7 +97,20 @@ def test_a_limit_that_no_row_reaches_changes_nothing(tokens):
         recipe = dataclasses.replace(RECIPE, steps=steps, lr=2e-2 if acts else 3e-3)
         plain, soft = (trained(tokens, dataclasses.replace(recipe, kind=kind)) for kind in ("trained", "soft-frozen"))
         assert torch.equal(plain.W_dec, soft.W_dec) != acts
-        assert (at_limit(soft.W_dec, start) > 0) == acts
+        assert bool(at_limit(soft.W_dec, start).any()) == acts
+
+
+def test_a_row_that_left_the_limit_was_at_it(tmp_path):
+    start, across = torch.eye(3)[:2], torch.eye(3)[1:]
+    rows = RowsAtLimit(start, tmp_path / "limit.safetensors")
+    held = 0.8 * start + 0.6 * across
+    for W, share in ((start, 0.0), (torch.stack([held[0], start[1]]), 0.5), (start, 0.5)):
+        rows.look(W)
+        assert rows.share == share
+    rows.save()
+    again = RowsAtLimit(start, tmp_path / "limit.safetensors")
+    again.look(torch.stack([start[0], held[1]]))
+    assert (again.share, rows.share) == (1.0, 0.5)
 
 
 def test_random_codes_are_fitted_by_least_squares(tokens):

@@ -169,6 +169,30 @@ def test_other_settings_in_the_same_folder_are_refused(table, weights, tmp_path)
         run(table.iloc[1:], weights, tmp_path)
 
 
+def test_of_two_runs_that_start_at_once_the_second_is_refused(table, weights, tmp_path, monkeypatch):
+    alone, out = module.alone, tmp_path / "out"
+
+    def after_the_other(*given):
+        monkeypatch.setattr(module, "alone", alone)
+        run(table, weights, out, FineTuning(epochs=1, warmup_epochs=0))
+        return alone(*given)
+
+    monkeypatch.setattr(module, "alone", after_the_other)
+    with pytest.raises(ValueError, match=r"out: expected the settings of the run in .* got recipe\.epochs 2"):
+        run(table, weights, out, FineTuning(epochs=2, warmup_epochs=0))
+
+
+def test_a_refused_command_does_not_change_what_the_folder_says(table, weights, tmp_path, capsys):
+    write_manifest(table, tmp_path / "m.parquet")
+    command = ["finetune", str(tmp_path / "m.parquet"), "--model", NAME, "--weights", str(weights), "--img-size", "32"]
+    command += ["--head-only", "--out", str(tmp_path / "out")]
+    assert main([*command, "--epochs", "2"]) == 0
+    before = (tmp_path / "out/fastfg.json").read_bytes()
+    assert main([*command, "--epochs", "3"]) == 1
+    assert "recipe.epochs 3 (there: 2)" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out/fastfg.json").read_bytes() == before
+
+
 def test_unreadable_images_are_named_or_stop_it(table, weights, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\nbroken")

@@ -225,6 +225,13 @@ def test_the_same_saes_for_two_kinds_are_refused(done):
         own.scores("Test", "test", outcome.variants, [])
 
 
+def test_the_report_names_classes_that_are_not_trained_on(done):
+    _, judging, _ = done
+    other = dataclasses.replace(judging.parts, unlearned="Without a class that the model has learned: grey (1 image)")
+    assert f"{other.unlearned}." in _notes(dataclasses.replace(judging, parts=other))
+    assert "Without a class" not in " ".join(_notes(judging))
+
+
 def test_an_image_without_a_group_is_one_by_itself(done):
     _, judging, outcome = done
     images = judging.parts.images.copy()

@@ -186,6 +186,37 @@ def test_the_rows_at_the_limit_of_soft_frozen_are_reported(cache, tmp_path, monk
     assert again == stored["soft-frozen"]  # a run that was stopped compares with the start, too
 
 
+def test_rows_that_left_the_limit_count(cache, tmp_path, monkeypatch):
+    """The rows come back to their start in the second half, also where the run is killed there and goes on."""
+    recipe = dataclasses.replace(RECIPE, steps=12, lr=0.3)
+    options = {"layers": 1, **OPTIONS, "checkpoint_every": 4, "kinds": "soft-frozen"}
+    train, seen = SAETrainer.train, {"start": None, "die": False}
+
+    def comes_back(self, x):
+        if seen["start"] is None:
+            seen["start"] = self.W_dec.clone()
+        if seen["die"] and self.done == 9:
+            raise KeyboardInterrupt
+        found = train(self, x)
+        if self.done > 6:
+            self.W_dec.copy_(seen["start"])
+        return found
+
+    def share(name):
+        return json.loads((tmp_path / name / "soft-frozen" / "layer_1" / "report.json").read_text())["rows_at_limit"]
+
+    monkeypatch.setattr(SAETrainer, "train", comes_back)
+    train_saes(cache, tmp_path / "whole", recipe, **options)
+    seen["die"] = True
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(cache, tmp_path / "killed", recipe, **options)
+    seen["die"] = False
+    train_saes(cache, tmp_path / "killed", recipe, **options)
+    assert share("whole") == share("killed") > 0
+    names = {file.name for file in (tmp_path / "killed" / "soft-frozen" / "layer_1").iterdir()}
+    assert names == {".lock", "config.json", "report.json", "sae.safetensors"}
+
+
 def test_the_reported_tokens_are_drawn_from_the_whole_grid(monkeypatch, tmp_path):
     """A fixed step through the patches would meet the same column of every image."""
     cache = cache_tokens(
