@@ -116,33 +116,35 @@ def check_width(sae: SparseAutoencoder, x: Tensor, block: int, name: str = "saes
 
 
 def check_rows_apart(target: Function, output: Any, n: int) -> None:
-    """Raise ValueError where the value that ``target`` gives an image depends on the rows of other images.
+    """Raise ValueError where the value that ``target`` gives an image has a gradient at the rows of other images.
 
-    Their gradients would be mixed: the map of an image would change with the batch that it is in. The function may hold
-    values of its own per image, such as labels, so it is called with the same rows again: with factors on its values,
-    the gradient at each row must have the factor of its own image.
+    The map of an image would change with the batch that it is in. The function may hold values of its own per image,
+    such as labels, so it is called with the same rows again: the values of half of the images must have no gradient at
+    the rows of the others. Tensors that do not depend on the images, such as prototypes of classes, are no rows.
     """
     if n < 2:
         return
-    rows: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def copied(t: Tensor) -> Tensor:
-        if not t.is_floating_point():
+        if not t.is_floating_point() or not t.requires_grad:
             return t.detach()
-        rows.append(t.detach().clone().requires_grad_())
-        return rows[-1]
+        tensors.append(t.detach().clone().requires_grad_())
+        return tensors[-1]
 
     value = target.value(map_tensors(output, copied), n)
-    if not value.requires_grad:
+    if not tensors or not value.requires_grad:
         return
-    factors = torch.linspace(1, 2, n, dtype=value.dtype, device=value.device)
-    plain = torch.autograd.grad(value.sum(), rows, retain_graph=True, allow_unused=True)
-    for row, one, other in zip(rows, plain, torch.autograd.grad(value, rows, factors, allow_unused=True), strict=True):
-        if one is None or other is None or not row.ndim or len(row) != n:
-            continue
-        expected = one.double() * factors.double().reshape(-1, *[1] * (row.ndim - 1))
-        rounding = 16 * torch.finfo(row.dtype).eps * expected.abs().amax()
-        if not bool((other.double() - expected).abs().nan_to_num(0.0).amax() <= rounding.nan_to_num(0.0)):
+    number = torch.arange(n, device=value.device)
+    halves = [number.bitwise_right_shift(bit) % 2 == side for bit in range((n - 1).bit_length()) for side in (0, 1)]
+    found = [
+        torch.autograd.grad(value, tensors, half.to(value.dtype), retain_graph=True, allow_unused=True)
+        for half in halves  # any two images are in different ones
+    ]
+    for gradients in zip(*found, strict=True):
+        pairs = [(g.nan_to_num(0.0), half) for g, half in zip(gradients, halves, strict=True) if g is not None]
+        dims = [dim for dim, size in enumerate(pairs[0][0].shape) if size == n] if pairs else []
+        if dims and not any(all(bool((g.movedim(dim, 0)[~half] == 0).all()) for g, half in pairs) for dim in dims):
             raise ValueError(
                 "target: expected a function of each row of the output alone, got one whose value for an image depends "
                 "on the rows of others"

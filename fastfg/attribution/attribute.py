@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastfg.attribution.blurred import blurred
 from fastfg.attribution.capture import Capture, named_errors
 from fastfg.attribution.choose_methods import Chosen, Explained, choose_methods, explain
-from fastfg.attribution.gradient_scale import EXPONENTS, scale_of
+from fastfg.attribution.gradient_scale import Exponents, scale_of
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.attribution.sae_report import on_blank_images
@@ -118,12 +118,13 @@ def attribute(
 
     carried = (_with_vanilla(configs), saes_of_gates, identity, backend, features)
     to_pixels = "gradient_x_input" in chosen.built_in
-    for exponent in EXPONENTS:
+    exponents = Exponents(len(images), images.device)
+    while True:
         relevancy = RelevancyPass(adapter, n_tokens, *carried)
         others = OtherMethods(adapter, n_tokens, chosen.built_in, chosen.options.get("grad_cam", {}).get("layer"))
         with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
-            passed = _pass(images.detach(), explained, relevancy, others, check, to_pixels, exponent)
-        if passed.is_in_range(relevancy.rows):
+            passed = _pass(images.detach(), explained, relevancy, others, check, to_pixels, exponents.values)
+        if not passed.scaled or not exponents.lower(relevancy.overflowed(passed.is_nan)):
             break
     relevancy.mark_missing(passed.is_nan)
 
@@ -150,10 +151,6 @@ class _Passed(NamedTuple):
     scaled: bool
     is_nan: Tensor
 
-    def is_in_range(self, rows: Tensor | None) -> bool:
-        """Whether no scaled gradient overflowed on its way to the relevancy ``rows``. Waits for the device if so."""
-        return not self.scaled or rows is None or bool(rows.isfinite().all())
-
 
 def _pass(
     images: Tensor,
@@ -162,13 +159,13 @@ def _pass(
     others: OtherMethods,
     check: Callable[[int, Tensor], None],
     to_pixels: bool,
-    exponent: int,
+    exponents: Tensor,
 ) -> _Passed:
     """One forward and one backward pass: they fill ``relevancy`` and ``others``.
 
     Args:
         check: called with a block and its residual stream. to_pixels: whether the backward pass ends at the images.
-        exponent: see :mod:`fastfg.attribution.gradient_scale`.
+        exponents: [B], see :mod:`fastfg.attribution.gradient_scale`.
     """
     adapter, layers = relevancy.adapter, {*relevancy.layers, *others.layers}
 
@@ -182,14 +179,14 @@ def _pass(
     captured = (adapter, (len(images), relevancy.n_tokens), layers, on_residual, on_attention, root)
     rows = None if isinstance(target, Function) else first_rows(adapter, relevancy.n_tokens, layers)
     try:
-        capture, resolved, y, seen = _forward(Capture(*captured), images, target, rows)
+        capture, resolved, y, seen, output = _forward(Capture(*captured), images, target, rows)
     except Exception:
         if rows is None or not rows.in_doubt:
             raise
-        capture, resolved, y, seen = _forward(Capture(*captured), images, target, None)
+        capture, resolved, y, seen, output = _forward(Capture(*captured), images, target, None)
         rows.give_up()
     with named_errors(capture.name):
-        scale = scale_of(y, seen, exponent) if capture.in_float16 else None
+        scale = scale_of(y, resolved, output, exponents) if capture.in_float16 else None
         gradient = capture.backward(y, scale)
     is_nan = y.detach().isnan()
     if not isinstance(resolved, Function):
@@ -199,8 +196,11 @@ def _pass(
 
 def _forward(
     capture: Capture, images: Tensor, target: Target, rows: FirstRows | None
-) -> tuple[Capture, Target, Tensor, Any]:
-    """The captured forward pass, the resolved target, its value per image [B], and the logits (or the output)."""
+) -> tuple[Capture, Target, Tensor, Any, Any]:
+    """The captured forward pass, the resolved target, its value per image [B], the logits, and the model's output.
+
+    For a target function, the output stands in place of the logits.
+    """
     B, adapter = len(images), capture.adapter
     given = images if capture.root is None else capture.root
     with rows or nullcontext():
@@ -208,7 +208,7 @@ def _forward(
             output = adapter.forward(given.clone())  # it may write into them
         if isinstance(target, Function):
             check_rows_apart(target, output, B)
-            return capture, target, target.value(output, B), output
+            return capture, target, target.value(output, B), output, output
         logits = target.source(output, B)
         resolved = target.of(logits.detach())
         value = resolved.value(output, B)
@@ -219,7 +219,7 @@ def _forward(
 
     if rows is not None:
         rows.check(logits, in_full)
-    return capture, resolved, value, logits
+    return capture, resolved, value, logits, output
 
 
 def _per_gate(saes: Any, gate: Any) -> list[Any]:

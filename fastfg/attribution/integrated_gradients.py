@@ -53,7 +53,7 @@ def integrated_gradients(
             x = torch.lerp(start, images, point).requires_grad_()
             with named_errors(name):
                 output = adapter.forward(x.clone())  # it may write into its input
-                total += weight * gradient_at(x, target.value(output, len(images)), output).to(total.dtype)
+                total += weight * gradient_at(x, target, output).to(total.dtype)
     return gradient_x_input(images - start, total, grid)
 
 

@@ -99,18 +99,23 @@ class RelevancyPass:
             gates[..., self.adapter.num_prefix_tokens :] = self._gate(number, sources, rows.dtype)
             self.rows = ops.relevancy(rows, q, k, v, dO, scale, gates, self.identity, backend=self.backend)
 
+    def overflowed(self, is_nan: Tensor) -> Tensor:
+        """Which images have rows that are not finite although their target is no NaN: [B]."""
+        assert self.rows is not None  # Capture.backward reached every block
+        return ~self.rows.isfinite().all(-1).all(0) & ~is_nan
+
     def mark_missing(self, is_nan: Tensor) -> None:
         """Make the rows NaN of images whose target is undefined, and warn of all rows that are not finite. Waits once.
 
         Args:
             is_nan: [B], whether the target is.
         """
-        assert self.rows is not None  # Capture.backward reached every block
-        finite = self.rows.isfinite().all(-1).all(0)
-        if bool((finite & ~is_nan).all()):
+        overflowed = self.overflowed(is_nan)
+        if not bool((overflowed | is_nan).any()):
             return
+        assert self.rows is not None
         self.rows = self.rows.masked_fill(is_nan[:, None], torch.nan)
-        for which, why in ((is_nan, "the model's output is NaN"), (~finite & ~is_nan, "numbers became too large")):
+        for which, why in ((is_nan, "the model's output is NaN"), (overflowed, "numbers became too large")):
             if images := which.nonzero().flatten().tolist():
                 log.warning("no map for image(s) %s of this batch, but NaN or infinity: %s", images[:8], why)
 

@@ -197,7 +197,7 @@ class Inputs:
         skipped = sorted(self.errors.items(), key=lambda item: order.get(item[0], -1))
         if write_csv(windows, ("path", "key", "low", "high"), rows) and self.window is None:
             deep = count(len(rows), "image")
-            say(f"Windowed by their own range: {deep} with more than 8 bits, see {windows} and --window")
+            say(f"Windowed by their own range or window: {deep} with more than 8 bits, see {windows} and --window")
         if write_csv(errors, ("path", "error"), skipped):
             say(f"Skipped: {count(len(self.errors), 'path')}, see {errors}")
 

@@ -7,17 +7,24 @@ so that no image is shown otherwise than its file says.
 from __future__ import annotations
 
 import importlib.util
+from math import isfinite, nan
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from fastfg.data.image import Picture, Window, check_size, to_8_bits
+from fastfg.data.image import Picture, Window, check_size, to_8_bits, without_warnings
 
 MISSING = "DICOM needs pydicom: pip install 'fastfg[dicom]'"
+SUFFIXES = {".dcm", ".dicom"}
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax whose size is not known before it is unpacked
+COMPRESSED_ONLY = ("YBR_ICT", "YBR_RCT")  # undone by the decoder of JPEG 2000
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+OPTIONAL = (
+    "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
+    "VOILUTFunction", "VOILUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "PresentationLUTShape",
+)  # fmt: skip
 HEAD = 4096  # bytes that hold the transfer syntax
 
 
@@ -35,10 +42,16 @@ def read_dicom(file: BinaryIO, window: Window | None, max_pixels: int, max_aspec
     Colour: 8 bits per channel, as RGB.
 
     Raises ImportError without pydicom, and ValueError for what is not applied: several frames, enhanced objects,
-    palettes, windows that are tables or sigmoids (unless ``window`` is given), deflated files.
+    palettes, windows that are tables or sigmoids (unless ``window`` is given), values in the upper bits, deflated
+    files.
     """
     if reason := why_no_dicom():
         raise ImportError(reason)
+    with without_warnings():  # pydicom's, about values that break the standard and are not used
+        return _read(file, window, max_pixels, max_aspect)
+
+
+def _read(file: BinaryIO, window: Window | None, max_pixels: int, max_aspect: float) -> Picture:
     import pydicom
     from pydicom.pixels import pixel_array
 
@@ -46,15 +59,27 @@ def read_dicom(file: BinaryIO, window: Window | None, max_pixels: int, max_aspec
     if DEFLATED in file.read(HEAD):
         raise ValueError("expected a DICOM file that is not deflated, got one; convert its transfer syntax")
     file.seek(0)
-    _check(pydicom.dcmread(file, stop_before_pixels=True), max_pixels, max_aspect)
+    _check(_tidy(pydicom.dcmread(file, stop_before_pixels=True)), max_pixels, max_aspect)
     file.seek(0)
-    data = pydicom.dcmread(file)
+    data = _tidy(pydicom.dcmread(file))
     if "PixelData" not in data:
         raise ValueError("expected pixels, got a DICOM object without PixelData")
     stored = pixel_array(data)
+    if stored.shape[:2] != (data.Rows, data.Columns):
+        raise ValueError(f"expected {data.Rows} x {data.Columns} pixels in one frame, got {list(stored.shape)}")
     if data.SamplesPerPixel == 1:
         return _grey(data, stored, window)
     return Picture(Image.fromarray(np.ascontiguousarray(stored), "RGB"), None)
+
+
+def _tidy(data: Any) -> Any:
+    """``data`` without the elements of ``OPTIONAL`` that are empty, and with both parts of a rescale or none."""
+    for name in OPTIONAL:
+        if name in data and data[name].is_empty:
+            del data[name]
+    if "RescaleSlope" in data or "RescaleIntercept" in data:
+        data.RescaleSlope, data.RescaleIntercept = data.get("RescaleSlope", "1"), data.get("RescaleIntercept", "0")
+    return data
 
 
 def _check(data: Any, max_pixels: int, max_aspect: float) -> None:
@@ -69,6 +94,14 @@ def _check(data: Any, max_pixels: int, max_aspect: float) -> None:
     kind, samples = str(data.get("PhotometricInterpretation", "")), int(data.get("SamplesPerPixel") or 1)
     if (kind, samples) not in [*((name, 1) for name in GREY), *((name, 3) for name in COLOURS)]:
         raise ValueError(f"expected one of {(*GREY, *COLOURS)}, got {kind or None} with {samples} samples per pixel")
+    if kind in COMPRESSED_ONLY and not data.file_meta.TransferSyntaxUID.is_compressed:
+        raise ValueError(f"expected {kind} in JPEG 2000, got it uncompressed")
+    if int(data.HighBit) != int(data.BitsStored) - 1:
+        raise ValueError(
+            f"expected values in the lower bits (HighBit {int(data.BitsStored) - 1}), got HighBit {data.HighBit}"
+        )
+    if kind == "MONOCHROME2" and data.get("PresentationLUTShape") == "INVERSE":
+        raise ValueError("expected MONOCHROME2 that is not inverted, got PresentationLUTShape INVERSE")
     if samples == 3 and int(data.BitsAllocated) != 8:
         raise ValueError(f"expected 8 bits per channel in {kind}, got {data.BitsAllocated}; convert the file first")
 
@@ -96,8 +129,10 @@ def _padding(data: Any, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | 
     """Which pixels are no part of the image, by their stored values."""
     if "PixelPaddingValue" not in data:
         return None
-    first = int(data.PixelPaddingValue)
-    low, high = sorted((first, int(data.get("PixelPaddingRangeLimit", first))))
+    names = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+    bits = [int(data[name].value) & (2 ** int(data.BitsAllocated) - 1) for name in names if name in data]
+    unsigned = np.array(bits, dtype=f"u{stored.dtype.itemsize}")  # files give them with either sign
+    low, high = unsigned.view(stored.dtype).min(), unsigned.view(stored.dtype).max()
     return (stored >= low) & (stored <= high)
 
 
@@ -109,7 +144,9 @@ def _own_window(data: Any) -> Window | None:
         return None
     centre, width = (_first(data[name].value) for name in ("WindowCenter", "WindowWidth"))
     function = str(data.get("VOILUTFunction", "LINEAR"))
-    if function == "LINEAR" and width >= 1:
+    if not (isfinite(centre) and isfinite(width)):
+        function = f"of {centre:g}, {function}"
+    if function == "LINEAR" and width > 1:
         return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
     if function == "LINEAR_EXACT" and width > 0:
         return centre - width / 2, centre + width / 2
@@ -117,4 +154,5 @@ def _own_window(data: Any) -> Window | None:
 
 
 def _first(value: Any) -> float:
-    return float(value[0] if hasattr(value, "__getitem__") else value)
+    first = value[0] if hasattr(value, "__getitem__") else value
+    return float(first) if str(first).strip() else nan

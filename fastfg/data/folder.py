@@ -103,7 +103,8 @@ def batches(
     """Read the images of ``paths`` in batches. Files that cannot be read are in the ``errors`` of the next batch.
 
     Args:
-        paths: files, read by :func:`read_image`. transform: a PIL image -> [C, H, W], the same shape for all.
+        paths: files, read by :func:`read_image`. transform: a PIL image -> [C, H, W], the same shape for all; one that
+            draws random numbers needs ``readers=1`` to draw them in order.
         batch_size: images per batch. All batches but the last are full. The last one has no images if only errors
             remained.
         window, max_pixels, max_aspect: see :func:`read_image`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,7 +25,7 @@ MIN_IS_WHITE, UNSIGNED = 0, (1,)  # values of the last two
 ROWS = 1024  # rows that are windowed at a time
 
 Window = tuple[float, float]
-_opening = threading.Lock()  # catch_warnings is of the whole process
+_filtering = threading.Lock()
 
 
 class Picture(NamedTuple):
@@ -96,12 +98,19 @@ def opened(path: Path, file: BinaryIO) -> Image.Image:
     Pillow gets the open file. If it got the path, it would map an uncompressed TIFF into memory with the size that the
     image has after its EXIF rotation, and the pixels would be scrambled.
     """
-    with _opening, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
+    with without_warnings(Image.DecompressionBombWarning):  # max_pixels is the limit
         try:
             return Image.open(file, formats=readable_formats())
         except UnidentifiedImageError:
             raise UnidentifiedImageError(f"cannot identify image file {str(path)!r}") from None
+
+
+@contextmanager
+def without_warnings(kind: type[Warning] = Warning) -> Iterator[None]:
+    """Context without warnings of one ``kind``. One thread at a time, as Python's filters are those of the process."""
+    with _filtering, warnings.catch_warnings():
+        warnings.simplefilter("ignore", kind)
+        yield
 
 
 def check_limits(window: Window | None, max_pixels: int, max_aspect: float) -> None:
@@ -121,9 +130,12 @@ def readable_formats() -> list[str]:
 
 
 def readable_suffixes() -> set[str]:
-    """The file suffixes of :func:`readable_formats`, in lower case and with the dot."""
+    """The file suffixes of :func:`readable_formats` and of DICOM, in lower case and with the dot."""
+    from fastfg.data.dicom import SUFFIXES, why_no_dicom
+
     formats = {*readable_formats(), *MANY_FRAMES_READ}
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    found = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return found if why_no_dicom() else found | SUFFIXES
 
 
 def is_dicom(path: Path) -> bool:

@@ -64,7 +64,7 @@ def unusable(maps: Tensor) -> list[str | None]:
     """Why a map is not usable, or None, for each of ``maps`` [n, P]."""
     finite = maps.isfinite().all(1).tolist()
     flat = (maps.amax(1) - maps.amin(1) <= rounding_of(maps)[:, 0]).tolist()
-    return [FLAT_MAP if same else None if ok else NOT_FINITE_MAP for ok, same in zip(finite, flat, strict=True)]
+    return [NOT_FINITE_MAP if not ok else FLAT_MAP if same else None for ok, same in zip(finite, flat, strict=True)]
 
 
 def usable(maps: Tensor, subjects: Images, rows: slice) -> Usable:
@@ -114,7 +114,8 @@ def _plans(metric: Metric, subjects: Images, group: Usable, alone: bool) -> list
 def _together(metric: Metric) -> tuple[str, ...]:
     """What ``metric`` does for the maps of many images in one call, see :attr:`Metric.together`."""
     stated: tuple[str, ...] = vars(type(metric)).get("together", ())
-    return () if metric.per_image() else stated
+    own = metric.per_image() or not {"plan", "score"}.isdisjoint(vars(metric))  # someone has replaced one of them
+    return () if own else stated
 
 
 def _joined(plans: Sequence[Plan]) -> Plan:

@@ -55,7 +55,10 @@ def run_units(
                 if tally.is_old:
                     tally = _Tally(store, units, work)
                 _tell(store, units, tally.progress, progress, max_failures)
-            if store.progress(units, work).done == tally.total:
+            found = store.progress(units, work)
+            if found != tally.progress:
+                _tell(store, units, found, progress, max_failures)
+            if found.done == found.total:
                 store.remove_leftovers()  # of processes that died meanwhile
                 return
             if not advanced:
@@ -82,7 +85,8 @@ class _Tally:
         store.refresh()
         for unit in units:
             self.count(unit)
-        self._next = time.monotonic() + max(1.0, 50 * (time.monotonic() - start))
+        took = time.monotonic() - start  # the first time, also to read the files
+        self._next = time.monotonic() + min(max(1.0, 50 * took), 10.0)
 
     @property
     def is_old(self) -> bool:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fastfg
-from fastfg.attribution import attribute, gradient_scale
+from fastfg.attribution import gradient_scale
+from fastfg.targets import as_target
 
 timm = fastfg.models.import_timm()
 SHAPE = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 100}
@@ -61,20 +62,48 @@ def test_large_gradients_are_run_again(model, monkeypatch):
     with torch.no_grad():
         model.head.weight[3] *= 200
     expected = explained(model, torch.float64, 3)
-    for module in (attribute, gradient_scale):
-        monkeypatch.setattr(module, "EXPONENTS", (15, -2))
+    monkeypatch.setattr(gradient_scale, "EXPONENTS", (15, -2))
     assert like(explained(model, torch.float16, 3).maps, expected.maps) > 0.98
-    monkeypatch.setattr(attribute, "EXPONENTS", (15,))
+    monkeypatch.setattr(gradient_scale, "EXPONENTS", (15,))
     assert not bool(explained(model, torch.float16, 3).maps.isfinite().all())
 
 
+def test_an_image_that_overflows_or_is_nan_leaves_its_neighbours_alone(model):
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2)).half()
+    options = {"target": 3, "methods": METHODS, "integrated_gradients": {"steps": 2}}
+    model = model.half()
+    alone = fastfg.attribute(model, images[:2], **options)
+    images[2] = 65000.0
+    images[2, :, ::2] = -65000.0
+    together = fastfg.attribute(model, images, **options)
+    assert not bool(together.maps[2].isfinite().all())
+    torch.testing.assert_close(together.maps[:2], alone.maps, rtol=0.02, atol=0)
+    for name in METHODS:
+        torch.testing.assert_close(together.methods[name][:2], alone.methods[name], rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e6])
+def test_targets_beyond_the_range_of_their_output(model, factor):
+    def target(logits):
+        return factor * logits.to(torch.promote_types(logits.dtype, torch.float32))[:, 3]
+
+    found, expected = explained(model, torch.float16, target), explained(model, torch.float64, target)
+    assert like(found.maps, expected.maps) > 0.98
+    assert float(found.maps.double().norm() / expected.maps.norm()) == pytest.approx(1, abs=0.05)
+
+
 def test_each_image_has_its_own_factor():
-    y = torch.tensor([[1.0, 2.0], [1e-6, 3.0], [0.0, 5.0]], dtype=torch.float64).requires_grad_()
-    scaled = gradient_scale.scale_of(y[:, 0] ** 2, y, exponent=8) * 2 * y[:, 0].detach()  # the gradient at the output
+    output = torch.tensor([[1.0, 2.0], [1e-6, 3.0], [0.0, 5.0]], dtype=torch.float64).requires_grad_()
+    square = as_target(lambda rows: rows[:, 0] ** 2)
+    exponents = gradient_scale.Exponents(3, torch.device("cpu"))
+    factors = gradient_scale.scale_of(square.value(output, 3), square, output, exponents.values)
+    scaled = factors * 2 * output[:, 0].detach()  # the gradient at the output
     assert torch.all((scaled[:2] >= 2**8) & (scaled[:2] < 2**9))
-    assert float(gradient_scale.scale_of(y[:, 0] ** 2, y, exponent=8)[2]) == 1
+    assert float(factors[2]) == 1
+    assert exponents.lower(torch.tensor([True, False, False]))
+    assert exponents.values.tolist() == [-2, 8, 8]
     half = torch.tensor([[1e-6]], dtype=torch.float16).requires_grad_()
-    assert float(gradient_scale.scale_of(half[:, 0] * half[:, 0], half, exponent=8)) == 2**15
+    assert float(gradient_scale.scale_of(half[:, 0], square, half, exponents.values[:1])) == 2**15
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,3 +117,35 @@ def test_a_function_may_hold_values_of_its_own_per_image(model, images):
     labels = torch.tensor([3, 0, 2])
     found = fastfg.attribute(model, images, target=lambda logits: logits.gather(1, labels[:, None])[:, 0])
     torch.testing.assert_close(found.maps, fastfg.attribute(model, images, target=labels).maps)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda o: o.softmax(1).amax(1),
+        lambda o: o.amax(1) - o.logsumexp(1),
+        lambda o: o.double().softmax(1)[:, 0] * 1e-6,
+    ],
+)
+def test_probabilities_of_a_sure_model_are_of_each_row_alone(n, target):
+    model = tiny_vit(torch.float32)
+    with torch.no_grad():
+        model.head.weight.mul_(50)
+    images = torch.randn(n, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert fastfg.attribute(model, images, target=target).maps.shape == (n, 4, 6)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_prototypes_and_transposed_outputs_are_accepted(model, n):
+    """Whether a function is accepted does not depend on the number of images."""
+    images = torch.randn(n, 3, 32, 48, dtype=torch.float64)
+    prototypes = torch.randn(3, 5, dtype=torch.float64)
+    forward = model.forward
+    outputs = (
+        (lambda o: {"logits": o, "text": prototypes}, lambda o: (o["logits"] @ o["text"].T)[:, 0]),
+        (lambda o: (o.mT[:n],), lambda o: o[0][0]),
+    )
+    for made, target in outputs:
+        model.forward = lambda images, made=made: made(forward(images))
+        assert fastfg.attribute(model, images, target=target).maps.shape == (n, 4, 6)

@@ -311,7 +311,7 @@ def test_more_than_eight_bits(files, tmp_path, capsys):
     (row,) = read_rows(tmp_path / "out" / "windows.csv")
     assert (Path(row["path"]).name, float(row["low"]), float(row["high"])) == ("deep.png", values.min(), values.max())
     assert row["key"] in {row["key"] for row in read_rows(tmp_path / "out" / "attributions.csv")}
-    assert "Windowed by their own range: 1 image with more than 8 bits" in capsys.readouterr().out
+    assert "Windowed by their own range or window: 1 image with more than 8 bits" in capsys.readouterr().out
     assert main([*arguments, "--window", "0", "4080"]) == 1
     check_error(capsys, "window: expected None, as in the results in")
     assert main([*arguments[:-1], str(tmp_path / "other"), "--window", "0", "4080"]) == 0

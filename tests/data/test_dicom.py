@@ -1,6 +1,7 @@
 """DICOM files: values of the modality, windows, padding, colour, and what is refused."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -86,6 +87,41 @@ def test_padding_is_black_and_does_not_count(tmp_path):
         assert read(tmp_path, dataset(pixels, kind, PixelPaddingValue=-2000))[0][0, 0] == 0
 
 
+@pytest.mark.parametrize(("dtype", "given"), [("int16", 2**16 - 2000), ("uint16", -2000)])
+def test_padding_has_either_sign(tmp_path, dtype, given):
+    pixels = RAMP.astype(dtype)
+    pixels[0, 0] = np.array(-2000).astype(dtype)
+    data = dataset(pixels)
+    data.add_new("PixelPaddingValue", "US" if given > 0 else "SS", given)
+    found, window = read(tmp_path, data)
+    assert window == (100, 1100)
+    assert found[0, 0] == 0
+
+
+def test_a_rescale_may_have_one_part(tmp_path):
+    assert read(tmp_path, dataset(RAMP, RescaleIntercept="-1000"))[1] == (-1000, 100)
+    assert read(tmp_path, dataset(RAMP, RescaleSlope="2"))[1] == (0, 2200)
+
+
+def test_empty_elements_are_as_none(tmp_path):
+    names = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "PixelPaddingValue", "VOILUTFunction")
+    found, window = read(tmp_path, dataset(RAMP, NumberOfFrames=None, VOILUTSequence=[], **dict.fromkeys(names)))
+    assert window == (0, 1100)
+    np.testing.assert_array_equal(found, expected(RAMP, 0, 1100))
+    windowed = dataset(RAMP, WindowCenter="500.5", WindowWidth="501", VOILUTFunction="")
+    assert read(tmp_path, windowed)[1] == (250, 750)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_warned_of(tmp_path):
+    data = dataset(RAMP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data.PatientName = "x" * 200
+        data.save_as(tmp_path / "long", enforce_file_format=True)
+    assert np.asarray(read_image(tmp_path / "long").image).shape == (3, 4)
+
+
 def test_colour_and_compression(tmp_path):
     photo = np.asarray(Image.linear_gradient("L").resize((32, 32)).convert("RGB")) * np.array([1, 0.5, 0.2])
     photo = photo.astype(np.uint8)
@@ -115,6 +151,13 @@ def test_colour_and_compression(tmp_path):
         ),
         ({"VOILUTSequence": [Dataset()]}, "window: expected LOW HIGH for a file whose own one is a table"),
         ({"Rows": 20000, "Columns": 20000}, "expected at most 150,000,000 pixels"),
+        ({"WindowCenter": "1", "WindowWidth": "1"}, "window: expected LOW HIGH .*LINEAR with width 1, got none"),
+        ({"WindowCenter": "1e400", "WindowWidth": "5"}, "window: expected LOW HIGH .*of inf, LINEAR"),
+        ({"WindowCenter": ["", "5"], "WindowWidth": "5"}, "window: expected LOW HIGH .*of nan, LINEAR"),
+        ({"BitsStored": 12, "HighBit": 15}, r"expected values in the lower bits \(HighBit 11\), got HighBit 15"),
+        ({"PresentationLUTShape": "INVERSE"}, "expected MONOCHROME2 that is not inverted"),
+        ({"PhotometricInterpretation": "YBR_RCT", "SamplesPerPixel": 3}, "expected YBR_RCT in JPEG 2000"),
+        ({"PixelData": RAMP.tobytes() * 2}, r"expected 3 x 4 pixels in one frame, got \[2, 3, 4\]"),
         ({"Rows": None}, "without Rows and Columns"),
         ({"PixelData": None}, "without PixelData"),
     ],
