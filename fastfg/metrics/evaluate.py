@@ -88,8 +88,8 @@ def evaluate(
             images, for the metrics that explain again (``max_sensitivity``, ``parameter_randomization``,
             ``efficient_parameter_randomization``, ``random_logit``). It must explain the model and the target that it
             is given: a copy of ``model`` with re-drawn parameters, and classes [b] or the target function. On the
-            images as they are, it must give ``maps``; explaining ``model`` in place of a re-drawn copy is an error. It
-            is called with at most 8 images (64 on a GPU), with gradients on.
+            images as they are, it must give ``maps``. It is an error if it explains ``model`` where it is given a
+            re-drawn copy. It is called with at most 8 images (64 on a GPU), with gradients on.
         progress: called with (images done, total images).
         options: {metric: its arguments}, as in ``saco={"n_bins": 10}``; see the class of each metric in
             :mod:`fastfg.metrics`. Each may also set its own ``baseline``.
