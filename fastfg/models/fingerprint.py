@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfg.models.adapter import Adapter
 from fastfg.models.hold import hold
-from fastfg.models.hooks import in_this_thread
+from fastfg.models.hooks import Stop, in_this_thread
 from fastfg.torch_internals import tensors_used
 
 SQUARES = [(side, side) for side in (224, *range(8, 1025))]  # tried as the size of the image that shows what is used
@@ -77,10 +77,6 @@ def _takes(adapter: Adapter, size: tuple[int, int]) -> bool:
     return True
 
 
-class _Stop(Exception):  # noqa: N818  not an error
-    """Ends a forward pass after the last block that is asked for."""
-
-
 def _used_until(adapter: Adapter, size: tuple[int, int], last: int) -> list[set[int]]:
     """The ids of all tensors used until block 0 has run on a blank image, until block 1 has run, ... up to ``last``."""
     found: list[set[int]] = []
@@ -91,11 +87,11 @@ def _used_until(adapter: Adapter, size: tuple[int, int], last: int) -> list[set[
         def ran(*_: Any) -> None:
             found.append(set(used))
             if len(found) > last:
-                raise _Stop
+                raise Stop
 
         for block in adapter.blocks[: last + 1]:
             hooks.callback(block.register_forward_hook(in_this_thread(ran)).remove)
-        with suppress(_Stop):
+        with suppress(Stop):
             adapter.forward(image)
     if len(found) <= last:
         name = type(adapter.model).__qualname__
