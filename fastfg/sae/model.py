@@ -17,6 +17,7 @@ from fastfg.reference.encode import (
     Normalized,
     encode,
     normalize,
+    widened,
 )
 from fastfg.reference.encode_topk import POSTS, RANKINGS, encode_groupmax, encode_topk, topk_lowest_index
 
@@ -142,9 +143,11 @@ class SparseAutoencoder(nn.Module):
     def normalize(self, x: Tensor) -> Normalized:
         """The normalised ``x`` [..., d] in the SAE's dtype, with the scale and shift of each token.
 
-        With ``input_mean``, the shift is [..., d].
+        With ``input_mean``, the shift is [..., d]. An SAE in half precision normalises in float32, and its scale and
+        shift are float32: residuals, their squares and 1e-5 may be too small or too large for half precision.
         """
-        x = x.to(self.W_enc.dtype)
+        own = self.W_enc.dtype
+        x = x.to(widened(self.b_dec).dtype)
         if self.input_mean is not None:
             x = x - self.input_mean
         if self.input_scale is not None:
@@ -152,7 +155,7 @@ class SparseAutoencoder(nn.Module):
         values, scale, shift = normalize(x, self.normalization)
         if self.input_scale is not None:
             scale, shift = scale * self.input_scale, shift * self.input_scale
-        return Normalized(values, scale, shift if self.input_mean is None else shift + self.input_mean)
+        return Normalized(values.to(own), scale, shift if self.input_mean is None else shift + self.input_mean)
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes: ``x`` [..., d] -> [..., F]."""
@@ -178,21 +181,26 @@ class SparseAutoencoder(nn.Module):
             values, indices = encode_groupmax(flat, self.W_enc, self.b_enc, self.subtracted, self.k)
         else:
             f = encode(flat, self.W_enc, self.b_enc, self.subtracted, self.activation)
-            most = int((f > 0).sum(-1).max()) if f.numel() else 0
+            most = int((f != 0).sum(-1).max()) if f.numel() else 0
             values, indices = topk_lowest_index(f, most) if most else (f[:, :0], f[:, :0].long())
         return values.unflatten(0, x.shape[:-1]), indices.unflatten(0, x.shape[:-1])
 
     def decode(self, codes: Tensor, like: Normalized | None = None) -> Tensor:
         """Reconstruction [..., d] of dense codes [..., F], in the normalised space.
 
-        With ``like``, a result of :meth:`normalize`, it is scaled and shifted back to the residual stream.
+        With ``like``, a result of :meth:`normalize`, it is scaled and shifted back to the residual stream, and float32
+        if the SAE is in half precision.
         """
         decoded = codes @ self.W_dec + self.b_dec
         return decoded if like is None else decoded * like.scale + like.shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of ``x`` [..., d], at its own scale."""
-        return self.decode(self.encode(x), self.normalize(x))
+        """The reconstruction of ``x`` [..., d], at its own scale.
+
+        It has the SAE's dtype, or float32 for an SAE in half precision and an ``x`` of another dtype.
+        """
+        restored = self.decode(self.encode(x), self.normalize(x))
+        return restored.to(self.W_enc.dtype) if x.dtype == self.W_enc.dtype else restored
 
     def config(self) -> dict[str, Any]:
         """The config that :meth:`save` writes with the tensors."""
