@@ -26,6 +26,7 @@ MAY_BE_INFINITE = {"b_enc": -torch.inf, "threshold": torch.inf}  # either one sw
 ACTIVATION_TENSORS = ("threshold", "r_mag", "b_gate", "b_mag")
 INPUT_TENSORS = ("input_mean", "input_scale")
 OPTIONAL_TENSORS = (*ACTIVATION_TENSORS, *INPUT_TENSORS)
+TOKENS_AT_ONCE = 1024  # of which encode_sparse forms dense codes
 
 
 class SparseAutoencoder(nn.Module):
@@ -160,30 +161,36 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes: ``x`` [..., d] -> [..., F]."""
         _check_width(x, self.d)
-        return encode(self.normalize(x).values, self.W_enc, self.b_enc, self.subtracted, self.activation)
+        return self._encode(self.normalize(x).values)
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
 
         With ``ranking="magnitude"``, the largest magnitude is first; for ``groupmax``, the codes are in the order of
         the runs. ``K`` is ``k`` for SAEs that have one. For others it is the largest number of active features of any
-        token; rows with fewer are padded with values of 0.
+        token; rows with fewer are padded with values of 0. No array [T, F] of all tokens is stored.
         """
         _check_width(x, self.d)
-        flat = self.normalize(x).values.flatten(0, -2)
-        if self.activation_name == "topk":
-            assert self.k is not None
-            values, indices = encode_topk(
-                flat, self.W_enc, self.b_enc, self.subtracted, self.k, self.post, self.ranking
-            )
-        elif self.activation_name == "groupmax":
-            assert self.k is not None
-            values, indices = encode_groupmax(flat, self.W_enc, self.b_enc, self.subtracted, self.k)
+        chunks = self.normalize(x).values.flatten(0, -2).split(TOKENS_AT_ONCE)
+        if self.fixed_k:
+            parts = [self._encode_topk(tokens) for tokens in chunks]
         else:
-            f = encode(flat, self.W_enc, self.b_enc, self.subtracted, self.activation)
-            most = int((f != 0).sum(-1).max()) if f.numel() else 0
-            values, indices = topk_lowest_index(f, most) if most else (f[:, :0], f[:, :0].long())
+            dense = [self._encode(chunks[0])] if len(chunks) == 1 else map(self._encode, chunks)  # one chunk: only once
+            most = max(int((f != 0).sum(-1).max()) if f.numel() else 0 for f in dense)
+            again = dense if isinstance(dense, list) else map(self._encode, chunks)
+            parts = [topk_lowest_index(f, most) if most else (f[:, :0], f[:, :0].long()) for f in again]
+        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         return values.unflatten(0, x.shape[:-1]), indices.unflatten(0, x.shape[:-1])
+
+    def _encode(self, normalized: Tensor) -> Tensor:
+        return encode(normalized, self.W_enc, self.b_enc, self.subtracted, self.activation)
+
+    def _encode_topk(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.k is not None
+        weights = self.W_enc, self.b_enc, self.subtracted, self.k
+        if self.activation_name == "groupmax":
+            return encode_groupmax(normalized, *weights)
+        return encode_topk(normalized, *weights, self.post, self.ranking)
 
     def decode(self, codes: Tensor, like: Normalized | None = None) -> Tensor:
         """Reconstruction [..., d] of dense codes [..., F], in the normalised space.

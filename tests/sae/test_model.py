@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastfg
+from fastfg.sae import model
 from tests.tools import ACTIVATIONS, random_sae
 
 
@@ -53,6 +54,20 @@ def test_an_sae_in_half_precision_normalises_in_float32(dtype, magnitude, normal
 
 def close(found, expected, share):
     assert float((found.double() - expected).abs().max()) <= share * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sparse_codes_of_many_tokens_come_in_chunks(activation, monkeypatch):
+    sae = random_sae(32, 100, activation, **ACTIVATIONS[activation])
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    x[1] *= 3  # chunks differ in how many features are active
+    whole, encoded = sae.encode_sparse(x), []
+    monkeypatch.setattr(model, "TOKENS_AT_ONCE", 3)
+    plain = model.encode
+    monkeypatch.setattr(model, "encode", lambda x, *given: encoded.append(len(x)) or plain(x, *given))
+    for found, expected in zip(sae.encode_sparse(x), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert all(n <= 3 for n in encoded)
 
 
 def test_no_tokens_and_no_active_feature():
