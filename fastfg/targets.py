@@ -139,7 +139,7 @@ class Target:
 
     def value(self, output: Any, n: int) -> Tensor:
         """What is explained, per image [n]: the logit, or the difference of two. For a target from :meth:`of`."""
-        return self._logit(self.source(output, n))
+        return self._logit(_widened(self.source(output, n)))
 
     def read(self, output: Any, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Per image, each float64 [n]: the value, the probability (the value if there is none), the largest one."""
@@ -201,11 +201,8 @@ class Similarity(Target):
         return self._with(embedding=self.embedding[rows]) if self.embedding.ndim == 2 else self
 
     def for_one_image(self) -> Target:
-        return (
-            self._with(embedding=self.embedding.new_ones(1, self.embedding.shape[1]))
-            if self.embedding.ndim == 2
-            else self
-        )
+        one = self.embedding.new_ones(1, self.embedding.shape[-1])
+        return self._with(embedding=one) if self.embedding.ndim == 2 else self
 
     def source(self, output: Any, n: int) -> Tensor:
         found = _matrix((self.output or logits_of)(output), output, n, "embeddings")
@@ -221,7 +218,7 @@ class Similarity(Target):
         return self
 
     def value(self, output: Any, n: int) -> Tensor:
-        return self._cosine(self.source(output, n))
+        return self._cosine(_widened(self.source(output, n)))
 
     def read_kept(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         value = self._cosine(kept.double())
@@ -241,7 +238,7 @@ class Function(Target):
     def __init__(self, function: TargetFunction) -> None:
         super().__init__(link=None)
         self.may_read_patches = True
-        self.function = function
+        self.function, self._warned = function, False
 
     def __repr__(self) -> str:
         return f"Target function {getattr(self.function, '__name__', type(self.function).__name__)}"
@@ -259,12 +256,32 @@ class Function(Target):
         return self
 
     def value(self, output: Any, n: int) -> Tensor:
-        """``function(output)``, checked to be one value per image: floating [n]. The function may write into it."""
-        value = self.function(map_tensors(output, torch.clone))
+        """``function(output)``, checked to be one value per image: floating [n]. The function may write into it.
+
+        It gets float32 in place of half precision, in which a probability near 1 is 1, and its gradient noise.
+        """
+        value = self.function(map_tensors(output, self._given))
         if not isinstance(value, Tensor) or list(value.shape) != [n] or not value.is_floating_point():
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"target: expected a function that returns one value per image, [{n}], got {got}")
         return value
+
+    def _given(self, t: Tensor) -> Tensor:
+        given = _widened(t.clone())
+        if t.dtype == torch.float16 and given.requires_grad:
+            given.register_hook(self._warn_of_small)
+        return given
+
+    def _warn_of_small(self, g: Tensor) -> None:
+        """Warn, once per call, where float16 can't hold the gradient ``g`` of an image at the output."""
+        largest = g.abs().amax(tuple(range(1, g.ndim)))
+        small = largest[(largest > 0) & (largest < torch.finfo(torch.float16).tiny)]
+        if len(small) and not self._warned:
+            self._warned = True
+            log.warning(
+                "target: its gradient at the model's output is only %.1e, which float16 rounds to few digits: explain "
+                "the logit, or run the model in bfloat16 or float32", float(small.amin())
+            )  # fmt: skip
 
     def keep(self, output: Any, n: int) -> Tensor:
         return self.value(output, n)[:, None]
@@ -292,7 +309,11 @@ def as_given(given: TargetLike, resolved: Target) -> Any:
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities [B, classes]: the softmax, or ``(1 - sigmoid(z), sigmoid(z))`` for a single logit ``z``."""
+    """Class probabilities [B, classes]: the softmax, or ``(1 - sigmoid(z), sigmoid(z))`` for a single logit ``z``.
+
+    Those of logits of half precision are float32.
+    """
+    logits = _widened(logits)
     return _both_sides(logits).sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
 
 
@@ -330,6 +351,11 @@ def _matrix(found: Any, output: Any, n: int, what: str) -> Tensor:
         hint = "" if isinstance(output, Tensor) else f" (fastfg.Target(..., output=...) says where the {what} are)"
         raise ValueError(f"model: expected floating {what} [{n}, n] from model(images), got {got}{hint}")
     return found
+
+
+def _widened(t: Tensor) -> Tensor:
+    """``t`` in float32 if it is of half precision. Its gradient is rounded once, on its way back."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def _both_sides(logits: Tensor) -> Tensor:

@@ -297,3 +297,55 @@ def test_only_functions_of_the_users_own_may_read_patches(model, images):
     assert not check_target(None, fastfg.Target(1)).may_read_patches
     assert check_target(adapt(model), fastfg.Target(1, output=lambda o: o)).may_read_patches
     assert check_target(adapt(model), as_target(lambda o: o[:, 1])).may_read_patches
+
+
+SURE = {
+    "softmax": lambda z: z.softmax(1)[:, 2],
+    "log softmax": lambda z: z.log_softmax(1)[:, 2],
+    "sigmoid": lambda z: z[:, 2].sigmoid(),
+    "in an object": lambda z: z.logits.softmax(-1)[:, 2],
+    "similarity": fastfg.Target.similarity(torch.linspace(1, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SURE)
+def test_a_probability_near_one_of_a_model_in_half_precision(model, images, name, dtype):
+    """0.99999 is 1 in half precision, where the gradient was noise: the map differed by half of its largest value."""
+    target = SURE[name]
+    if name == "in an object":
+        model.register_forward_hook(lambda *given: SimpleNamespace(logits=given[2]))
+    with torch.no_grad():
+        model.head.bias[2] += 10
+    expected = fastfg.attribute(model, images, target=target).maps
+    found = fastfg.attribute(model.to(dtype), images.to(dtype), target=target).maps
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    assert float(error) < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_readings_of_a_model_in_half_precision_are_those_of_its_logits(model, images, dtype):
+    with torch.no_grad():
+        model.head.bias[2] += 10
+        logits = model.to(dtype)(images.to(dtype))
+    expected = logits.double().softmax(1)[:, 2]
+    target = fastfg.targets.as_target(SURE["softmax"])
+    for value in (target.value(logits, 3), target.read(logits, 3)[1], fastfg.targets.probabilities(logits)[:, 2]):
+        assert value.dtype != dtype
+        torch.testing.assert_close(1 - value.double(), 1 - expected, rtol=0.01, atol=1e-7)
+    found = fastfg.evaluate(model, images.to(dtype), MAPS, target=SURE["softmax"], **FLIP)
+    probabilities = found.details["pixel_flipping"]["curve"][:, 0]
+    torch.testing.assert_close(1 - probabilities.cpu(), 1 - expected, rtol=0.01, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float16, 14), (torch.float16, 0), (torch.bfloat16, 14)])
+def test_a_gradient_too_small_for_float16_is_told(model, images, dtype, bias, caplog):
+    with torch.no_grad():
+        model.head.bias[2] += bias
+    fastfg.attribute(model.to(dtype), images.to(dtype), target=SURE["softmax"], methods=["integrated_gradients"])
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("target: its gradient at the model's")]
+    assert len(told) == (dtype == torch.float16 and bias == 14)
+    assert not told or "which float16 rounds to few digits: explain the logit" in told[0]
+    caplog.clear()
+    fastfg.attribute(model, images.to(dtype), target=2)
+    assert "its gradient at" not in caplog.text

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg import ops
-from fastfg.reference.encode import Normalized, encode
+from fastfg.reference.encode import Normalized, encode, widened
 from fastfg.reference.encode_topk import topk_lowest_index
 from fastfg.reference.gate import z_score as z_score  # for whoever shows the steps of a gate
 from fastfg.sae.model import SparseAutoencoder
@@ -150,8 +150,8 @@ class PatchScores:
 
     def _activation(self, gate: Gate) -> Tensor:
         if self.sae.fixed_k:
-            return self.codes[0].abs().sum(-1)
-        return torch.cat([f.sum(-1) for f in self._dense_codes()])
+            return widened(self.codes[0]).abs().sum(-1)
+        return torch.cat([f.sum(-1, dtype=widened(f[:0]).dtype) for f in self._dense_codes()])
 
     def _gradient(self, gate: Gate) -> Tensor:
         parts = self.sae.W_dec.split(FEATURES_AT_ONCE)
@@ -193,11 +193,6 @@ class PatchScores:
         for g, f in zip(self.g_sae.split(TOKENS_AT_ONCE), self._dense_codes(), strict=True):
             values, indices = topk_lowest_index(f, max(int((f > 0).sum(-1).max()), 1))
             yield self._project(gate, g, values, indices)[1], values, indices
-
-
-def widened(t: Tensor) -> Tensor:
-    """``t`` in float32 if it is of half precision, whose sums and small products lose too much."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 BY_KIND: dict[str, Callable[[PatchScores, Gate], Tensor]] = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,21 @@ from fastfg.checks import check_images, check_layers
 from fastfg.models import Adapter, adapt
 from fastfg.models.adapter import check_distinct, stream_of
 from fastfg.models.hold import hold
-from fastfg.models.hooks import in_this_thread
+from fastfg.models.hooks import Stop, in_this_thread, is_ours
+from fastfg.torch_internals import hooks_of
 from fastfg.types import integers
+
+_in_order: WeakSet[nn.Module] = WeakSet()  # blocks of models that ran in full and called each block once, in order
 
 
 def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable[int]) -> dict[int, Tensor]:
     """The residual stream ``x_l`` at the patches: {block: [B, P, d]} for each 0-based block of ``layers``.
 
-    The tensors have no gradients. Raises ValueError or TypeError that names the argument, and RuntimeError where the
-    model does not run each block at most once, in order, with an output [B, N, d].
+    The tensors have no gradients. The first forward pass of a model runs in full. Later ones end after the last of
+    ``layers``, except where the model has hooks of the user's own.
+
+    Raises ValueError or TypeError that names the argument, and RuntimeError where the model does not run each block at
+    most once, in order, with an output [B, N, d].
 
     >>> import torch, timm, fastfg
     >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).eval()
@@ -38,6 +45,8 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable
     shape = (len(given), adapter.num_prefix_tokens + gh * gw)
     found: dict[int, Tensor] = {}
     ran: list[int] = []
+    last = adapter.blocks[max(layers)] if layers else None
+    stops = last in _in_order and all(is_ours(hook) for hook in hooks_of(adapter.model))
 
     def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -45,14 +54,18 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable
             if block in layers:
                 x = stream_of(output, block, shape)
                 found[block] = x[: len(images), adapter.num_prefix_tokens :].clone()
+            if stops and module is last:
+                raise Stop
 
         return hook
 
-    with hold(adapter.model), torch.no_grad(), ExitStack() as hooks:
+    with hold(adapter.model), torch.no_grad(), suppress(Stop), ExitStack() as hooks:
         for number, block in enumerate(adapter.blocks):
             hooks.callback(block.register_forward_hook(in_this_thread(keep(number))).remove)
         adapter.forward(given)
     _check_order(type(adapter.model).__qualname__, ran, layers)
+    if last is not None and not stops:
+        _in_order.add(last)
     return found
 
 

@@ -26,6 +26,10 @@ def reader() -> tuple[int, object]:
     return threading.get_ident(), (getattr(_local, "readers", None) or [None])[-1]
 
 
+class Stop(Exception):  # noqa: N818  not an error
+    """Ends a forward pass after the last block that is needed. A hook raises it, and the reader catches it."""
+
+
 class OfOneReader:
     """``hook`` for the current reader only. For any other reader it does nothing and returns None."""
 

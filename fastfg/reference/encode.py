@@ -56,6 +56,11 @@ class Normalized(NamedTuple):
     shift: Tensor
 
 
+def widened(t: Tensor) -> Tensor:
+    """``t`` in float32 if it is of half precision, whose sums and small numbers lose too much."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def normalize(x: Tensor, kind: str) -> Normalized:
     """Normalise ``x`` [..., d] as the SAE's input.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfg.reference.encode import ALL_AT_ONCE, Activation, encode
+from fastfg.reference.encode import ALL_AT_ONCE, Activation, encode, widened
 from fastfg.reference.project import project_dense
 
 FEATURES_AT_ONCE = 4096
@@ -23,7 +23,7 @@ def encode_project(
         raise ValueError(
             f"activation: expected one that acts on each feature alone, got {activation.name!r} (use encode_topk)"
         )
-    scores = x.new_zeros(x.shape[0])
+    scores = widened(x).new_zeros(x.shape[0])
     for start in range(0, W_enc.shape[1], FEATURES_AT_ONCE):
         part = slice(start, start + FEATURES_AT_ONCE)
         f = encode(x, W_enc[:, part], b_enc[part], None, activation.slice(part.start, part.stop))

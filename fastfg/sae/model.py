@@ -17,6 +17,7 @@ from fastfg.reference.encode import (
     Normalized,
     encode,
     normalize,
+    widened,
 )
 from fastfg.reference.encode_topk import POSTS, RANKINGS, encode_groupmax, encode_topk, topk_lowest_index
 
@@ -25,6 +26,7 @@ MAY_BE_INFINITE = {"b_enc": -torch.inf, "threshold": torch.inf}  # either one sw
 ACTIVATION_TENSORS = ("threshold", "r_mag", "b_gate", "b_mag")
 INPUT_TENSORS = ("input_mean", "input_scale")
 OPTIONAL_TENSORS = (*ACTIVATION_TENSORS, *INPUT_TENSORS)
+TOKENS_AT_ONCE = 1024  # of which encode_sparse forms dense codes
 
 
 class SparseAutoencoder(nn.Module):
@@ -142,9 +144,11 @@ class SparseAutoencoder(nn.Module):
     def normalize(self, x: Tensor) -> Normalized:
         """The normalised ``x`` [..., d] in the SAE's dtype, with the scale and shift of each token.
 
-        With ``input_mean``, the shift is [..., d].
+        With ``input_mean``, the shift is [..., d]. An SAE in half precision normalises in float32, and its scale and
+        shift are float32: residuals, their squares and 1e-5 may be too small or too large for half precision.
         """
-        x = x.to(self.W_enc.dtype)
+        own = self.W_enc.dtype
+        x = x.to(widened(self.b_dec).dtype)
         if self.input_mean is not None:
             x = x - self.input_mean
         if self.input_scale is not None:
@@ -152,47 +156,58 @@ class SparseAutoencoder(nn.Module):
         values, scale, shift = normalize(x, self.normalization)
         if self.input_scale is not None:
             scale, shift = scale * self.input_scale, shift * self.input_scale
-        return Normalized(values, scale, shift if self.input_mean is None else shift + self.input_mean)
+        return Normalized(values.to(own), scale, shift if self.input_mean is None else shift + self.input_mean)
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense codes: ``x`` [..., d] -> [..., F]."""
         _check_width(x, self.d)
-        return encode(self.normalize(x).values, self.W_enc, self.b_enc, self.subtracted, self.activation)
+        return self._encode(self.normalize(x).values)
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and indices of the active features: ``x`` [..., d] -> two tensors [..., K], largest value first.
 
         With ``ranking="magnitude"``, the largest magnitude is first; for ``groupmax``, the codes are in the order of
         the runs. ``K`` is ``k`` for SAEs that have one. For others it is the largest number of active features of any
-        token; rows with fewer are padded with values of 0.
+        token; rows with fewer are padded with values of 0. No array [T, F] of all tokens is stored.
         """
         _check_width(x, self.d)
-        flat = self.normalize(x).values.flatten(0, -2)
-        if self.activation_name == "topk":
-            assert self.k is not None
-            values, indices = encode_topk(
-                flat, self.W_enc, self.b_enc, self.subtracted, self.k, self.post, self.ranking
-            )
-        elif self.activation_name == "groupmax":
-            assert self.k is not None
-            values, indices = encode_groupmax(flat, self.W_enc, self.b_enc, self.subtracted, self.k)
+        chunks = self.normalize(x).values.flatten(0, -2).split(TOKENS_AT_ONCE)
+        if self.fixed_k:
+            parts = [self._encode_topk(tokens) for tokens in chunks]
         else:
-            f = encode(flat, self.W_enc, self.b_enc, self.subtracted, self.activation)
-            most = int((f > 0).sum(-1).max()) if f.numel() else 0
-            values, indices = topk_lowest_index(f, most) if most else (f[:, :0], f[:, :0].long())
+            dense = [self._encode(chunks[0])] if len(chunks) == 1 else map(self._encode, chunks)  # one chunk: only once
+            most = max(int((f != 0).sum(-1).max()) if f.numel() else 0 for f in dense)
+            again = dense if isinstance(dense, list) else map(self._encode, chunks)
+            parts = [topk_lowest_index(f, most) if most else (f[:, :0], f[:, :0].long()) for f in again]
+        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         return values.unflatten(0, x.shape[:-1]), indices.unflatten(0, x.shape[:-1])
+
+    def _encode(self, normalized: Tensor) -> Tensor:
+        return encode(normalized, self.W_enc, self.b_enc, self.subtracted, self.activation)
+
+    def _encode_topk(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.k is not None
+        weights = self.W_enc, self.b_enc, self.subtracted, self.k
+        if self.activation_name == "groupmax":
+            return encode_groupmax(normalized, *weights)
+        return encode_topk(normalized, *weights, self.post, self.ranking)
 
     def decode(self, codes: Tensor, like: Normalized | None = None) -> Tensor:
         """Reconstruction [..., d] of dense codes [..., F], in the normalised space.
 
-        With ``like``, a result of :meth:`normalize`, it is scaled and shifted back to the residual stream.
+        With ``like``, a result of :meth:`normalize`, it is scaled and shifted back to the residual stream, and float32
+        if the SAE is in half precision.
         """
         decoded = codes @ self.W_dec + self.b_dec
         return decoded if like is None else decoded * like.scale + like.shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of ``x`` [..., d], at its own scale."""
-        return self.decode(self.encode(x), self.normalize(x))
+        """The reconstruction of ``x`` [..., d], at its own scale.
+
+        It has the SAE's dtype, or float32 for an SAE in half precision and an ``x`` of another dtype.
+        """
+        restored = self.decode(self.encode(x), self.normalize(x))
+        return restored.to(self.W_enc.dtype) if x.dtype == self.W_enc.dtype else restored
 
     def config(self) -> dict[str, Any]:
         """The config that :meth:`save` writes with the tensors."""

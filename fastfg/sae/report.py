@@ -12,6 +12,7 @@ from torch import Tensor
 from fastfg.sae.model import SparseAutoencoder
 
 TOKENS_AT_ONCE = 2048
+SUMS = ("error", "variance", "norm", "norm_hat", "error_normalized", "variance_normalized", "size")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SAEReport:
         revived: number of features revived during training.
         norm_ratio: mean norm of the reconstructions, divided by the mean norm of the tokens.
         explained_variance_normalized: the explained variance in the space in which the SAE works, after its own
-            normalisation. For an SAE that has none, it is ``explained_variance``.
+            normalisation. For an SAE that has none, it is ``explained_variance``. NaN if all tokens are the same there,
+            up to rounding.
     """
 
     explained_variance: float
@@ -53,12 +55,15 @@ class SAEReport:
 def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 0) -> SAEReport:
     """The :class:`SAEReport` of any SAE on tokens ``x`` [T, d], summed in float64.
 
-    Raises ValueError if all tokens are the same, because their variance is 0.
+    Raises ValueError if all tokens are the same, because their variance is 0, and where numbers are too small or too
+    large: for the SAE's dtype, or for squares in float64.
     """
     if len(x) == 0 or all_same(x):
         raise ValueError(f"x: expected tokens that differ to report on, got {len(x)} that are all the same")
     mean, mean_normalized = x.double().mean(0), _mean_normalized(sae, x)
-    sums = dict.fromkeys(("error", "variance", "error_normalized", "variance_normalized", "norm", "norm_hat"), 0.0)
+    sums = dict.fromkeys(
+        ("error", "variance", "error_normalized", "variance_normalized", "norm", "norm_hat", "size"), 0.0
+    )
     active, alive = 0.0, torch.zeros(sae.n_features, dtype=torch.bool, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for tokens in x.split(TOKENS_AT_ONCE):
@@ -69,10 +74,13 @@ def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 
             sums["variance"] += float((tokens.double() - mean).square().sum())
             sums["error_normalized"] += float((values - decoded.double()).square().sum())
             sums["variance_normalized"] += float((values - mean_normalized).square().sum())
+            sums["size"] += float(values.square().sum())
             sums["norm"] += float(tokens.double().norm(dim=-1).sum())
             sums["norm_hat"] += float(restored.norm(dim=-1).sum())
             active += float((f != 0).sum())
             alive |= (f != 0).any(0)
+    _check(sums, sae.W_enc.dtype)
+    rounding = max(torch.finfo(dtype).eps for dtype in (x.dtype, sae.W_enc.dtype)) ** 2 * sums["size"]
     return SAEReport(
         explained_variance=1 - sums["error"] / sums["variance"],
         dead_share=1 - float(alive.double().mean()),
@@ -81,7 +89,7 @@ def report(sae: SparseAutoencoder, x: Tensor, *, steps: int = 0, revived: int = 
         steps=steps,
         revived=revived,
         norm_ratio=sums["norm_hat"] / sums["norm"],
-        explained_variance_normalized=_share(sums["error_normalized"], sums["variance_normalized"]),
+        explained_variance_normalized=_share(sums["error_normalized"], sums["variance_normalized"], rounding),
     )
 
 
@@ -98,8 +106,19 @@ def all_same(x: Tensor) -> bool:
     return bool((x == x[0]).all())
 
 
-def _share(error: float, variance: float) -> float:
-    return 1 - error / variance if variance > 0 else math.nan
+def _share(error: float, variance: float, rounding: float = 0.0) -> float:
+    return 1 - error / variance if variance > rounding else math.nan
+
+
+def _check(sums: dict[str, float], dtype: torch.dtype) -> None:
+    """Refuse sums that say nothing."""
+    if not all(map(math.isfinite, sums.values())):
+        raise ValueError(
+            f"sae: expected finite codes and reconstructions of these tokens, got NaN or infinity in {dtype} (tokens "
+            "too large for it, or a token of zeros with constant_norm)"
+        )
+    if not sums["variance"] > 0 or not sums["norm"] > 0:
+        raise ValueError("x: expected tokens whose variance is not 0 in float64, got smaller differences")
 
 
 def _mean_normalized(sae: SparseAutoencoder, x: Tensor) -> Tensor:

@@ -179,3 +179,24 @@ def test_features_of_a_float16_sae_have_the_targets_scale():
     own, small = (PatchScores(x, g * factor, sae).features(gate, 9).values for factor in (1.0, 2.0**-20))
     torch.testing.assert_close(own.sum(-1), PatchScores(x, g, sae).score(gate), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(small * 2.0**20, own, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_codes_of_half_precision_are_summed_in_float32(activation):
+    sae, (x, g) = random_sae(32, 100, activation, **({"k": 9} if activation == "topk" else {})).half(), tokens().float()
+    gate = fastfg.Gate((0,), score="activation")
+    found = PatchScores(x * 1e4, g, sae).score(gate).double()
+    expected = PatchScores(x.double() * 1e4, g.double(), sae.double()).score(gate)
+    assert float(expected.max()) > torch.finfo(torch.float16).max
+    torch.testing.assert_close(found, expected, rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["combined", "activation", "sae_error"])
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_residuals_meet_an_sae_in_half_precision(dtype, normalize, kind):
+    sae, (x, g) = random_sae(32, 100, "relu", normalize=normalize).to(dtype), tokens().float()
+    gate = fastfg.Gate((0,), score=kind, rescale=kind == "combined")
+    found = PatchScores(x * 1e-6, g, sae).score(gate).double()
+    expected = PatchScores(x.double() * 1e-6, g.double(), sae.double()).score(gate)
+    assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(expected.abs().max())

@@ -125,3 +125,58 @@ def test_weights_that_are_used_between_blocks_count():
         outer.deep[number].data.copy_(kept)
     assert fingerprints(adapter, [0, 1]) == before
     assert fingerprints(adapter, [1]) == {1: before[1]}
+
+
+def test_a_buffer_that_is_not_saved_counts_where_it_is_used():
+    model, _, images = setup("timm ViT")
+    adapter, plain = adapt(model), model.blocks[1].forward
+    for name in ("factor", "unused"):
+        model.blocks[1].register_buffer(name, torch.ones(48, dtype=torch.float64), persistent=False)
+    model.blocks[1].forward = lambda x, **options: plain(x, **options) * model.blocks[1].factor
+    before, whole = fingerprints(adapter, [0, 1]), residuals(model, images, [0, 1])
+    model.blocks[1].unused.add_(1)
+    assert fingerprints(adapter, [0, 1]) == before
+    model.blocks[1].factor.add_(1)
+    found, now = fingerprints(adapter, [0, 1]), residuals(model, images, [0, 1])
+    assert [block for block in before if found[block] != before[block]] == [1]
+    assert [block for block in before if not torch.equal(now[block], whole[block])] == [1]
+
+
+@pytest.mark.parametrize("place", ["the model", "a block"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_counter_of_calls_does_not_count(place, how, persistent):
+    model, _, images = setup("timm ViT")
+    adapter, there = adapt(model), model if place == "the model" else model.blocks[0]
+    there.register_buffer("calls", torch.tensor(0), persistent=persistent)
+    there.register_buffer("zero_point", torch.tensor(0), persistent=True)
+
+    def count(*_):
+        there.calls = there.calls.add_(1) if how == "in place" else there.calls + 1
+
+    there.register_forward_pre_hook(count)
+    before = fingerprints(adapter, [0, 1])
+    residuals(model, images, [0, 1])
+    assert int(there.calls) > 1
+    assert fingerprints(adapter, [0, 1]) == before
+    if place == "a block":  # a whole number that stays is a weight
+        there.zero_point.add_(1)
+        assert fingerprints(adapter, [0, 1])[0] != before[0]
+
+
+def test_a_cache_that_the_forward_pass_fills_keeps_the_fingerprint():
+    model, _, images = setup("timm ViT")
+    adapter, plain = adapt(model), model.blocks[1].forward
+    model.blocks[1].register_buffer("table", torch.zeros(1, dtype=torch.float64), persistent=False)
+
+    def forward(x, **options):
+        if len(model.blocks[1].table) != x.shape[1]:
+            model.blocks[1].table = torch.arange(x.shape[1], dtype=torch.float64)
+        return plain(x, **options) + model.blocks[1].table[:, None]
+
+    model.blocks[1].forward = forward
+    before = fingerprints(adapter, [0, 1])
+    residuals(model, images, [0, 1])
+    assert fingerprints(adapter, [0, 1]) == before
+    model.blocks[1].table = model.blocks[1].table[:3]
+    assert fingerprints(adapter, [0, 1]) == before

@@ -1,9 +1,12 @@
 """SparseAutoencoder: sparse codes, reconstruction, and refused arguments."""
 
+import copy
+
 import pytest
 import torch
 
 import fastfg
+from fastfg.sae import model
 from tests.tools import ACTIVATIONS, random_sae
 
 
@@ -16,6 +19,55 @@ def test_sparse_codes_are_the_dense_ones(activation):
     assert values.shape == indices.shape == (2, 5, 9 if activation == "topk" else int((f > 0).sum(-1).max()))
     assert (values.diff(dim=-1) <= 0).all()
     torch.testing.assert_close(torch.zeros_like(f).scatter_add_(-1, indices, values), f)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_token_of_nan_has_codes_of_nan(activation):
+    sae = random_sae(32, 100, activation, **ACTIVATIONS[activation])
+    x = torch.randn(3, 32, dtype=torch.float64)
+    x[1, 4] = torch.nan
+    values, _ = sae.encode_sparse(x)
+    assert values.isnan().any(1).tolist() == [False, True, False]
+    assert sae.encode_sparse(x[1:2])[0].isnan().any()
+
+
+MAGNITUDES = {torch.float16: (1e-6, 1e-3, 1.0, 1e4), torch.bfloat16: (1e-6, 1.0, 1e15)}
+
+
+@pytest.mark.parametrize(("dtype", "magnitude"), [(d, m) for d, many in MAGNITUDES.items() for m in many])
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm", "input_scale"])
+def test_an_sae_in_half_precision_normalises_in_float32(dtype, magnitude, normalize):
+    """Residuals of 1e-6, the square of 1e4 and the 1e-5 of a layer norm are beyond what float16 holds."""
+    mean = torch.ones(32, dtype=torch.float64) * magnitude
+    scaled = {"input_mean": mean, "input_scale": 3 * min(magnitude, 1e3)}
+    sae = random_sae(32, 100, "relu", **(scaled if normalize == "input_scale" else {"normalize": normalize}))
+    half, x = copy.deepcopy(sae).to(dtype), torch.randn(7, 32, dtype=torch.float64).float() * magnitude
+    sae = copy.deepcopy(half).double()  # with the same rounding of the weights
+    found, expected = half.normalize(x), sae.normalize(x.double())
+    assert found.values.dtype == dtype
+    close(found.values, expected.values, 0.6 * torch.finfo(dtype).eps)
+    close(found.scale, expected.scale, 1e-6)
+    close(found.shift, expected.shift, 1e-6)
+    close(half(x), sae(x.double()), 4 * torch.finfo(dtype).eps)
+    assert (half(x).dtype, half(x.to(dtype)).dtype) == (torch.float32, dtype)
+
+
+def close(found, expected, share):
+    assert float((found.double() - expected).abs().max()) <= share * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sparse_codes_of_many_tokens_come_in_chunks(activation, monkeypatch):
+    sae = random_sae(32, 100, activation, **ACTIVATIONS[activation])
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    x[1] *= 3  # chunks differ in how many features are active
+    whole, encoded = sae.encode_sparse(x), []
+    monkeypatch.setattr(model, "TOKENS_AT_ONCE", 3)
+    plain = model.encode
+    monkeypatch.setattr(model, "encode", lambda x, *given: encoded.append(len(x)) or plain(x, *given))
+    for found, expected in zip(sae.encode_sparse(x), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert all(n <= 3 for n in encoded)
 
 
 def test_no_tokens_and_no_active_feature():

@@ -1,6 +1,7 @@
 """sae_report, and the warning of attribute about an SAE that does not fit."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -39,6 +40,47 @@ def test_report_in_the_normalised_space():
     assert fastfg.sae_report(sae, x).explained_variance_normalized == pytest.approx(float(expected))
     expected = 1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert fastfg.sae_report(sae, x[None]).explained_variance == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_explained_variance_of_tokens_that_normalise_to_the_same(normalize, dtype):
+    """Their variance there is rounding: the share would be -1e13, or any number."""
+    x = torch.linspace(1, 5, 40)[:, None] * (torch.randn(16, generator=torch.Generator().manual_seed(0)) * 100)
+    found = fastfg.sae_report(random_sae(16, 40, "topk", k=5, normalize=normalize).to(dtype), x)
+    assert math.isnan(found.explained_variance_normalized)
+    assert math.isfinite(found.explained_variance)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (torch.zeros(0, 16), {}, "x: expected tokens that differ to report on, got 0"),
+        (torch.zeros(2, 0, 16), {}, "x: expected tokens that differ to report on, got 0"),
+        (torch.ones(1, 16), {}, "x: expected tokens that differ to report on, got 1"),
+        (torch.ones(9, 16), {}, "x: expected tokens that differ to report on, got 9"),
+        (torch.eye(16) * torch.nan, {}, "tokens: expected finite numbers, got NaN or infinity"),
+        (torch.eye(16, dtype=torch.float64) * 1e-200, {}, "x: expected tokens whose variance is not 0 in float64"),
+        (torch.eye(16) * 1e5, {"dtype": torch.float16}, r"sae: expected finite codes .* in torch.float16"),
+        (torch.cat([torch.eye(16), torch.zeros(1, 16)]), {"normalize": "constant_norm"}, "sae: .* a token of zeros"),
+    ],
+)  # fmt: skip
+def test_tokens_that_have_no_report(tokens, options, message):
+    sae = random_sae(16, 40, "relu", **options)
+    with pytest.raises(ValueError, match=message):
+        fastfg.sae_report(sae, tokens)
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm"])
+def test_report_on_an_sae_in_half_precision(dtype, normalize, magnitude):
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)) * magnitude
+    sae = random_sae(16, 40, "relu", normalize=normalize).to(dtype)
+    found = vars(fastfg.sae_report(sae, x))
+    expected = vars(fastfg.sae_report(sae.double(), x))
+    for name in ("explained_variance", "explained_variance_normalized", "norm_ratio", "l0", "dead_share"):
+        assert found[name] == pytest.approx(expected[name], rel=0.01, abs=0.01)
 
 
 def test_negative_codes_are_active():
