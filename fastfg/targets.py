@@ -238,7 +238,7 @@ class Function(Target):
     def __init__(self, function: TargetFunction) -> None:
         super().__init__(link=None)
         self.may_read_patches = True
-        self.function, self._warned = function, False
+        self.function = function
 
     def __repr__(self) -> str:
         return f"Target function {getattr(self.function, '__name__', type(self.function).__name__)}"
@@ -260,28 +260,11 @@ class Function(Target):
 
         It gets float32 in place of half precision, in which a probability near 1 is 1, and its gradient noise.
         """
-        value = self.function(map_tensors(output, self._given))
+        value = self.function(map_tensors(output, lambda t: _widened(t.clone())))
         if not isinstance(value, Tensor) or list(value.shape) != [n] or not value.is_floating_point():
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"target: expected a function that returns one value per image, [{n}], got {got}")
         return value
-
-    def _given(self, t: Tensor) -> Tensor:
-        given = _widened(t.clone())
-        if t.dtype == torch.float16 and given.requires_grad:
-            given.register_hook(self._warn_of_small)
-        return given
-
-    def _warn_of_small(self, g: Tensor) -> None:
-        """Warn, once per call, where float16 can't hold the gradient ``g`` of an image at the output."""
-        largest = g.abs().amax(tuple(range(1, g.ndim)))
-        small = largest[(largest > 0) & (largest < torch.finfo(torch.float16).tiny)]
-        if len(small) and not self._warned:
-            self._warned = True
-            log.warning(
-                "target: its gradient at the model's output is only %.1e, which float16 rounds to few digits: explain "
-                "the logit, or run the model in bfloat16 or float32", float(small.amin())
-            )  # fmt: skip
 
     def keep(self, output: Any, n: int) -> Tensor:
         return self.value(output, n)[:, None]

@@ -163,7 +163,7 @@ def test_a_function_gets_the_models_own_output(images):
 
     found = fastfg.attribute(model, images, target=function)
     torch.testing.assert_close(found.maps, fastfg.attribute(model, images, target=3).maps, rtol=1e-12, atol=0)
-    assert seen == ["ImageClassifierOutput"]
+    assert set(seen) == {"ImageClassifierOutput"}
     assert not found.logits.logits.requires_grad
     maps = torch.rand(3, 4, 4)
     scores = fastfg.evaluate(model, images, maps, target=function, **FLIP)
@@ -338,14 +338,13 @@ def test_readings_of_a_model_in_half_precision_are_those_of_its_logits(model, im
     torch.testing.assert_close(1 - probabilities.cpu(), 1 - expected, rtol=0.01, atol=1e-7)
 
 
-@pytest.mark.parametrize(("dtype", "bias"), [(torch.float16, 14), (torch.float16, 0), (torch.bfloat16, 14)])
-def test_a_gradient_too_small_for_float16_is_told(model, images, dtype, bias, caplog):
+def test_a_gradient_that_float16_can_not_hold(model, images):
+    """1e-6 at the output: the backward pass starts from a multiple of it."""
+    options = {"target": SURE["softmax"], "methods": ["integrated_gradients"], "integrated_gradients": {"steps": 2}}
     with torch.no_grad():
-        model.head.bias[2] += bias
-    fastfg.attribute(model.to(dtype), images.to(dtype), target=SURE["softmax"], methods=["integrated_gradients"])
-    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("target: its gradient at the model's")]
-    assert len(told) == (dtype == torch.float16 and bias == 14)
-    assert not told or "which float16 rounds to few digits: explain the logit" in told[0]
-    caplog.clear()
-    fastfg.attribute(model, images.to(dtype), target=2)
-    assert "its gradient at" not in caplog.text
+        model.head.bias[2] += 14
+    expected = fastfg.attribute(model, images, **options)
+    found = fastfg.attribute(model.half(), images.half(), **options)
+    for maps, exact in ((found.maps, expected.maps), (found.methods, expected.methods)):
+        maps, exact = (one if isinstance(one, torch.Tensor) else one["integrated_gradients"] for one in (maps, exact))
+        assert float((maps.double() - exact).abs().max() / exact.abs().max()) < 0.05
