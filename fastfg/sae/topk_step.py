@@ -33,7 +33,8 @@ class TopKStep:
 
     No gradient [F, d] and no array [T, F] or [T, K, d] is stored. Memory beside the tokens: the weights, twice as much
     for the moments, and for AuxK a copy of the dead features' weights. ``batch_topk`` stores up to twice as many rows
-    of tokens, codes and gradients as there are tokens, and a Matryoshka SAE up to twice as many per width.
+    of tokens, codes and gradients as there are tokens, and a Matryoshka SAE up to twice as many per width. The number
+    of rows depends on the codes, so each step of both waits for the device, as does one with ``k_aux``.
 
     Args:
         W_dec: [F, d] float32, the first dictionary; its rows have norm 1, and training keeps that norm. The encoder

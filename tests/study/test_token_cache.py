@@ -126,6 +126,18 @@ def test_limits_and_wrong_folders(model, images, tmp_path):
         cache_tokens(model, [(images * 1e30, None)], LAYERS, tmp_path / "large", dtype=torch.float16)
 
 
+def test_tokens_that_are_too_small_for_the_disk(model, images, tmp_path):
+    """float16 rounds 1e-7 by several percent, and 1e-8 to 0."""
+    plain = model.blocks[2].forward
+    for size in (1e-7, 1e-8):
+        model.blocks[2].forward = lambda x, size=size, **options: plain(x, **options) * size
+        with pytest.raises(ValueError, match=r"dtype: expected one that holds the tokens, .* got torch.float16"):
+            cache_tokens(model, parts(images), [2], tmp_path / "half", dtype=torch.float16)
+        cache_tokens(model, parts(images), [2], tmp_path / f"{size}", dtype=torch.bfloat16)
+    model.blocks[2].forward = lambda x, **options: plain(x, **options) * 0
+    cache_tokens(model, parts(images), [2], tmp_path / "zeros", dtype=torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_disk(model, images, tmp_path, dtype):
     cache = cache_tokens(model, parts(images), LAYERS, tmp_path, dtype=dtype)
