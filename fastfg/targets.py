@@ -260,7 +260,14 @@ class Function(Target):
 
         It gets float32 in place of half precision, in which a probability near 1 is 1, and its gradient noise.
         """
-        value = self.function(map_tensors(output, lambda t: _widened(t.clone())))
+        try:
+            value = self.function(map_tensors(output, lambda t: _widened(t.clone())))
+        except RuntimeError as error:
+            if "same dtype" not in str(error) and "scalar type" not in str(error):
+                raise
+            raise RuntimeError(
+                f"target: expected a function of float32, which it gets in place of half precision ({error})"
+            ) from error
         if not isinstance(value, Tensor) or list(value.shape) != [n] or not value.is_floating_point():
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"target: expected a function that returns one value per image, [{n}], got {got}")

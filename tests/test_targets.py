@@ -348,3 +348,9 @@ def test_a_gradient_that_float16_can_not_hold(model, images):
     for maps, exact in ((found.maps, expected.maps), (found.methods, expected.methods)):
         maps, exact = (one if isinstance(one, torch.Tensor) else one["integrated_gradients"] for one in (maps, exact))
         assert float((maps.double() - exact).abs().max() / exact.abs().max()) < 0.05
+
+
+def test_a_function_with_a_matrix_in_half_precision_is_told(model, images):
+    matrix = torch.randn(5, 2).half()
+    with pytest.raises(RuntimeError, match="^target: expected a function of float32, which it gets in place of half"):
+        fastfg.attribute(model.half(), images.half(), target=lambda logits: (logits @ matrix)[:, 0])

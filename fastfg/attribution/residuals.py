@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from fastfg.checks import check_images, check_layers
 from fastfg.models import Adapter, adapt
 from fastfg.models.adapter import check_distinct, stream_of
+from fastfg.models.first_rows import made_of
 from fastfg.models.hold import hold
 from fastfg.models.hooks import Stop, in_this_thread, is_ours
 from fastfg.torch_internals import hooks_of
 from fastfg.types import integers
 
-_in_order: WeakSet[nn.Module] = WeakSet()  # blocks of models that ran in full and called each block once, in order
+# Blocks of models that ran in full and called each block once and in order, and what the models were made of then
+_in_order: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
 
 
 def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable[int]) -> dict[int, Tensor]:
@@ -46,7 +48,11 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable
     found: dict[int, Tensor] = {}
     ran: list[int] = []
     last = adapter.blocks[max(layers)] if layers else None
-    stops = last in _in_order and all(is_ours(hook) for hook in hooks_of(adapter.model))
+    stops = (
+        last is not None
+        and _in_order.get(last) == made_of(adapter.model)
+        and all(is_ours(hook) for hook in hooks_of(adapter.model))
+    )
 
     def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -65,7 +71,7 @@ def residuals(model: nn.Module | Adapter, images: Tensor, layers: int | Iterable
         adapter.forward(given)
     _check_order(type(adapter.model).__qualname__, ran, layers)
     if last is not None and not stops:
-        _in_order.add(last)
+        _in_order[last] = made_of(adapter.model)
     return found
 
 
