@@ -44,7 +44,8 @@ SHARED = {80: 160 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program ma
 MATRIX_UNIT = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 MEANT_FOR_IT = re.compile(r"tt\.dot .*(inputPrecision = \w+x3|xb?f16>)")  # exact float32 products are not
 EXECUTABLE = 4  # the flag of an ELF section
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 SETTINGS = ("num_warps", "num_stages", "maxnreg")
 ALL = {8, 9, 10}
