@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfg.models.adapter import Adapter
 from fastfg.sae.model import SparseAutoencoder
-from fastfg.targets import Function, Target, logits_of, map_tensors
+from fastfg.targets import Target, logits_of
 from fastfg.types import Gate
 
 
@@ -113,39 +113,3 @@ def check_width(sae: SparseAutoencoder, x: Tensor, block: int, name: str = "saes
     """Require that the SAE of ``block`` has the width of the model's residual stream. ``name``: of its mapping."""
     if sae.d != x.shape[-1]:
         raise ValueError(f"{name}[{block}]: expected width {x.shape[-1]}, as the model's residual stream, got {sae.d}")
-
-
-def check_rows_apart(target: Function, output: Any, n: int) -> None:
-    """Raise ValueError where the value that ``target`` gives an image has a gradient at the rows of other images.
-
-    The map of an image would change with the batch that it is in. The function may hold values of its own per image,
-    such as labels, so it is called with the same rows again: the values of half of the images must have no gradient at
-    the rows of the others. Tensors that do not depend on the images, such as prototypes of classes, are no rows.
-    """
-    if n < 2:
-        return
-    tensors: list[Tensor] = []
-
-    def copied(t: Tensor) -> Tensor:
-        if not t.is_floating_point() or not t.requires_grad:
-            return t.detach()
-        tensors.append(t.detach().clone().requires_grad_())
-        return tensors[-1]
-
-    value = target.value(map_tensors(output, copied), n)
-    if not tensors or not value.requires_grad:
-        return
-    number = torch.arange(n, device=value.device)
-    halves = [number.bitwise_right_shift(bit) % 2 == side for bit in range((n - 1).bit_length()) for side in (0, 1)]
-    found = [
-        torch.autograd.grad(value, tensors, half.to(value.dtype), retain_graph=True, allow_unused=True)
-        for half in halves  # any two images are in different ones
-    ]
-    for gradients in zip(*found, strict=True):
-        pairs = [(g.nan_to_num(0.0), half) for g, half in zip(gradients, halves, strict=True) if g is not None]
-        dims = [dim for dim, size in enumerate(pairs[0][0].shape) if size == n] if pairs else []
-        if dims and not any(all(bool((g.movedim(dim, 0)[~half] == 0).all()) for g, half in pairs) for dim in dims):
-            raise ValueError(
-                "target: expected a function of each row of the output alone, got one whose value for an image depends "
-                "on the rows of others"
-            )

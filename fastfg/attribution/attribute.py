@@ -24,7 +24,6 @@ from fastfg.attribution.sae_report import on_blank_images
 from fastfg.checks import (
     check_gates,
     check_images,
-    check_rows_apart,
     check_saes,
     check_seed,
     check_target,
@@ -207,8 +206,9 @@ def _forward(
         with named_errors(capture.name), capture:
             output = adapter.forward(given.clone())  # it may write into them
         if isinstance(target, Function):
-            check_rows_apart(target, output, B)
-            return capture, target, target.value(output, B), output, output
+            value = target.value(output, B)
+            capture.check_images_apart(value)
+            return capture, target, value, output, output
         logits = target.source(output, B)
         resolved = target.of(logits.detach())
         value = resolved.value(output, B)

@@ -100,6 +100,8 @@ class Capture(TorchFunctionMode):
         self.arrived: list[int] = []  # attentions whose gradient has arrived
         self.residuals: set[int] = set()  # blocks at whose output the gradient has arrived
         self.read: tuple[Tensor, Tensor, Tensor] | None = None  # by the head: see _note_pooled
+        self.last: Tensor | None = None  # the output of the last block [B, N, d]
+        self.listens = False  # whether gradients are those of the backward pass
         self.in_float16 = False  # whether an attention is
         self.scale: Tensor | None = None  # [B], what the gradients that arrive are to be divided by
 
@@ -150,6 +152,8 @@ class Capture(TorchFunctionMode):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self.inside = None
             self.stream = stream = stream_of(output, block, self.shape)
+            if block == len(self.adapter.blocks) - 1:
+                self.last = stream
             if block == len(self.adapter.blocks) - 1 and not self.adapter.later_attentions and stream.requires_grad:
                 stream.register_hook(self._note_pooled)
             if block in self.layers and stream.requires_grad:
@@ -235,6 +239,25 @@ class Capture(TorchFunctionMode):
                 f"output differs by {float(error):.3g} (a hook that changes the attention, or another scale?)"
             )
 
+    def check_images_apart(self, y: Tensor) -> None:
+        """Raise ValueError where the value of an image in ``y`` [B] has a gradient at the tokens of another image.
+
+        Its map would change with the batch that it is in. The values of half of the images must have no gradient at the
+        last block's output for the others; any two images are in different halves once.
+        """
+        last, n = self.last, len(y)
+        if n < 2 or last is None or not last.requires_grad or not y.requires_grad:
+            return
+        number = torch.arange(n, device=y.device)
+        halves = [number.bitwise_right_shift(bit) % 2 == side for bit in range((n - 1).bit_length()) for side in (0, 1)]
+        for half in halves:
+            (g,) = torch.autograd.grad(y, last, half.to(y.dtype), retain_graph=True, allow_unused=True)
+            if g is not None and bool((g[~half].nan_to_num(0.0) != 0).any()):
+                raise ValueError(
+                    "target: expected a function of each row of the output alone, got one whose value for an image "
+                    "depends on the rows of others"
+                )
+
     # The backward pass ---------------------------------------------------------------------------------------
 
     def backward(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -248,7 +271,7 @@ class Capture(TorchFunctionMode):
         self._check_forward()
         root, self.root = self.root, None  # its hook refers back to this object
         assert root is not None
-        self.scale = scale
+        self.scale, self.last, self.listens = scale, None, True
         factors = torch.ones_like(y) if scale is None else scale.to(y.dtype)
         gradient = torch.autograd.grad(y, root, factors, allow_unused=True)[0] if y.requires_grad else None
         missing = sorted(set(range(len(self.adapter.blocks))) - set(self.arrived))
@@ -276,6 +299,8 @@ class Capture(TorchFunctionMode):
 
     def _note_pooled(self, g: Tensor) -> None:
         """Note which tokens the gradient ``g`` [B, N, d] at the last block's output reaches."""
+        if not self.listens:
+            return
         pooled = self.adapter.first_row(g.shape[1], torch.float32, g.device) != 0
         others = (g.abs() > 0).any(-1).any(0) & ~pooled  # NaN is not > 0
         unread = pooled & (g == 0).all(-1).all(0)
@@ -294,11 +319,15 @@ class Capture(TorchFunctionMode):
             )
 
     def _residual_arrives(self, block: int, x: Tensor, g: Tensor) -> None:
+        if not self.listens:
+            return
         self.residuals.add(block)
         with torch.autocast(x.device.type, enabled=False):
             self.on_residual(block, x, unscaled(g, self.scale))
 
     def _attention_arrives(self, number: int, q: Tensor, k: Tensor, v: Tensor, dO: Tensor, scale: float) -> None:
+        if not self.listens:
+            return
         L = len(self.adapter.blocks)
         if number < L:
             awaited = L - 1 - sum(n < L for n in self.arrived)

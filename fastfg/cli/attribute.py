@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastfg.cli.inputs import Inputs
     from fastfg.cli.results import Results
     from fastfg.data import Batch
+    from fastfg.study.shards import Unit
 
 COLUMNS = ("path", "key", "map", "overlay", "target", "predicted", "probability", "warning")
 STORED = {  # columns of the shards
@@ -69,12 +70,26 @@ def run(arguments: argparse.Namespace) -> None:
     results, work = Results(arguments, inputs, STORED), Work(("map",), ("map",))
     unfinished = list(inputs.out.glob(".*.tmp"))  # of runs that were killed, or of processes that are still writing
     results.start()
+    _forget_lost(inputs.out, results)
     with inputs:
         try:
             title = f"Explaining {count(len(inputs.paths), 'image')}"
             results.run(work, title, lambda batch, _: _explain(inputs, results, batch, unfinished))
         finally:  # also after Ctrl-C or an error
             _write(inputs.out / "attributions.csv", results.rows(work))
+
+
+def _forget_lost(out: Path, results: Results) -> None:
+    """Let batches be computed again whose maps are no longer in the folder."""
+    results.store.refresh()  # before the maps are listed: a batch has its maps before it has its shard
+    there = {file.name for file in out.glob("*.npy")}
+
+    def lost(unit: Unit, failed: Collection[str]) -> bool:
+        names = (_output_name(results.number[key], results.paths[key].stem) for key in unit.keys if key not in failed)
+        return any(f"{name}.npy" not in there for name in names)
+
+    if n := results.store.forget_where(lost, results.units):
+        say(f"Maps are missing in {out}: {n} batch{'es' * (n > 1)} computed again")
 
 
 def _explain(inputs: Inputs, results: Results, batch: Batch, unfinished: Sequence[Path]) -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ NOTES = """How a run goes on:
   A file that was changed is computed again.
   --shard 2/4 computes the second of four parts of the images, for machines
   with folders of their own. To join them, copy OUT/shards of all machines into
-  one folder, with the files' times, and run the command there without --shard.
+  one folder, with the files' times, one fastfg.json and all maps, and run the
+  command there without --shard.
 
 """
 # Settings that change no result, or are in the recipe by their content

@@ -87,6 +87,9 @@ def _difference(again: Tensor, expected: Tensor, least: float) -> float:
 
 
 def _other(image: Tensor) -> Tensor:
-    """An image [1, C, H, W] that differs from ``image``, with values from the same range: its negative."""
+    """An image [1, C, H, W] that differs from ``image``, with values from the same range: its negative.
+
+    Of a constant image it is half of it, or 1 for zeros, which are pixels too where they are from 0 to 1.
+    """
     low, high = image.amin(), image.amax()
-    return low + high - image if low < high else image + 1
+    return low + high - image if low < high else torch.where(image == 0, 1.0, image / 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -24,6 +25,7 @@ from fastfg.models.adapter import Adapter
 from fastfg.models.hooks import in_this_thread, is_ours
 from fastfg.torch_internals import hooks_of, made_since, saves_elsewhere
 
+FUNCTIONS = (FunctionType, MethodType)
 _unsuited: WeakSet[nn.Module] = WeakSet()  # last blocks of models that must run in full
 # Those of models whose output was compared, and what their models were made of then
 _suited: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
@@ -52,7 +54,10 @@ def first_rows(adapter: Adapter, n_tokens: int, layers: Collection[int]) -> Firs
 
 def made_of(model: nn.Module) -> tuple[object, ...]:
     """The parts of ``model`` and the functions that they run, to be compared with those of another time."""
-    return tuple((ref(part), type(part), id(part.__dict__.get("forward"))) for part in model.modules())
+    return tuple(
+        (ref(part), type(part), *(id(own) for own in part.__dict__.values() if isinstance(own, FUNCTIONS)))
+        for part in model.modules()
+    )
 
 
 class FirstRows(TorchFunctionMode):

@@ -100,7 +100,7 @@ class Store:
         self._check_recipe()
 
     def start(self) -> None:
-        """Make the folder. Raises ValueError if another process has made it since, for another recipe."""
+        """Make the folder. Raises ValueError if it was made since, for another recipe."""
         self._make()
 
     @contextmanager
@@ -168,9 +168,9 @@ class Store:
         """
         import pyarrow as pa
 
-        own = schema(self.columns)
+        own, order = schema(self.columns), [(name, "ascending") for name in KEYS]
         table = rows.select(own.names).cast(own) if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, own)
-        table = table.combine_chunks().sort_by([(name, "ascending") for name in KEYS])
+        table = table.combine_chunks().sort_by(order)
         listed = tuple(sorted(Failure(*failure) for failure in failures))
         shard = Shard(unit.name, unit.keys, work.variants, work.measures, listed)
         check_rows(shard, table)
@@ -256,6 +256,10 @@ class Store:
         """
         self.refresh()
         return self._remove({shard.unit for shard in self._known.values() if shard is not None and shard.failures})
+
+    def forget_where(self, lost: Callable[[Unit, Collection[str]], bool], units: Iterable[Unit]) -> int:
+        """Remove the results of ``units`` for which ``lost(unit, keys of failed images)``. Returns their number."""
+        return self._remove({u.name for u in units if self._by_unit.get(u.name) and lost(u, self.failed(u))})
 
     def forget_others(self, units: Iterable[Unit]) -> int:
         """Remove the results of all units but ``units``. Returns the number of units that are removed."""

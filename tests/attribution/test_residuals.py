@@ -125,3 +125,16 @@ def test_a_model_that_is_changed_runs_in_full_again(model, images):
     run_blocks(model, twice)
     with pytest.raises(RuntimeError, match="once"):
         fastfg.residuals(model, images, [1])
+
+
+def test_a_model_whose_own_method_changes_runs_in_full_again(model, images):
+    fastfg.residuals(model, images, [1])
+    features = model.forward_features
+
+    def again(images, **options):
+        features(images, **options)
+        return features(images, **options)
+
+    model.forward_features = again
+    with pytest.raises(RuntimeError, match="once"):
+        fastfg.residuals(model, images, [1])

@@ -106,6 +106,9 @@ def test_functions_that_do_not_fit(model, images, target, error, message):
         lambda logits: logits[:, 1] - logits[:, 1].mean(),
         lambda logits: logits[:, 1] / logits[:, 1].norm(),
         lambda logits: logits.flip(0)[:, 1],
+        lambda logits: logits[0, :3],  # one image's classes as the values of three
+        lambda logits: logits[:, :3].mean(0),
+        lambda logits: logits[:, :3].softmax(0)[0],
     ],
 )
 def test_a_function_that_reads_the_rows_of_other_images(model, images, target):
@@ -145,7 +148,22 @@ def test_prototypes_and_transposed_outputs_are_accepted(model, n):
     outputs = (
         (lambda o: {"logits": o, "text": prototypes}, lambda o: (o["logits"] @ o["text"].T)[:, 0]),
         (lambda o: (o.mT[:n],), lambda o: o[0][0]),
+        (lambda o: {"crops": torch.cat([o, 2 * o])[:, :n]}, lambda o: o["crops"].unflatten(0, (2, n)).mean(0)[:, 0]),
+        (lambda o: list(o), lambda o: torch.stack([row[0] for row in o])),
+        (lambda o: {"flat": o.flatten()}, lambda o: o["flat"].unflatten(0, (n, -1))[:, 1]),
     )
     for made, target in outputs:
         model.forward = lambda images, made=made: made(forward(images))
         assert fastfg.attribute(model, images, target=target).maps.shape == (n, 4, 6)
+
+
+def test_rows_of_other_images_in_any_layout_are_refused(model, images):
+    forward = model.forward
+    outputs = (
+        (lambda o: list(o), lambda o: torch.stack([o[0][0] for _ in o])),
+        (lambda o: {"flat": o.flatten()}, lambda o: o["flat"].unflatten(0, (5, -1))[0]),
+    )
+    for made, target in outputs:
+        model.forward = lambda images, made=made: made(forward(images))
+        with pytest.raises(ValueError, match="^target: expected a function of each row of the output alone"):
+            fastfg.attribute(model, images, target=target)

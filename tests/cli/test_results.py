@@ -165,6 +165,18 @@ def test_of_two_commands_that_start_at_once_the_second_is_refused(files, images,
     assert state() == states[1]
 
 
+def test_maps_that_are_gone_are_made_again(files, images, tmp_path, capsys):  # noqa: F811
+    out, arguments = tmp_path / "out", command(files, images, "attribute")
+    assert main([*arguments, str(out)]) == 0
+    made = {file.name: file.read_bytes() for file in out.glob("0*")}
+    gone = next(name for name in sorted(made) if name.endswith(".npy"))
+    (out / gone).unlink()
+    capsys.readouterr()
+    assert main([*arguments, str(out)]) == 0
+    assert f"Maps are missing in {out}: 1 batch computed again" in capsys.readouterr().out.replace("\n", " ")
+    assert {file.name: file.read_bytes() for file in out.glob("0*")} == made
+
+
 def test_parts_of_the_images_make_the_whole(files, images, tmp_path, calls):  # noqa: F811
     arguments = command(files, images)
     assert main([*arguments, str(tmp_path / "whole")]) == 0
