@@ -205,9 +205,10 @@ def _forward(
     with rows or nullcontext():
         with named_errors(capture.name), capture:
             output = adapter.forward(given.clone())  # it may write into them
+        last = capture.take_last()
         if isinstance(target, Function):
             value = target.value(output, B)
-            capture.check_images_apart(value)
+            capture.check_images_apart(value, last)
             return capture, target, value, output, output
         logits = target.source(output, B)
         resolved = target.of(logits.detach())

@@ -121,7 +121,7 @@ class Capture(TorchFunctionMode):
         self.handles.close()
         self.stream = None
         if exception[0] is not None:
-            self.root = None  # its hook refers back to this object
+            self.root = self.last = None  # their hooks refer back to this object
 
     def _register(self) -> Iterable[Any]:
         for number, block in enumerate(self.adapter.blocks):
@@ -239,13 +239,18 @@ class Capture(TorchFunctionMode):
                 f"output differs by {float(error):.3g} (a hook that changes the attention, or another scale?)"
             )
 
-    def check_images_apart(self, y: Tensor) -> None:
+    def take_last(self) -> Tensor | None:
+        """The output of the last block [B, N, d]. It is kept no longer, as its hook refers back to this object."""
+        last, self.last = self.last, None
+        return last
+
+    def check_images_apart(self, y: Tensor, last: Tensor | None) -> None:
         """Raise ValueError where the value of an image in ``y`` [B] has a gradient at the tokens of another image.
 
         Its map would change with the batch that it is in. The values of half of the images must have no gradient at the
         last block's output for the others; any two images are in different halves once.
         """
-        last, n = self.last, len(y)
+        n = len(y)
         if n < 2 or last is None or not last.requires_grad or not y.requires_grad:
             return
         number = torch.arange(n, device=y.device)
@@ -271,7 +276,7 @@ class Capture(TorchFunctionMode):
         self._check_forward()
         root, self.root = self.root, None  # its hook refers back to this object
         assert root is not None
-        self.scale, self.last, self.listens = scale, None, True
+        self.scale, self.listens = scale, True
         factors = torch.ones_like(y) if scale is None else scale.to(y.dtype)
         gradient = torch.autograd.grad(y, root, factors, allow_unused=True)[0] if y.requires_grad else None
         missing = sorted(set(range(len(self.adapter.blocks))) - set(self.arrived))
