@@ -21,14 +21,7 @@ from fastfg.attribution.gradient_scale import Exponents, scale_of
 from fastfg.attribution.methods import OtherMethods, gradient_x_input
 from fastfg.attribution.relevancy_pass import RelevancyPass
 from fastfg.attribution.sae_report import on_blank_images
-from fastfg.checks import (
-    check_gates,
-    check_images,
-    check_saes,
-    check_seed,
-    check_target,
-    check_widths,
-)
+from fastfg.checks import check_gates, check_images, check_saes, check_seed, check_target, check_widths
 from fastfg.models import Adapter, adapt
 from fastfg.models.first_rows import FirstRows, first_rows
 from fastfg.models.hold import hold
@@ -122,7 +115,7 @@ def attribute(
         relevancy = RelevancyPass(adapter, n_tokens, *carried)
         others = OtherMethods(adapter, n_tokens, chosen.built_in, chosen.options.get("grad_cam", {}).get("layer"))
         with hold(adapter.model, adapter.flags), torch.inference_mode(False), torch.enable_grad():
-            passed = _pass(images.detach(), explained, relevancy, others, check, to_pixels, exponents.values)
+            passed = _pass(images.detach(), explained, relevancy, others, check, to_pixels, exponents)
         if not passed.scaled or not exponents.lower(relevancy.overflowed(passed.is_nan)):
             break
     relevancy.mark_missing(passed.is_nan)
@@ -158,13 +151,13 @@ def _pass(
     others: OtherMethods,
     check: Callable[[int, Tensor], None],
     to_pixels: bool,
-    exponents: Tensor,
+    exponents: Exponents,
 ) -> _Passed:
     """One forward and one backward pass: they fill ``relevancy`` and ``others``.
 
     Args:
         check: called with a block and its residual stream. to_pixels: whether the backward pass ends at the images.
-        exponents: [B], see :mod:`fastfg.attribution.gradient_scale`.
+        exponents: of a float16 model, see :mod:`fastfg.attribution.gradient_scale`.
     """
     adapter, layers = relevancy.adapter, {*relevancy.layers, *others.layers}
 

@@ -154,8 +154,8 @@ class Capture(TorchFunctionMode):
             self.stream = stream = stream_of(output, block, self.shape)
             if block == len(self.adapter.blocks) - 1:
                 self.last = stream
-            if block == len(self.adapter.blocks) - 1 and not self.adapter.later_attentions and stream.requires_grad:
-                stream.register_hook(self._note_pooled)
+                if not self.adapter.later_attentions and stream.requires_grad:
+                    stream.register_hook(self._note_pooled)
             if block in self.layers and stream.requires_grad:
                 x = stream.detach().clone()  # the model may write into its tensors after the block
                 stream.register_hook(lambda g: self._residual_arrives(block, x, g))
@@ -255,13 +255,16 @@ class Capture(TorchFunctionMode):
             return
         number = torch.arange(n, device=y.device)
         halves = [number.bitwise_right_shift(bit) % 2 == side for bit in range((n - 1).bit_length()) for side in (0, 1)]
+        mixed = torch.zeros((), dtype=torch.bool, device=y.device)  # asked for once, as that waits for the device
         for half in halves:
             (g,) = torch.autograd.grad(y, last, half.to(y.dtype), retain_graph=True, allow_unused=True)
-            if g is not None and bool((g[~half].nan_to_num(0.0) != 0).any()):
-                raise ValueError(
-                    "target: expected a function of each row of the output alone, got one whose value for an image "
-                    "depends on the rows of others"
-                )
+            if g is not None:
+                mixed |= ((g.nan_to_num(0.0) != 0).flatten(1).any(1) & ~half).any()
+        if bool(mixed):
+            raise ValueError(
+                "target: expected a function of each row of the output alone, got one whose value for an image "
+                "depends on the rows of others"
+            )
 
     # The backward pass ---------------------------------------------------------------------------------------
 

@@ -36,11 +36,18 @@ class Exponents:
         return bool(again.any())
 
 
-def scale_of(y: Tensor, target: Target, output: Any, exponents: Tensor) -> Tensor:
+def scale_of(y: Tensor, target: Target, output: Any, exponents: Exponents) -> Tensor:
     """The factor [B], float32, of the values ``y`` [B] of ``target``, by its gradient at the model's ``output``."""
     size = _gradient_size(target, output, len(y)).to(y.device)
-    most = MOST.get(y.dtype, 100)
-    power = (exponents - torch.frexp(size).exponent + 1).clamp(-most, most)
+    return power_of_two(size, exponents.values, MOST.get(y.dtype, 100))
+
+
+def power_of_two(size: Tensor, exponent: int | Tensor, most: int = 100) -> Tensor:
+    """The power of two [n] that brings each ``size`` [n] to at least ``2**exponent`` and below twice that.
+
+    Its exponent is at most ``most``, of either sign. It is 1 for sizes that are 0 or not finite.
+    """
+    power = (exponent + 1 - torch.frexp(size).exponent).clamp(-most, most)
     usable = size.isfinite() & (size > 0)
     return torch.ldexp(torch.ones_like(size), torch.where(usable, power, 0))
 
@@ -77,7 +84,7 @@ def gradient_at(x: Tensor, target: Target, output: Any) -> Tensor:
         return torch.autograd.grad(y.sum(), x)[0]
     exponents, is_nan = Exponents(len(x), x.device), y.detach().isnan()
     while True:
-        scale = scale_of(y, target, output, exponents.values)
+        scale = scale_of(y, target, output, exponents)
         found = unscaled(torch.autograd.grad(y, x, scale.to(y.dtype), retain_graph=True)[0], scale)
         if not exponents.lower(~found.isfinite().flatten(1).all(1) & ~is_nan):
             return found

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfg import ops
+from fastfg.attribution.gradient_scale import power_of_two
 from fastfg.reference.encode import Normalized, encode, widened
 from fastfg.reference.encode_topk import topk_lowest_index
 from fastfg.reference.gate import z_score as z_score  # for whoever shows the steps of a gate
@@ -19,7 +20,7 @@ from fastfg.types import Features, Gate
 
 FEATURES_AT_ONCE = 4096  # for scores that need the whole dictionary
 TOKENS_AT_ONCE = 1024  # for dense codes
-FLOAT16_EXPONENT = -6  # of the largest gradient that meets a float16 SAE: room for sums above, for small ones below
+FLOAT16_EXPONENT = -7  # of the largest gradient that meets a float16 SAE: room for sums above, for small ones below
 
 
 def shuffled(n: int, seed: int, device: torch.device) -> Tensor:
@@ -88,10 +89,7 @@ class PatchScores:
         """Per token, the power of two that brings its gradient into the range of float16; None: not needed."""
         if self.sae.W_dec.dtype != torch.float16:
             return None
-        largest = widened(self.g).abs().amax(1)
-        exponent = torch.frexp(largest).exponent.clamp(min=-100)
-        usable = largest.isfinite() & (largest > 0)
-        return torch.ldexp(torch.ones_like(largest), torch.where(usable, FLOAT16_EXPONENT - exponent, 0))
+        return power_of_two(widened(self.g).abs().amax(1), FLOAT16_EXPONENT)
 
     def at_own_scale(self, values: Tensor) -> Tensor:
         """What was computed from ``g_sae``, [T] or [T, n], as if from ``g``."""

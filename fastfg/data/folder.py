@@ -64,8 +64,7 @@ def find_images(paths: Iterable[Path]) -> Found:
     Skipped with a reason: files in a folder that neither have the suffix of an image nor begin as DICOM does (a file
     that is given directly is always tried), dangling links, links to folders, unreadable folders, anything that is not
     a regular file, DICOM files without pydicom, and folders with earlier output of fastfg. Hidden files, hidden folders
-    and ``__MACOSX`` are left out
-    without a reason. A file that is found twice is read once.
+    and ``__MACOSX`` are left out without a reason. A file that is found twice is read once.
 
     Raises FileNotFoundError for a path that does not exist.
     """

@@ -32,10 +32,10 @@ def fingerprints(adapter: Adapter, layers: Collection[int]) -> dict[int, str]:
     size = next(filter(partial(_takes, adapter), chain(SQUARES, _oblongs(adapter))), None)
     counters = set() if size is None else _counters(adapter, size, last)
     outside = _used_outside(adapter, size, last, counters)
+    not_counted = {id(buffer) for name, buffer in adapter.model.named_buffers() if name in counters}
     for number, block in enumerate(adapter.blocks[: last + 1]):
         for tensor in outside[number]:
             _add(digest, "outside", tensor)  # without its name, which changes where a model is a part of another one
-        not_counted = {id(buffer) for name, buffer in adapter.model.named_buffers() if name in counters}
         _add_all(digest, block, f"{number} ", not_counted)
         if number in layers:
             found[number] = digest.hexdigest()

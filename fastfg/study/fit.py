@@ -150,9 +150,8 @@ def fit(
         validation_loss, accuracy = evaluate(network, source, "validation", labels, weights)
         if not math.isfinite(validation_loss):
             raise ValueError(f"validation: expected a finite loss, got {validation_loss} in epoch {epoch}")
-        figures = dict(
-            zip(FIGURES, (loss, validation_loss, accuracy.accuracy, accuracy.balanced), strict=True),
-        )
+        reached = (loss, validation_loss, accuracy.accuracy, accuracy.balanced)
+        figures = dict(zip(FIGURES, reached, strict=True))
         state.history.append(figures)
         if validation_loss < state.best_loss:
             state.best_epoch, state.best_loss = epoch, validation_loss
